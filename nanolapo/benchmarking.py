@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from nanolapo.config import Config, RunStopped, UserError
+from nanolapo.config import Config, UserError
 from nanolapo.config_file import to_yaml
 from nanolapo.evaluation import Answer, aes, per_problem, read_answers, sample_file, summarize
 from nanolapo.grader import Grader
@@ -180,13 +180,9 @@ class Benchmark:
                     for p, g, (i, k) in zip(problems, guidances, part, strict=True)
                 ]
                 samples = self.sampler.generate(requests, decoding)
-                texts = [str(self.data.tokenizer.decode(s.ids.tolist(), skip_special_tokens=True)) for s in samples]
+                texts = [self.data.decode(s.ids) for s in samples]
                 verdicts = self.grader.grade_all(texts, [p.answer for p in problems])
-                if self.grader.untrustworthy:
-                    raise RunStopped(
-                        f"the grader failed on {self.grader.error_rate:.0%} of {self.grader.total} answers (time-outs or "
-                        "crashes, not wrong answers): scores can no longer be trusted"
-                    )
+                self.grader.stop_if_untrustworthy()  # before anything is written: a failure is no wrong answer
                 rows = zip(part, problems, guidances, samples, texts, verdicts, strict=True)
                 by_file = defaultdict(list)
                 for (_, k), p, g, s, text, right in rows:

@@ -198,9 +198,9 @@ def make_batches(
     return batches
 
 
-def learning_rate_factor(step: int, steps: int) -> float:
-    """50 steps of warm-up, then constant, linear to zero over the last 40 percent."""
-    return min(1.0, (step + 1) / 50, (steps - step) / (0.4 * steps))
+def learning_rate_factor(step: int, steps: int, warmup: int = 50) -> float:
+    """Linear warm-up, then constant, linear to zero over the last 40 percent."""
+    return min(1.0, (step + 1) / warmup, (steps - step) / (0.4 * steps))
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, settings: DemoConfig) -> LlamaForCausalLM:

@@ -29,6 +29,7 @@ from functools import cache
 from pathlib import Path
 
 from nanolapo.answers import equal, hostile, normalise, number
+from nanolapo.config import RunStopped
 
 Question = tuple[str, str]  # normalised answer, normalised gold: what a worker is asked
 MAX_ERROR_RATE = 0.05  # more errors than this, over at least MIN_ANSWERS, and the verdicts cannot be trusted
@@ -241,6 +242,14 @@ class Grader:
     def untrustworthy(self) -> bool:
         """More than 5% errors over at least 200 answers: the loop stops the run."""
         return self.total >= MIN_ANSWERS and self.error_rate > MAX_ERROR_RATE
+
+    def stop_if_untrustworthy(self) -> None:
+        """Raise RunStopped when too many answers failed to be graded: neither reward nor score means anything then."""
+        if self.untrustworthy:
+            raise RunStopped(
+                f"the grader failed on {self.error_rate:.0%} of {self.total} answers (time-outs or crashes, not wrong "
+                "answers): its verdicts can no longer be trusted"
+            )
 
     def grade_all(self, completions: Sequence[str], golds: Sequence[str]) -> list[bool]:
         """One verdict per completion, in order."""

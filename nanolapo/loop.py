@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from nanolapo.alarms import Alarms
 from nanolapo.checkpoint import load_checkpoint, save_checkpoint, save_model
-from nanolapo.config import Config, RunStopped
+from nanolapo.config import Config
 from nanolapo.grader import Grader
 from nanolapo.methods.base import Method
 from nanolapo.metrics import RunLog, Stopwatch, memory_gb, rollout_metrics
@@ -110,13 +110,8 @@ def sample(s: Session) -> Rollouts:
         samples = s.sampler.generate(requests, Decoding(plan.temperature), advance)
     budgets = [guidance.budget for guidance in guidances]
     rollouts = make_rollouts(problems, plan.group_size, requests, budgets, samples, s.policy.vocab_size)
-    rollouts.texts = [decode(s, ids) for ids in rollouts.response_ids]
+    rollouts.texts = [s.data.decode(ids) for ids in rollouts.response_ids]
     return rollouts
-
-
-def decode(s: Session, ids: np.ndarray) -> str:
-    known = ids[(ids >= 0) & (ids < len(s.data.tokenizer))]
-    return str(s.data.tokenizer.decode(known.tolist(), skip_special_tokens=True))
 
 
 def grade(s: Session, rollouts: Rollouts, rows: Iterable[int]) -> None:
@@ -124,11 +119,7 @@ def grade(s: Session, rollouts: Rollouts, rows: Iterable[int]) -> None:
     rows = list(rows)
     golds = [rollouts.problems[row // rollouts.group_size].answer for row in rows]
     verdicts = s.grader.grade_all([rollouts.texts[row] for row in rows], golds)
-    if s.grader.untrustworthy:
-        raise RunStopped(
-            f"the grader failed on {s.grader.error_rate:.0%} of {s.grader.total} answers (time-outs or crashes, not wrong "
-            "answers): rewards can no longer be trusted"
-        )
+    s.grader.stop_if_untrustworthy()
     for row, verdict in zip(rows, verdicts, strict=True):
         rollouts.correct_B[row] = verdict and (rollouts.finished_B[row] or s.method.cut_answers_count)
 
@@ -180,9 +171,8 @@ def train(config: Config, method: Method) -> None:
             say(ranks, f"resuming {config.run_dir} at step {step}")
         if not is_finished(config, limit, step, sampled_tokens):
             sampler = make_sampler(config, config.model.path, config.rollout.max_new_tokens, ranks)
-            sampler.load_weights(
-                policy.named_weights()
-            )  # before the first rollout: a resumed run samples what it trains
+            # Before the first rollout too: a resumed run must sample from the model it trains.
+            sampler.load_weights(policy.named_weights())
             log = RunLog(config, step, saved.get("wandb_id")) if ranks.is_main else None
             s = Session(config, method, ranks, data, grader, policy, sampler, alarms, log, step, sampled_tokens)
             while not is_finished(config, limit, s.step, s.sampled_tokens):

@@ -34,7 +34,8 @@ def seed_table(results: Sequence[dict[str, Any]], source: str, temperature: floa
     if any(other != names[0] for other in names):
         raise UserError("these results have different models; compare evaluations of one config")
     levels = list(columns[0][0].get("by_level", {}))
-    head = ["model", "pass@1", "tokens", "AES", *(f"level {levels[i]}" for i in (0, len(levels) // 2, -1) if levels)]
+    shown = [levels[0], levels[len(levels) // 2], levels[-1]] if levels else []
+    head = ["model", "pass@1", "tokens", "AES", *(f"level {level}" for level in shown)]
     body = []
     for same in zip(*columns, strict=True):
         cells = [
@@ -43,7 +44,7 @@ def seed_table(results: Sequence[dict[str, Any]], source: str, temperature: floa
             spread([row["tokens"] for row in same], ".1f"),
             f"{np.mean([row['aes'] for row in same]):+.2f}",
         ]
-        for level in [levels[i] for i in (0, len(levels) // 2, -1)] if levels else []:
+        for level in shown:
             at = [row["by_level"][level] for row in same]
             right, tokens = (np.mean([x[key] for x in at]) for key in ("accuracy", "tokens"))
             cells.append(f"{right:.0%} / {tokens:.0f}")

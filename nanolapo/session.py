@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -51,6 +52,11 @@ class Data:
     prompter: Prompter
     tokenizer: PreTrainedTokenizerBase
     report: list[str] = field(default_factory=list)
+
+    def decode(self, ids: np.ndarray) -> str:
+        """A response as text. Ids beyond the tokenizer (models with a padded vocabulary can sample them) are left out."""
+        known = ids[(ids >= 0) & (ids < len(self.tokenizer))]
+        return str(self.tokenizer.decode(known.tolist(), skip_special_tokens=True))
 
     def fingerprint(self, config: Config, method: Method) -> dict[str, Any]:
         """What a resumed run must share with the run that wrote the checkpoint."""

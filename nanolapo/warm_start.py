@@ -18,7 +18,7 @@ from torch import nn
 from nanolapo import cli
 from nanolapo.checkpoint import save_model
 from nanolapo.config import Config, UserError
-from nanolapo.demo import make_batches, write_solution
+from nanolapo.demo import learning_rate_factor, make_batches, write_solution
 from nanolapo.demo_task import LEVELS, random_chain
 from nanolapo.policy import load_model
 from nanolapo.prompts import Prompter
@@ -53,7 +53,7 @@ def warm_start(config: Config) -> None:
                 rows.append((prompter.ids(chain.question()), solution))
             batches = make_batches(rows, 0, w.batch_tokens, rng)
         ids_BT, targets_BT = (tensor.to(device) for tensor in batches.pop())
-        optimizer.param_groups[0]["lr"] = w.learning_rate * min(1.0, (step + 1) / 5, (w.steps - step) / (0.4 * w.steps))
+        optimizer.param_groups[0]["lr"] = w.learning_rate * learning_rate_factor(step, w.steps, warmup=5)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             hidden_BTH = model.get_decoder()(input_ids=ids_BT, use_cache=False).last_hidden_state
             wanted_BT = targets_BT >= 0

@@ -20,7 +20,7 @@ from tiny import make_config
 
 from nanolapo import benchmarking, cli
 from nanolapo.benchmarking import Benchmark, Model, add_aes, model_identity, parse_models, score_sets, write_results
-from nanolapo.config import Config, EvaluateConfig, RunStopped, SourceConfig, UserError
+from nanolapo.config import Config, EvaluateConfig, PromptConfig, RunStopped, SourceConfig, UserError
 from nanolapo.demo import DemoConfig, make_model, make_tokenizer
 from nanolapo.evaluation import (
     Answer,
@@ -351,3 +351,12 @@ def test_warm_start_without_sources_says_so():
     config = make_config("out", warm_start={"model": "x"})
     with pytest.raises(UserError, match="data source"):
         warm_start(config)
+
+
+def test_A21_training_and_evaluation_decode_ids_beyond_the_tokenizer_alike():
+    """A padded vocabulary can yield ids that no tokenizer knows: they are left out of the text, without an exception."""
+    tokenizer = make_tokenizer()
+    known = tokenizer(r" A: 3 + 8 = 1. </think> \boxed{1}")["input_ids"]
+    data = Data([], Prompter(tokenizer, PromptConfig(template="{question}")), tokenizer)
+    ids = np.array([known[0], len(tokenizer) + 7, -1, *known[1:]])
+    assert data.decode(ids) == r" A: 3 + 8 = 1. </think> \boxed{1}"

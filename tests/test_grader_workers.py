@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from nanolapo.config import RunStopped
 from nanolapo.grader import Grader, grade
 
 # needs algebra; right, right, wrong, wrong, right, and two that no worker sees
@@ -84,6 +85,8 @@ def test_C1_errors_are_counted_apart_and_stop_the_run() -> None:
         assert grader.errors == 10 and grader.error_rate > 0.05 and not grader.untrustworthy  # too few to judge
         grader.grade_all(boxed([RUNAWAY] * 3 + ["5"] * 90), ["x+1"] * 3 + ["5"] * 90)
         assert (grader.errors, grader.total, grader.untrustworthy) == (13, 204, True)
+        with pytest.raises(RunStopped, match="failed on 6% of 204 answers"):
+            grader.stop_if_untrustworthy()
 
 
 def test_C1_a_worker_that_cannot_start_is_loud(monkeypatch: pytest.MonkeyPatch) -> None:
