@@ -1,9 +1,10 @@
 """Everything the next step depends on, written so that a kill at any moment leaves the previous checkpoint whole.
 
-A checkpoint is a folder `checkpoints/step-NNNNNN` (NNNNNN = steps done) with `model.safetensors` (float32 master weights),
-`optimizer.safetensors` (float32 moments and step counts) and `state.json` (counters, method state, alarms, fingerprint,
-file sizes). It is filled under a temporary name, flushed to disk, and only then renamed. There is no random state in it:
-every random number derives from (run.seed, step, position), so the step number is the random state. No pickle anywhere.
+A checkpoint is a folder `checkpoints/step-NNNNNN` (NNNNNN = steps done) with `model.safetensors` (the trained parameters,
+float32), `optimizer.safetensors` (float32 moments and step counts) and `state.json` (counters, method state, alarms,
+fingerprint, file sizes). It is filled under a temporary name, flushed to disk, and only then renamed. There is no random
+state in it: every random number derives from (run.seed, step, position), so the step number is the random state. Its
+tensors are whole, so any number of ranks can go on from it; rank 0 writes, all read (from a disk all nodes see). No pickle.
 """
 
 from __future__ import annotations
@@ -14,33 +15,46 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nanolapo.config import UserError
 from nanolapo.policy import Policy, named_weights
+from nanolapo.ranks import Ranks
+from nanolapo.sharding import like, to_host
 
 NAME = re.compile(r"step-(\d{6,})$")
 
 
-def save_checkpoint(folder: Path, step: int, policy: Policy, state: dict[str, Any], keep: int) -> Path:
-    """Write folder/step-NNNNNN atomically, then delete all but the newest `keep`. A full disk is a UserError, and leaves
-    the older checkpoints as they were."""
+def save_checkpoint(
+    folder: Path, step: int, policy: Policy, state: dict[str, Any], keep: int, is_main: bool = True
+) -> None:
+    """Write folder/step-NNNNNN atomically, then delete all but the newest `keep`. All ranks call it, the main one writes.
+
+    A full disk is a UserError, and leaves the older checkpoints as they were.
+    """
     final = folder / f"step-{step:06d}"
     temporary = folder / f"{final.name}.tmp"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        weights = {name: tensor.contiguous() for name, tensor in policy.named_weights()}
-        save_file(weights, temporary / "model.safetensors")
-        save_file(optimizer_tensors(policy), temporary / "optimizer.safetensors")
+        if is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        for name, tensors in (("model", policy.trained.items()), ("optimizer", optimizer_tensors(policy).items())):
+            on_host = to_host(tensors, keep=is_main)  # one file's worth of host memory at a time
+            if is_main:
+                save_file(on_host, temporary / f"{name}.safetensors")
+        if not is_main:
+            return
         sizes = {file.name: file.stat().st_size for file in temporary.iterdir()}
-        record = {"step": step, "optimizer_steps": policy.num_steps, "sizes": sizes, **state}
+        counters = {"optimizer_steps": policy.num_steps, "bad_steps": policy.bad_steps}
+        record = {"step": step, **counters, "sizes": sizes, **state}
         (temporary / "state.json").write_text(json.dumps(record), encoding="utf-8")
         for path in [*temporary.iterdir(), temporary]:
             sync(path)
@@ -54,17 +68,21 @@ def save_checkpoint(folder: Path, step: int, policy: Policy, state: dict[str, An
         old.rename(old.with_name(f"{old.name}.tmp"))  # so that a kill cannot leave half of it under its final name
     for leftover in folder.glob("step-*.tmp"):  # also of saves that were killed
         shutil.rmtree(leftover)
-    return final
 
 
-def save_model(model: PreTrainedModel, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_model(
+    model: PreTrainedModel, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase, folder: Path, is_main: bool = True
+) -> None:
     """Write a plain Hugging Face folder, complete or not at all. `model` holds float32 weights, the files `dtype`.
 
-    transformers and vLLM load it as it is; a tied head is stored once, as the architecture wants it.
+    transformers and vLLM load it as it is; a tied head is stored once, as the architecture wants it. All ranks call it, the
+    main one writes.
     """
+    state = to_host(((name, tensor.to(dtype)) for name, tensor in named_weights(model)), keep=is_main)
+    if not is_main:
+        return
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    state = {name: tensor.to(dtype).cpu() for name, tensor in named_weights(model)}
     config = copy.deepcopy(model.config)
     config.dtype = dtype  # model.save_pretrained writes that of the master weights
     try:
@@ -86,11 +104,11 @@ def sync(path: Path) -> None:
 
 
 def optimizer_tensors(policy: Policy) -> dict[str, torch.Tensor]:
-    """AdamW's state as named tensors: `exp_avg:NAME`, `exp_avg_sq:NAME`, `step:NAME`."""
+    """AdamW's state as named tensors, this rank's slices of them: `exp_avg:NAME`, `exp_avg_sq:NAME`, `step:NAME`."""
     tensors = {}
-    for name, parameter in policy.model.named_parameters():
+    for name, parameter in policy.trained.items():
         for key, value in policy.optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}:{name}"] = value.detach().contiguous()
+            tensors[f"{key}:{name}"] = value.detach()
     return tensors
 
 
@@ -116,15 +134,14 @@ def is_complete(path: Path) -> bool:
         return False
 
 
-def load_checkpoint(folder: Path, policy: Policy, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
+def load_checkpoint(folder: Path, policy: Policy, fingerprint: dict[str, Any], ranks: Ranks) -> dict[str, Any] | None:
     """Take up the newest complete checkpoint and return its state, or None where there is none.
 
     Raises UserError when it belongs to another model, data set or batch: a resumed run must be the same run.
     """
-    checkpoints = complete_checkpoints(folder)
-    if not checkpoints:
+    path = ranks.gather(next(iter(complete_checkpoints(folder)), None))[0]  # the main rank chooses for all
+    if path is None:
         return None
-    path = checkpoints[0]
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     for key, now in fingerprint.items():
         then = state["fingerprint"].get(key)
@@ -133,25 +150,28 @@ def load_checkpoint(folder: Path, policy: Policy, fingerprint: dict[str, Any]) -
                 f"{path} was written with {key}={then!r}, this run has {key}={now!r}: resume with the same settings, or "
                 "choose another run.name"
             )
-    named = dict(policy.named_weights())
-    stored = load_tensors(path / "model.safetensors", policy.device)
-    shapes, stored_shapes = ({(name, tuple(t.shape)) for name, t in tensors.items()} for tensors in (named, stored))
-    if shapes != stored_shapes:
-        raise UserError(f"{path}: its weights are of another model ({sorted(shapes ^ stored_shapes)[:3]})")
-    with torch.no_grad():
-        for name, tensor in named.items():
-            tensor.copy_(stored[name])
-    moments = load_tensors(path / "optimizer.safetensors", policy.device)
-    parameters = dict(policy.model.named_parameters())
-    for label, value in moments.items():
-        key, name = label.split(":", 1)
-        policy.optimizer.state[parameters[name]][key] = value
-    policy.num_steps = state["optimizer_steps"]
+    with tensors_in(path / "model.safetensors") as stored:
+        shapes = {(name, tuple(p.shape)) for name, p in policy.trained.items()}
+        stored_shapes = {(name, tuple(stored.get_slice(name).get_shape())) for name in stored.keys()}  # noqa: SIM118
+        if shapes != stored_shapes:
+            raise UserError(f"{path}: its weights are of another model ({sorted(shapes ^ stored_shapes)[:3]})")
+        with torch.no_grad():
+            for name, parameter in policy.trained.items():
+                parameter.copy_(like(parameter, stored.get_tensor(name)))
+    with tensors_in(path / "optimizer.safetensors") as stored:
+        for label in stored.keys():  # noqa: SIM118
+            key, name = label.split(":", 1)
+            parameter = policy.trained[name]
+            policy.optimizer.state[parameter][key] = like(parameter, stored.get_tensor(label))
+    policy.num_steps, policy.bad_steps = state["optimizer_steps"], state["bad_steps"]
     return state
 
 
-def load_tensors(path: Path, device: torch.device) -> dict[str, torch.Tensor]:
+@contextmanager
+def tensors_in(path: Path) -> Iterator[Any]:
+    """The file, to be read tensor by tensor."""
     try:
-        return load_file(path, device=str(device))
+        with safe_open(path, framework="pt") as stored:
+            yield stored
     except SafetensorError as error:
         raise UserError(f"{path} is damaged ({error}): delete {path.parent}, and the run resumes before it") from None

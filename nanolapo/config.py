@@ -44,6 +44,10 @@ class ModelConfig:
     path: str = ""  # a local Hugging Face folder or a hub name
     dtype: str = "bfloat16"  # of the arithmetic; master weights and optimizer state are always float32
     gradient_checkpointing: bool = False  # recompute activations layer by layer in the backward pass
+    sharding: str = "ddp"  # over ranks. ddp: a whole copy on each; fsdp2: a slice of every weight and moment on each
+    offload_reference: bool = False  # keep the reference model (loss.kl_coef) in host memory, not on the GPU
+    lora_rank: int = 0  # 0: all weights are trained; else LoRA beside every linear layer, merged on export
+    lora_alpha: int = 32  # the adapter's scale is lora_alpha / lora_rank
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ class RolloutConfig:
     dtype: str = ""  # of the sampler's weights; empty: model.dtype
     max_rows: int = 256  # sequences decoded at once
     gpu_memory_utilization: float = 0.45  # vLLM's share of the GPU while it is awake
+    tensor_parallel: int = 1  # this many neighbouring ranks share one vLLM engine's weights
     mismatch_factor: float = 5.0  # stop when mean |dlogp| exceeds this times its step-0 value ...
     mismatch_floor: float = 0.02  # ... and this
 
@@ -213,6 +218,7 @@ class Config:
 
 CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
+    "model.sharding": ("ddp", "fsdp2"),
     "prompt.style": ("raw", "chat"),
     "rollout.engine": ("auto", "vllm", "torch"),
     "rollout.dtype": ("", "float32", "bfloat16"),
@@ -242,6 +248,7 @@ def validate(config: Config, world_size: int = 1) -> None:
                 "train.microbatch_tokens": t.microbatch_tokens, "rollout.temperature": r.temperature,
                 "train.learning_rate": t.learning_rate, "train.grad_clip": t.grad_clip, "train.max_bad_steps":
                 t.max_bad_steps, "rollout.max_rows": r.max_rows, "lapo.guidance_round": config.lapo.guidance_round,
+                "rollout.tensor_parallel": r.tensor_parallel, "model.lora_alpha": config.model.lora_alpha,
                 "lapo.decay": config.lapo.decay, "lapo.sigma": config.lapo.sigma}  # fmt: skip
     for key, value in positive.items():
         if value is not None and value <= 0:
@@ -251,10 +258,17 @@ def validate(config: Config, world_size: int = 1) -> None:
             f"rollout.top_p={r.top_p}: the trainer's ratios use the full vocabulary, so samples cut by top-p would be "
             "weighted wrongly; set rollout.top_p=1.0 (evaluate.top_p may be lower)"
         )
-    if r.prompts_per_step % world_size:
+    if config.model.lora_rank < 0:
+        raise UserError(f"model.lora_rank={config.model.lora_rank} must not be negative; 0 trains all weights")
+    if r.tensor_parallel > 1 and r.engine == "torch":
+        raise UserError("rollout.tensor_parallel needs rollout.engine=vllm; the torch sampler keeps whole copies")
+    if world_size % r.tensor_parallel:
+        raise UserError(f"rollout.tensor_parallel={r.tensor_parallel} does not divide the {world_size} ranks")
+    engines = world_size // r.tensor_parallel
+    if r.prompts_per_step % engines:
         raise UserError(
-            f"rollout.prompts_per_step={r.prompts_per_step} does not divide over {world_size} ranks; a rank owns whole "
-            f"groups, so use a multiple of {world_size}"
+            f"rollout.prompts_per_step={r.prompts_per_step} does not divide over {engines} samplers; each owns whole "
+            f"groups, so use a multiple of {engines}"
         )
     batch = t.batch_size or config.rollouts_per_step
     if batch < 0 or batch % r.group_size or config.rollouts_per_step % batch:

@@ -61,7 +61,9 @@ def run_step(s: Session) -> None:
         rollouts = sample(s)
     with watch("grade"):
         grade(s, rollouts, range(len(rollouts)))
-        rollouts = join_ranks(s.ranks.gather(rollouts))  # from here on every rank holds all rows
+        everyone = s.ranks.gather(rollouts)
+        # The ranks that share an engine sampled the same rows. From here on every rank holds all rows.
+        rollouts = join_ranks(everyone[:: s.config.rollout.tensor_parallel])
         rollouts.regrade = lambda edited, rows: regrade(s, edited, rows)
 
     method.edit_rollouts(rollouts)
@@ -87,10 +89,12 @@ def run_step(s: Session) -> None:
 
 
 def sample(s: Session) -> Rollouts:
-    """Sample this rank's prompts of the step: whole groups, every seed a pure function of its place in the step."""
+    """Sample this engine's prompts of the step: whole groups, every seed a pure function of its place in the step."""
     plan, seed = s.method.sampling(s.step), s.config.run.seed
     chosen = batch_indices(len(s.data.problems), s.step, plan.num_prompts, seed)
-    places = range(s.ranks.index, len(chosen), s.ranks.count)  # rank r takes prompts r, r + N, r + 2N, ...
+    shared_by = s.config.rollout.tensor_parallel
+    engine, engines = s.ranks.index // shared_by, s.ranks.count // shared_by
+    places = range(engine, len(chosen), engines)  # engine e of N takes prompts e, e + N, e + 2N, ...
     problems = [s.data.problems[chosen[place]] for place in places]
     guidances = [s.method.guidance(p, g, s.step) for p in problems for g in range(plan.group_size)]
     prompts: dict[tuple[str, str, str], list[int]] = {}  # a group mostly shares one prompt: encode it once
@@ -163,7 +167,7 @@ def train(config: Config, method: Method) -> None:
         say(ranks, *data.report, f"{len(data.problems)} problems; {config.arithmetic(ranks.count)}")
         policy, alarms = Policy(config, ranks.device), Alarms(config)
         fingerprint = data.fingerprint(config, method)
-        saved = load_checkpoint(config.run_dir / "checkpoints", policy, fingerprint) or {}
+        saved = load_checkpoint(config.run_dir / "checkpoints", policy, fingerprint, ranks) or {}
         step, sampled_tokens = saved.get("step", 0), saved.get("sampled_tokens", 0)
         if saved:
             method.load_state_dict(saved["method"])
@@ -187,24 +191,24 @@ def train(config: Config, method: Method) -> None:
                 log.close()
             if stopping and not is_finished(config, limit, s.step, s.sampled_tokens):
                 return say(ranks, f"stopped after step {s.step}; the same command resumes there")
+        save_model(policy.model, policy.dtype, data.tokenizer, final_model(config), ranks.is_main)
         if ranks.is_main:
-            save_model(policy.model, policy.dtype, data.tokenizer, final_model(config))
             method.export(config.run_dir)
         say(ranks, f"{config.run_dir}: complete; {final_model(config)} is a plain Hugging Face folder")
         ranks.wait()
 
 
 def checkpoint(s: Session, fingerprint: dict[str, object]) -> None:
-    if s.log:
-        state = {
-            "sampled_tokens": s.sampled_tokens,
-            "method": s.method.state_dict(),
-            "alarms": s.alarms.state_dict(),
-            "wandb_id": s.log.wandb_id,
-            "fingerprint": fingerprint,
-        }
-        keep = s.config.run.keep_checkpoints
-        save_checkpoint(s.config.run_dir / "checkpoints", s.step, s.policy, state, keep)
+    state = {
+        "sampled_tokens": s.sampled_tokens,
+        "method": s.method.state_dict(),
+        "alarms": s.alarms.state_dict(),
+        "wandb_id": s.log.wandb_id if s.log else None,
+        "fingerprint": fingerprint,
+    }
+    folder, keep = s.config.run_dir / "checkpoints", s.config.run.keep_checkpoints
+    save_checkpoint(folder, s.step, s.policy, state, keep, s.ranks.is_main)
+    if s.ranks.is_main:
         s.method.export(s.config.run_dir)
     s.ranks.wait()
 

@@ -1,113 +1,31 @@
 """The model being trained: load it, score rollouts with it, step its optimizer, name its weights for the sampler.
 
 Master weights, gradients and optimizer state are float32 whatever the arithmetic is: at a learning rate of 1e-6 about 98 %
-of bf16 weights would not move at all. Ranks hold whole copies; gradients are *summed* over ranks once per optimizer step,
-because every loss term is already divided by a count taken over all ranks.
+of bf16 weights would not move at all. Gradients are *summed* over ranks; sharding.py says how the model lies on them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
+from accelerate import cpu_offload
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nanolapo.config import Config, UserError
-from nanolapo.rollouts import Rollouts
+from nanolapo.lora import adapters_off, add_lora, lora_layers, merged_delta
+from nanolapo.microbatches import MicroBatch
+from nanolapo.sharding import shard, sum_gradients, whole
 
 LOGIT_ELEMENTS = 2**24  # at most this many float32 logits exist at a time (64 MiB), whatever the vocabulary
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Rows padded to the right. S = longest prompt + response; T = longest response of the rows."""
-
-    rows: list[int]
-    ids_BS: Tensor
-    prompt_lengths_B: Tensor
-    lengths_B: Tensor  # response lengths, 0 for a masked row
-    mask_BT: Tensor  # 1 where response token t of row b exists: by position, never by token id
-
-    def scatter(self, values_N: Tensor) -> Tensor:
-        """Values of the N real response tokens -> [B, T] with zeros elsewhere (keeps the gradient)."""
-        out_BT = values_N.new_zeros(self.mask_BT.shape)
-        return out_BT.masked_scatter(self.mask_BT.bool(), values_N)
-
-    def pad(self, ragged: Sequence[np.ndarray]) -> Tensor:
-        """One array [T_b] per row of this micro-batch -> float32 [B, T], zeros where mask_BT is 0."""
-        out_BT = np.zeros(self.mask_BT.shape, dtype=np.float32)
-        for b, length in enumerate(self.lengths_B.tolist()):
-            out_BT[b, :length] = ragged[b][:length]
-        return torch.from_numpy(out_BT).to(self.mask_BT.device)
-
-
-def make_microbatch(rollouts: Rollouts, rows: Sequence[int], device: torch.device) -> MicroBatch:
-    """Put prompt + response of each row side by side, padded to the right with id 0.
-
-    Under causal attention nothing to the left sees the padding, so no attention mask is needed and position ids are plain
-    0, 1, 2, ... Rows marked broken keep their place with length 0, so they add nothing anywhere.
-
-    Worked example: prompt [5, 6], response [7, 8, 2] and prompt [5], response [9] give
-    ids [[5, 6, 7, 8, 2], [5, 9, 0, 0, 0]] and mask [[1, 1, 1], [1, 0, 0]].
-    """
-    empty = np.zeros(0, dtype=np.int64)
-    responses = [empty if rollouts.broken_B[r] else rollouts.response_ids[r] for r in rows]
-    prompts = [rollouts.prompt_ids[r] for r in rows]
-    lengths = np.array([len(x) for x in responses], dtype=np.int64)
-    width = max((len(p) + len(x) for p, x in zip(prompts, responses, strict=True)), default=1)
-    ids_BS = np.zeros((len(rows), width), dtype=np.int64)
-    for b, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        ids_BS[b, : len(prompt)] = prompt
-        ids_BS[b, len(prompt) : len(prompt) + len(response)] = response
-    mask_BT = np.arange(max(1, lengths.max(initial=1)))[None, :] < lengths[:, None]
-    return MicroBatch(
-        rows=list(rows),
-        ids_BS=torch.from_numpy(ids_BS).to(device),
-        prompt_lengths_B=torch.tensor([len(p) for p in prompts], device=device),
-        lengths_B=torch.from_numpy(lengths).to(device),
-        mask_BT=torch.from_numpy(mask_BT.astype(np.float32)).to(device),
-    )
-
-
-def plan_microbatches(
-    rows: Sequence[int], sizes: Sequence[int], num_ranks: int, token_budget: int
-) -> list[list[list[int]]]:
-    """Split rows over ranks and micro-batches by token count: plan[rank] is that rank's list of row lists.
-
-    Longest first, each row goes to the rank with the fewest tokens so far; a rank's rows, sorted by length so that little
-    is padded, are cut where the padded size would pass the budget. Every rank gets the same number of micro-batches
-    (some may be empty). A pure function of numbers all ranks know, so no rank needs to ask another.
-
-    >>> plan_microbatches([0, 1, 2, 3], [10, 30, 10, 10], num_ranks=2, token_budget=32)
-    [[[1]], [[0, 2, 3]]]
-    """
-    loads, shares = [0] * num_ranks, [[] for _ in range(num_ranks)]  # type: ignore[var-annotated]
-    for row, size in sorted(zip(rows, sizes, strict=True), key=lambda pair: -pair[1]):
-        rank = loads.index(min(loads))
-        loads[rank] += size
-        shares[rank].append((row, size))
-    plan: list[list[list[int]]] = []
-    for share in shares:
-        batches: list[list[int]] = []
-        widest = 0
-        for row, size in share:  # descending sizes: the first row of a batch is its widest
-            if not batches or widest * (len(batches[-1]) + 1) > token_budget:
-                batches.append([])
-                widest = size
-            batches[-1].append(row)
-        plan.append(batches)
-    most = max(len(batches) for batches in plan)
-    return [batches + [[] for _ in range(most - len(batches))] for batches in plan]
 
 
 def token_logprobs(
@@ -136,8 +54,6 @@ def token_logprobs(
             pieces.append(one_chunk(hidden, targets))
         else:
             pieces.append(checkpoint(one_chunk, hidden, targets, use_reentrant=False))
-    if not pieces:
-        return hidden_ND.new_zeros(0).float(), None
     logprobs_N = torch.cat([p[0] for p in pieces])
     return logprobs_N, torch.cat([p[1] for p in pieces]) if with_entropy else None
 
@@ -176,36 +92,89 @@ def load_model(path: str, device: torch.device) -> PreTrainedModel:
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, tensor) of every parameter and saved buffer, exactly the names of a saved checkpoint.
+    """(Hugging Face name, whole tensor) of every parameter and saved buffer, exactly the names of a saved checkpoint.
 
-    A tied head appears once, under the embedding's name; samplers that keep two copies must fill both.
+    A tied head appears once, under the embedding's name; samplers that keep two copies must fill both. Slices are brought
+    together one tensor at a time, and LoRA matrices are added in; all ranks must take the same steps of this iterator.
     """
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    adapters = {f"{plain_name(name)}.base_layer.weight": layer for name, layer in lora_layers(model).items()}
     for name, tensor in model.state_dict().items():
-        plain = name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
-        if plain not in tied:
-            yield plain, tensor.detach()
+        plain = plain_name(name)
+        if plain in tied or ".lora_" in plain:
+            continue
+        full = whole(tensor.detach())
+        if plain in adapters:
+            full = full + merged_delta(adapters[plain])
+        yield plain.replace(".base_layer.", "."), full
+
+
+def plain_name(name: str) -> str:
+    """Without what torch.compile and activation-checkpoint wrappers put in."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+
+
+class Scorer(nn.Module):
+    """A causal LM asked one question: how likely were these tokens? This forward is the only way into the model, so that
+    the hooks of sharding always run."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, ids_BS: Tensor, rows_N: Tensor, s_N: Tensor, temperature: float, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probs (and entropy) [N] of the tokens at positions (rows_N, s_N), each predicted from position s - 1."""
+        hidden_BSD = self.model.get_decoder()(input_ids=ids_BS, use_cache=False).last_hidden_state
+        head = self.model.get_output_embeddings()
+        return token_logprobs(hidden_BSD[rows_N, s_N - 1], ids_BS[rows_N, s_N], head, temperature, with_entropy)
 
 
 class Policy:
-    """Model, frozen reference, optimizer and learning-rate schedule."""
+    """Model, frozen reference, optimizer and learning-rate schedule. `trained` are the parameters (or this rank's slices
+    of them) that the optimizer moves and a checkpoint holds, by name."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
         self.dtype = getattr(torch, config.model.dtype)
-        self.model = load_model(config.model.path, device)
+        # One rank has nothing to cut. A model that will be cut is loaded into host memory and moved layer by layer.
+        self.sharded = config.model.sharding == "fsdp2" and dist.is_initialized()
+        self.model = load_model(config.model.path, torch.device("cpu") if self.sharded else device)
         self.model.train(config.model.gradient_checkpointing)  # without dropout the two modes compute the same
         if config.model.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.reference = load_model(config.model.path, device).eval() if config.loss.kl_coef else None
+        if config.model.lora_rank:
+            add_lora(self.model, config.model.lora_rank, config.model.lora_alpha)
+        self.scorer = self.spread(self.model)
+        self.trained = {plain_name(n): p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.reference = self.load_reference() if config.loss.kl_coef else None
         self.num_steps = 0  # optimizer steps taken
         self.bad_steps = 0  # optimizer steps not taken in a row, because their gradient was not finite
         self.total_steps = config.train.steps * config.optimizer_steps_per_step
         t = config.train
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=t.learning_rate, betas=(t.adam_betas[0], t.adam_betas[1]),
+            self.trained.values(), lr=t.learning_rate, betas=(t.adam_betas[0], t.adam_betas[1]),
             weight_decay=t.weight_decay, fused=True,
         )  # fmt: skip
+
+    def spread(self, model: PreTrainedModel, offload: bool = False) -> Scorer:
+        """Cut the model up over the ranks if it is to be; all computing goes through what is returned."""
+        scorer = Scorer(model)
+        if self.sharded:
+            shard(scorer, model.get_decoder().layers, self.dtype, offload)
+        return scorer
+
+    def load_reference(self) -> Scorer:
+        """The stage's first model, frozen; with LoRA it is in the model already."""
+        if self.config.model.lora_rank:
+            return self.scorer
+        offload = self.config.model.offload_reference and self.device.type != "cpu"
+        at_start = torch.device("cpu") if self.sharded or offload else self.device
+        model = load_model(self.config.model.path, at_start).eval().requires_grad_(False)
+        if offload and not self.sharded:
+            cpu_offload(model, self.device)  # each layer's weights visit the GPU while they are used
+        return self.spread(model, offload)
 
     @property
     def vocab_size(self) -> int:
@@ -222,17 +191,12 @@ class Policy:
         The token at position s is predicted from the hidden state at s - 1, so response token t of row b is scored from
         position prompt_length + t - 1; its first token from the last prompt position. Only these positions meet the head.
         """
-        model = self.reference if reference else self.model
-        assert model is not None, "there is no reference model when loss.kl_coef is 0"
+        scorer = self.reference if reference else self.scorer
+        assert scorer is not None, "there is no reference model when loss.kl_coef is 0"
         rows_N, t_N = batch.mask_BT.nonzero(as_tuple=True)
         s_N = batch.prompt_lengths_B[rows_N] + t_N
-        targets_N = batch.ids_BS[rows_N, s_N]
-        with self.autocast():
-            hidden_BSD = model.get_decoder()(input_ids=batch.ids_BS, use_cache=False).last_hidden_state
-            head = model.get_output_embeddings()
-            logprobs_N, entropy_N = token_logprobs(
-                hidden_BSD[rows_N, s_N - 1], targets_N, head, self.config.rollout.temperature, with_entropy
-            )
+        with self.autocast(), adapters_off(self.model) if reference else nullcontext():
+            logprobs_N, entropy_N = scorer(batch.ids_BS, rows_N, s_N, self.config.rollout.temperature, with_entropy)
         return batch.scatter(logprobs_N), None if entropy_N is None else batch.scatter(entropy_N)
 
     def learning_rate(self) -> float:
@@ -253,13 +217,8 @@ class Policy:
 
         A norm that is not finite (on any rank: the sum carries it to all) leaves weights and optimizer untouched.
         """
-        params = [p for p in self.model.parameters() if p.requires_grad]
-        for p in params:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-            if dist.is_initialized():
-                dist.all_reduce(p.grad)
-        norm = float(nn.utils.clip_grad_norm_(params, self.config.train.grad_clip))
+        sum_gradients(self.trained.values())
+        norm = float(whole(nn.utils.clip_grad_norm_(self.trained.values(), self.config.train.grad_clip)))
         if math.isfinite(norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import gc
 import os
-import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
 from nanolapo.config import UserError
+from nanolapo.ranks import stay_on_loopback
 from nanolapo.rollouts import Decoding, Request, Sample
 from nanolapo.sampler_torch import end_token_ids
 
@@ -45,8 +45,7 @@ def _import_vllm() -> Any:
         os.environ.setdefault(name, value)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # no choice: tensors are handed over, not pickled
     if not dist.is_initialized():  # a single process: the group vLLM starts for itself stays on this machine
-        loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+        stay_on_loopback()
     try:
         import vllm
     except ImportError as error:

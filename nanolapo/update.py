@@ -17,7 +17,8 @@ from torch import Tensor
 from nanolapo.config import RunStopped
 from nanolapo.losses import BatchTotals, row_weights
 from nanolapo.methods.base import LossInputs, Method
-from nanolapo.policy import MicroBatch, Policy, make_microbatch, plan_microbatches
+from nanolapo.microbatches import MicroBatch, make_microbatch, plan_microbatches
+from nanolapo.policy import Policy
 from nanolapo.ranks import Ranks
 from nanolapo.rollouts import Rollouts
 
@@ -31,8 +32,12 @@ class OptimizerBatch:
     """The rows of one optimizer step: counts over all of them, and this rank's share cut into micro-batches."""
 
     totals: BatchTotals
-    microbatches: list[list[int]]
+    microbatches: list[list[int]]  # the ranks of a sharded model all have equally many, some of them without rows
     has_signal: bool  # some token has an advantage; without one, KL alone would move the weights, so it is skipped
+    loads: tuple[
+        int, int, float
+    ]  # tokens, prompts included: of the fullest rank if each trained what it sampled, of the
+    # fullest rank as the rows are shared out, and the mean over ranks
 
 
 class Tally:
@@ -69,7 +74,8 @@ def update_policy(
     if config.loss.old_logprobs == "sampler":
         old = dict(enumerate(rollouts.sampler_logprobs))
     elif len(batches) * config.train.inner_epochs > 1:
-        old = score(policy, rollouts, [rows for batch in batches if batch.has_signal for rows in batch.microbatches])
+        mine = [rows for batch in batches if batch.has_signal for rows in batch.microbatches]
+        old = dict(enumerate(rollouts.sampler_logprobs)) | score(policy, rollouts, mine)
 
     for _ in range(config.train.inner_epochs):
         for batch in batches:
@@ -100,7 +106,8 @@ def update_policy(
         micro = make_microbatch(rollouts, range(rollouts.group_size), policy.device)
         with torch.no_grad():
             tally_mismatch(tally, loss_inputs(policy, method, rollouts, advantages, micro, None))
-    return summarize(tally.over_ranks(ranks), norms, len(batches) * config.train.inner_epochs, learning_rate)
+    sums = tally.over_ranks(ranks)
+    return summarize(sums, norms, len(batches) * config.train.inner_epochs, learning_rate) | rank_imbalance(batches)
 
 
 def plan_batches(
@@ -115,18 +122,31 @@ def plan_batches(
     lengths_B = rollouts.lengths_B
     sizes_B = lengths_B + np.array([len(ids) for ids in rollouts.prompt_ids])
     signal_B = (advantages.reshape(len(rollouts), -1) != 0).any(dim=1).numpy()
-    batches = []
-    for rows in np.split(np.arange(len(rollouts)), range(0, len(rollouts), config.train.batch_size or len(rollouts)))[
-        1:
-    ]:
+    samplers = ranks.count // config.rollout.tensor_parallel
+    batches, size = [], config.train.batch_size or len(rollouts)
+    for first in range(0, len(rollouts), size):
+        rows = np.arange(first, first + size)
         kept = rows[keep_B[rows]]
         totals = BatchTotals(int(lengths_B[kept].sum()), len(kept), config.rollout.max_new_tokens)
         active = kept if config.loss.kl_coef else kept[signal_B[kept]]
         active = active[lengths_B[active] > 0]
         plan = plan_microbatches(active.tolist(), sizes_B[active].tolist(), ranks.count, config.train.microbatch_tokens)
-        mine = [rows_of_micro for rows_of_micro in plan[ranks.index] if rows_of_micro]
-        batches.append(OptimizerBatch(totals, mine, bool(signal_B[active].any())))
+        mine = [rows_of_micro for rows_of_micro in plan[ranks.index] if rows_of_micro or policy.sharded]
+        sampled = np.bincount(
+            rollouts.group_B[active] % samplers, sizes_B[active], minlength=samplers
+        )  # see join_ranks
+        shared = [int(sizes_B[[row for micro in share for row in micro]].sum()) if any(share) else 0 for share in plan]
+        loads = (int(sampled.max()), max(shared), sum(shared) / ranks.count)
+        batches.append(OptimizerBatch(totals, mine, bool(signal_B[active].any()), loads))
     return batches
+
+
+def rank_imbalance(batches: list[OptimizerBatch]) -> dict[str, float]:
+    """Tokens of the fullest rank over the mean, 1 being perfect: the rest is time in which the other ranks wait."""
+    as_sampled, as_shared, mean = np.array([batch.loads for batch in batches]).sum(axis=0)
+    if not mean:
+        return {"rank_imbalance_sampled": 1.0, "rank_imbalance": 1.0}
+    return {"rank_imbalance_sampled": float(as_sampled / mean), "rank_imbalance": float(as_shared / mean)}
 
 
 def loss_inputs(
@@ -167,8 +187,8 @@ def score(policy: Policy, rollouts: Rollouts, microbatches: list[list[int]]) -> 
     for rows in microbatches:
         micro = make_microbatch(rollouts, rows, policy.device)
         logprobs_BT, _ = policy.logprobs(micro)
-        for row, length, values in zip(rows, micro.lengths_B.tolist(), logprobs_BT.cpu().numpy(), strict=True):
-            scored[row] = values[:length]
+        for b, row in enumerate(rows):
+            scored[row] = logprobs_BT[b, : micro.lengths_B[b]].cpu().numpy()
     return scored
 
 

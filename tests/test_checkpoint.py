@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from nanolapo.checkpoint import complete_checkpoints, load_checkpoint, optimizer_tensors, save_checkpoint, save_model
 from nanolapo.config import UserError
 from nanolapo.policy import Policy
+from nanolapo.ranks import Ranks
 
 FINGERPRINT = {"model.path": "somewhere", "rollout.group_size": 8, "data": "abc"}
 STATE = {"fingerprint": FINGERPRINT, "method": {"length_map": {"entries": {"demo:1": 1.5}}}, "sampled_tokens": 7}
@@ -34,7 +35,8 @@ def names(folder: Path) -> list[str]:
 
 
 def save(folder: Path, step: int, policy: Policy, keep: int = 2) -> Path:
-    return save_checkpoint(folder, step, policy, STATE, keep)
+    save_checkpoint(folder, step, policy, STATE, keep)
+    return folder / f"step-{step:06d}"
 
 
 @pytest.fixture
@@ -62,7 +64,7 @@ def test_D2_three_steps_resume_three_steps_equal_six(tmp_path, tied_model, untie
     steps(first, range(3))
     save(tmp_path, 3, first)
     second = Policy(config, CPU)
-    state = load_checkpoint(tmp_path, second, FINGERPRINT)
+    state = load_checkpoint(tmp_path, second, FINGERPRINT, Ranks())
     assert state is not None and (state["step"], state["sampled_tokens"]) == (3, 7)
     assert state["method"] == STATE["method"] and second.num_steps == 3
     assert same_tensors(optimizer_tensors(second), optimizer_tensors(first))
@@ -78,12 +80,12 @@ def test_D2_before_the_first_optimizer_step(tmp_path, tied_model):
     """A run whose first steps had no signal has no moments yet; that too resumes."""
     save(tmp_path, 1, Policy(make_config(tied_model), CPU))
     policy = Policy(make_config(tied_model), CPU)
-    assert load_checkpoint(tmp_path, policy, FINGERPRINT) is not None and policy.num_steps == 0
+    assert load_checkpoint(tmp_path, policy, FINGERPRINT, Ranks()) is not None and policy.num_steps == 0
     update(policy, make_rows([3, 9]), [1.0, -1.0])
 
 
 def test_nothing_there(tmp_path, policy):
-    assert load_checkpoint(tmp_path / "checkpoints", policy, FINGERPRINT) is None
+    assert load_checkpoint(tmp_path / "checkpoints", policy, FINGERPRINT, Ranks()) is None
 
 
 @pytest.mark.parametrize("key", list(FINGERPRINT))
@@ -91,18 +93,18 @@ def test_D13_another_run_is_refused(tmp_path, policy, key):
     save(tmp_path, 3, policy)
     before = weights_of(policy)
     with pytest.raises(UserError, match=f"step-000003 was written with {key}=.* has {key}='other'.*run.name"):
-        load_checkpoint(tmp_path, policy, FINGERPRINT | {key: "other"})
+        load_checkpoint(tmp_path, policy, FINGERPRINT | {key: "other"}, Ranks())
     assert same_tensors(weights_of(policy), before)
 
 
 def test_D13_another_architecture_is_refused(tmp_path, policy, untied_model):
     save(tmp_path, 3, policy)
     with pytest.raises(UserError, match="weights are of another model"):
-        load_checkpoint(tmp_path, Policy(make_config(untied_model), CPU), FINGERPRINT)
+        load_checkpoint(tmp_path, Policy(make_config(untied_model), CPU), FINGERPRINT, Ranks())
     tiny_llama(vocab=80).save_pretrained(tmp_path / "larger")
     save(tmp_path / "saved", 3, Policy(make_config(untied_model), CPU))
     with pytest.raises(UserError, match="weights are of another model"):
-        load_checkpoint(tmp_path / "saved", Policy(make_config(tmp_path / "larger"), CPU), FINGERPRINT)
+        load_checkpoint(tmp_path / "saved", Policy(make_config(tmp_path / "larger"), CPU), FINGERPRINT, Ranks())
 
 
 # ------------------------------------------------------------------------------------------------------ kept and lost
@@ -148,7 +150,7 @@ def test_D1_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, policy):
         os.waitpid(child, 0)
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # a damaged one would be passed over with a warning: there is none
-            state = load_checkpoint(tmp_path, policy, FINGERPRINT)
+            state = load_checkpoint(tmp_path, policy, FINGERPRINT, Ranks())
         assert state is not None and state["step"] >= newest
         newest = state["step"]
         assert all((tensor == newest).all() for _, tensor in policy.named_weights())
@@ -168,7 +170,7 @@ def test_D1_a_damaged_newest_checkpoint_is_passed_over(tmp_path, policy, file, d
     else:
         damaged.unlink()
     with pytest.warns(UserWarning, match="step-000002 is damaged"):
-        state = load_checkpoint(tmp_path, policy, FINGERPRINT)
+        state = load_checkpoint(tmp_path, policy, FINGERPRINT, Ranks())
     assert state is not None and state["step"] == 1
     assert all((tensor == 1).all() for _, tensor in policy.named_weights())
 
@@ -213,10 +215,10 @@ def test_F2_pickle_in_a_checkpoint_is_refused_and_not_run(tmp_path, policy, file
         state["sizes"][file] = (path / file).stat().st_size
         (path / "state.json").write_text(json.dumps(state))
         with pytest.raises(UserError, match=f"{file}.*damaged"):
-            load_checkpoint(tmp_path, policy, FINGERPRINT)
+            load_checkpoint(tmp_path, policy, FINGERPRINT, Ranks())
     else:
         with pytest.warns(UserWarning, match="damaged"):
-            assert load_checkpoint(tmp_path, policy, FINGERPRINT) is None
+            assert load_checkpoint(tmp_path, policy, FINGERPRINT, Ranks()) is None
     assert not (tmp_path / "ran").exists()
 
 

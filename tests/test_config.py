@@ -172,7 +172,7 @@ def test_B4_prompts_that_do_not_divide_over_the_ranks():
     """A rank owns whole groups."""
     config = make_config(rollout={"prompts_per_step": 6})
     validate(config, 3)
-    with pytest.raises(UserError, match="prompts_per_step=6 does not divide over 4 ranks.*multiple of 4"):
+    with pytest.raises(UserError, match="prompts_per_step=6 does not divide over 4 samplers.*multiple of 4"):
         validate(config, 4)
 
 

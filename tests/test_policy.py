@@ -15,7 +15,8 @@ from tiny import CPU, VOCAB, make_config, make_rows, tiny_llama, tiny_qwen, upda
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import nanolapo.policy as policy_module
-from nanolapo.policy import Policy, make_microbatch, plan_microbatches, token_logprobs
+from nanolapo.microbatches import make_microbatch, plan_microbatches
+from nanolapo.policy import Policy, token_logprobs
 from nanolapo.rollouts import Request, Rollouts, Sample, make_rollouts
 
 

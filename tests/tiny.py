@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Co
 from nanolapo.config import Config
 from nanolapo.config_file import build
 from nanolapo.methods.base import Method
-from nanolapo.policy import Policy, make_microbatch
+from nanolapo.microbatches import make_microbatch
+from nanolapo.policy import Policy
 from nanolapo.problems import Problem
 from nanolapo.ranks import Ranks
 from nanolapo.rollouts import Rollouts

@@ -1,0 +1,119 @@
+"""Any number of ranks, whole copies or slices, train what one process trains: gradients, norms, weights, logged numbers.
+
+Run: python -m pytest tests/distributed/test_ranks.py        update_cases.py holds the cases, and runs under torchrun.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from update_cases import CASES, Case, run_case
+
+HERE = Path(__file__).parent
+DEPENDS_ON_RANKS = ("rank_imbalance", "rank_imbalance_sampled")
+BY_NAME = {case.name: case for case in CASES}
+
+
+def launch(script: str, ranks: int, *arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    return subprocess.run(
+        [*command, str(HERE / script), *map(str, arguments)],
+        capture_output=True, text=True, timeout=timeout, env=environment,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3], ids=lambda ranks: f"{ranks}ranks")
+def outcome(request, tmp_path_factory, tied_model, untied_model) -> dict[str, Tensor]:
+    """What the cases gave on this many ranks; every rank must hold the same."""
+    out = tmp_path_factory.mktemp("outcome")
+    result = launch("update_cases.py", request.param, tied_model, untied_model, out)
+    assert result.returncode == 0, result.stderr[-3000:]
+    files = [load_file(out / f"rank{rank}of{request.param}.safetensors") for rank in range(request.param)]
+    for name, tensor in files[0].items():
+        assert all(torch.equal(tensor, other[name]) or tensor.isnan().all() for other in files), name
+    return files[0]
+
+
+@pytest.fixture(scope="module")
+def expected(tied_model, untied_model) -> dict[str, tuple[dict[str, Tensor], dict[str, float]]]:
+    """The same cases in this one process, without any process group."""
+    folders = {"tied": str(tied_model), "untied": str(untied_model)}
+    return {case.name: run_case(case, folders, "ddp") for case in CASES}
+
+
+def of(outcome: dict[str, Tensor], sharding: str, case: Case) -> dict[str, Tensor]:
+    label = f"{sharding} {case.name} | "
+    return {name.removeprefix(label): tensor for name, tensor in outcome.items() if name.startswith(label)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("name", [name for name in BY_NAME if name != "bfloat16"])
+def test_B2_B18_ranks_train_what_one_process_trains(outcome, expected, sharding, name):
+    """rtol 1e-5 of each tensor's largest value, with three exceptions that Adam makes, which turns the smallest gradient
+    into a full step. A weight whose first gradient is below 1e-5 of its tensor's largest moves by rounding. The keys' bias
+    shifts all of a query's scores alike, so its gradient is rounding and nothing else. And LoRA's A gets no gradient until
+    B has moved; then its gradient is as exact as B's smallest entries, not its largest."""
+    tensors, numbers = expected[name]
+    got = of(outcome, sharding, BY_NAME[name])
+    assert got.keys() == tensors.keys() | numbers.keys()
+    for label, want in tensors.items():
+        if label.endswith("k_proj.bias"):
+            continue
+        rtol = 1e-3 if "lora_A" in label else 1e-5
+        difference, allowed = (got[label] - want).abs(), rtol * want.abs() + rtol * want.abs().max()
+        first = tensors.get(f"gradient 0 {label.split()[-1]}", torch.ones_like(want)).abs()
+        exact = (first > 1e-5 * first.max()) | (not label.startswith("weights"))
+        assert (difference <= allowed)[exact].all() and difference.max() < 5e-3, label
+        assert exact.float().mean() > 0.95 or "lora" in name, label
+    for label, want in numbers.items():
+        if label.split()[0] not in DEPENDS_ON_RANKS:
+            small = 1e-6 if label.startswith("loss") else 1e-9  # the loss is a sum of terms near 1 that cancel
+            assert float(got[label]) == pytest.approx(want, rel=1e-5, abs=small, nan_ok=True), label
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tied-token_mean", "untied-constant", "idle-ranks", "kl", "lora"])
+def test_the_cases_move_the_weights(expected, name):
+    """Else the comparison above would compare nothing."""
+    tensors, numbers = expected[name]
+    assert numbers["updates 0"] == numbers["updates 1"] == 2 and numbers["grad_norm 0"] > 0.1
+    weights = [
+        tensor for label, tensor in tensors.items() if label.startswith("weights 0") and "q_proj.weight" in label
+    ]
+    later = [tensor for label, tensor in tensors.items() if label.startswith("weights 1") and "q_proj.weight" in label]
+    assert all(not torch.equal(one, two) for one, two in zip(weights, later, strict=True)) and weights
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+def test_bfloat16_differs_by_rounding_only(outcome, expected, sharding):
+    """fsdp2 rounds the norms' weights too, as the exported model and vLLM do; the masters stay float32."""
+    numbers, got = expected["bfloat16"][1], of(outcome, sharding, BY_NAME["bfloat16"])
+    for name, tolerance in (("grad_norm 0", 0.02), ("mismatch 0", 0.01), ("trained_tokens 0", 0)):
+        assert float(got[name]) == pytest.approx(numbers[name], rel=tolerance), name
+    assert all(tensor.dtype in (torch.float32, torch.float64) for tensor in got.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+def test_B17_nan_on_one_rank_skips_the_step_on_all(outcome, sharding):
+    """update_cases.py has compared weights and optimizer state to the bit, on every rank."""
+    got = of(outcome, sharding, BY_NAME["nan"])
+    assert (float(got["updates 0"]), float(got["updates_bad 0"])) == (0, 2)
+
+
+@pytest.mark.slow
+def test_balance_is_better_than_as_sampled(outcome):
+    """Rows go to ranks by length; a group's rows lie together when sampled, so the fullest rank had more before."""
+    got = of(outcome, "ddp", BY_NAME["tied-token_mean"])
+    before, after = float(got["rank_imbalance_sampled 0"]), float(got["rank_imbalance 0"])
+    assert 1.0 <= after <= before

@@ -1,0 +1,151 @@
+"""Updates of every kind, run alike on any number of ranks; what came out goes to a file. Used by test_ranks.py.
+
+torchrun --standalone --nproc_per_node 2 tests/distributed/update_cases.py TIED_MODEL UNTIED_MODEL OUT_FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tiny import make_config, make_rows
+
+from nanolapo.methods.base import LossInputs, Method
+from nanolapo.policy import Policy
+from nanolapo.ranks import Ranks
+from nanolapo.sharding import whole
+from nanolapo.update import update_policy
+
+LENGTHS = (3, 200, 5, 60, 17, 9, 120, 30)  # two optimizer batches of four rows
+ADVANTAGES = (1.0, -1.0, 0.5, -0.5, 2.0, -2.0, 0.3, -0.3)
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    model: str = "tied"
+    aggregation: str = "token_mean"
+    lengths: tuple[int, ...] = LENGTHS
+    advantages: tuple[float, ...] = ADVANTAGES
+    config: dict[str, dict[str, Any]] = field(default_factory=dict)
+    nan_on_last_rank: bool = False
+
+
+PLAIN = [
+    Case(f"{model}-{aggregation}", model, aggregation)
+    for model, aggregation in product(("tied", "untied"), ("token_mean", "sequence_mean", "constant"))
+]
+CASES = [
+    *PLAIN,
+    # Two rows with an advantage, one in each optimizer batch: most ranks have nothing to train.
+    Case("idle-ranks", advantages=(0.0, -1.0, 0.0, 0.0, 2.0, 0.0, 0.0, 0.0)),
+    Case("kl", "untied", config={"loss": {"kl_coef": 0.5}}),
+    Case("two-epochs", config={"train": {"inner_epochs": 2}}),
+    Case("checkpointing", config={"model": {"gradient_checkpointing": True}}),
+    Case("lora", config={"model": {"lora_rank": 4}, "loss": {"kl_coef": 0.5}}),
+    Case("bfloat16", config={"model": {"dtype": "bfloat16"}}),
+    Case("nan", nan_on_last_rank=True),
+    Case("nothing", advantages=(0.0,) * 8),
+]
+
+
+class NanOnLastRank(Method):
+    """Accuracy-only GRPO whose loss is not a number on one rank."""
+
+    def loss(self, x: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
+        loss_BT, logged = super().loss(x)
+        last = not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
+        return loss_BT * (float("nan") if last else 1.0), logged
+
+
+def run_case(case: Case, folders: dict[str, str], sharding: str) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Two calls of update_policy: the gradients of every optimizer step, the weights after each call, what was logged."""
+    sections = {
+        "model": {"sharding": sharding},
+        "loss": {"aggregation": case.aggregation},
+        "train": {"batch_size": 4, "microbatch_tokens": 256, "learning_rate": 1e-3, "grad_clip": 0.1},
+    }
+    for name, values in case.config.items():
+        sections[name] = sections[name] | values
+    config = make_config(folders[case.model], **sections)
+    ranks = Ranks()
+    torch.manual_seed(0)  # of LoRA's first matrices
+    policy = Policy(config, ranks.device)
+    start = {name: tensor.clone() for name, tensor in policy.named_weights()}
+    check_what_every_rank_holds(policy, folders[case.model])
+    seen: dict[str, Tensor] = {}
+    steps = 0
+
+    def keep_gradients(*_: object) -> None:
+        nonlocal steps
+        seen.update({f"gradient {steps} {n}": whole(p.grad).clone() for n, p in policy.trained.items()})
+        steps += 1
+
+    policy.optimizer.register_step_pre_hook(keep_gradients)
+    method = NanOnLastRank(config) if case.nan_on_last_rank else Method(config)
+    rollouts = make_rows(case.lengths)
+    logged = {}
+    for call in range(1 if case.nan_on_last_rank else 2):
+        result = update_policy(
+            policy,
+            method,
+            rollouts,
+            torch.tensor(case.advantages),
+            torch.ones(len(rollouts), dtype=bool).numpy(),
+            ranks,
+        )
+        logged |= {f"{name} {call}": value for name, value in result.items()}
+        seen.update({f"weights {call} {name}": tensor.clone() for name, tensor in policy.named_weights()})
+    if case.nan_on_last_rank:
+        assert all(torch.equal(start[name], tensor) for name, tensor in policy.named_weights())
+        assert not policy.optimizer.state and policy.bad_steps == 2 and steps == 0
+    return {name: tensor.contiguous() for name, tensor in seen.items()}, logged
+
+
+def check_what_every_rank_holds(policy: Policy, folder: str) -> None:
+    """Slices where slices are promised, buffers (rotary frequencies) equal to a plain model's, a tied head still tied."""
+    plain = Policy(replace(policy.config, model=replace(policy.config.model, sharding="ddp")), policy.device).model
+    buffers = dict(policy.model.named_buffers())
+    for name, buffer in plain.named_buffers():
+        assert torch.equal(buffers[name], buffer), name
+    head, embedding = policy.model.get_output_embeddings().weight, policy.model.get_input_embeddings().weight
+    assert (head is embedding) == bool(policy.model.config.tie_word_embeddings)
+    held = sum(p.to_local().numel() if policy.sharded else p.numel() for p in policy.model.parameters())
+    total = sum(p.numel() for p in plain.parameters())
+    if policy.sharded:  # rows are not cut, so a slice may be a little larger than its share
+        assert held < 1.1 * total / dist.get_world_size(), (held, total)
+    else:
+        assert held == total
+
+
+def everything(folders: dict[str, str]) -> Iterator[tuple[str, dict[str, Tensor], dict[str, float]]]:
+    for sharding in ("ddp", "fsdp2"):
+        for case in CASES:
+            yield f"{sharding} {case.name}", *run_case(case, folders, sharding)
+
+
+def main(tied: str, untied: str, out: str) -> None:
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")  # also for one rank, which accelerate leaves without a group
+    torch.set_num_threads(1)
+    tensors, numbers = {}, {}
+    for label, seen, logged in everything({"tied": tied, "untied": untied}):
+        tensors |= {f"{label} | {name}": tensor for name, tensor in seen.items()}
+        numbers |= {f"{label} | {name}": torch.tensor(value, dtype=torch.float64) for name, value in logged.items()}
+    # Every rank writes: all of them must hold the same.
+    save_file(tensors | numbers, Path(out) / f"rank{dist.get_rank()}of{dist.get_world_size()}.safetensors")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
