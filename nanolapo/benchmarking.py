@@ -139,7 +139,8 @@ class Benchmark:
         done = {(a.problem, a.index) for file in files.values() for a in self.read(file)}
         wanted = wanted_samples(self.config, self.data)
         missing = [(i, k) for i, k in wanted if (self.data.problems[i].id, k) not in done]
-        mine = missing[self.ranks.index :: self.ranks.count]
+        engine, engines = self.ranks.engine(self.config.rollout.tensor_parallel)
+        mine = missing[engine::engines]
         if self.ranks.any(bool(missing)):
             self.sample(mine, decoding, budgets, files)
         self.ranks.wait()
@@ -191,8 +192,9 @@ class Benchmark:
                     )
                     file = files[p.source]
                     by_file[file.with_stem(f"{file.stem}-rank{self.ranks.index}")].append(asdict(answer))
-                for file, lines in by_file.items():
-                    append(file, lines)
+                if self.ranks.index % r.tensor_parallel == 0:  # the ranks of an engine hold the same
+                    for file, lines in by_file.items():
+                        append(file, lines)
                 bar.update(len(part))
 
 

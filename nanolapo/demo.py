@@ -47,7 +47,7 @@ ANSWER_TOKENS = 5  # "</think> \boxed{d} <end>"
 class DemoConfig:
     """Settings of the pre-training; the defaults are the demo's."""
 
-    steps: int = 1500
+    steps: int = 2800
     batch_tokens: int = 1600  # of solutions, padding included
     hidden_size: int = 128
     layers: int = 3
@@ -148,7 +148,7 @@ def draw_example(rng: random.Random, settings: DemoConfig, easy: bool) -> tuple[
     elif guided:
         pace = rng.choice((4.5, 4.5, 7, 7, 11, *[rng.uniform(9, 32) for _ in range(5)]))
     else:
-        pace = rng.choices((4.5, 7, rng.uniform(13, 32)), (0.07, 0.25, 0.68))[0]
+        pace = rng.choices((4.5, 7, rng.uniform(15, 34)), (0.07, 0.33, 0.60))[0]
     budget = min(ANSWER_TOKENS + 2 + pace * len(chain.operations), settings.max_new_tokens - 20)
     solution = write_solution(chain, budget, rng)
     length = count_tokens(solution.partition("</think>")[0]) + ANSWER_TOKENS

@@ -92,8 +92,7 @@ def sample(s: Session) -> Rollouts:
     """Sample this engine's prompts of the step: whole groups, every seed a pure function of its place in the step."""
     plan, seed = s.method.sampling(s.step), s.config.run.seed
     chosen = batch_indices(len(s.data.problems), s.step, plan.num_prompts, seed)
-    shared_by = s.config.rollout.tensor_parallel
-    engine, engines = s.ranks.index // shared_by, s.ranks.count // shared_by
+    engine, engines = s.ranks.engine(s.config.rollout.tensor_parallel)
     places = range(engine, len(chosen), engines)  # engine e of N takes prompts e, e + N, e + 2N, ...
     problems = [s.data.problems[chosen[place]] for place in places]
     guidances = [s.method.guidance(p, g, s.step) for p in problems for g in range(plan.group_size)]

@@ -44,6 +44,10 @@ class Ranks:
         self.is_main: bool = self.index == 0
         self.patient = dist.new_group(backend="gloo", timeout=PATIENCE) if self.count > 1 else None
 
+    def engine(self, tensor_parallel: int) -> tuple[int, int]:
+        """(which engine this rank belongs to, how many there are): neighbouring ranks share one."""
+        return self.index // tensor_parallel, self.count // tensor_parallel
+
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in rank order, on every rank."""
         if self.count == 1:

@@ -122,7 +122,7 @@ def plan_batches(
     lengths_B = rollouts.lengths_B
     sizes_B = lengths_B + np.array([len(ids) for ids in rollouts.prompt_ids])
     signal_B = (advantages.reshape(len(rollouts), -1) != 0).any(dim=1).numpy()
-    samplers = ranks.count // config.rollout.tensor_parallel
+    _, engines = ranks.engine(config.rollout.tensor_parallel)
     batches, size = [], config.train.batch_size or len(rollouts)
     for first in range(0, len(rollouts), size):
         rows = np.arange(first, first + size)
@@ -132,11 +132,9 @@ def plan_batches(
         active = active[lengths_B[active] > 0]
         plan = plan_microbatches(active.tolist(), sizes_B[active].tolist(), ranks.count, config.train.microbatch_tokens)
         mine = [rows_of_micro for rows_of_micro in plan[ranks.index] if rows_of_micro or policy.sharded]
-        sampled = np.bincount(
-            rollouts.group_B[active] % samplers, sizes_B[active], minlength=samplers
-        )  # see join_ranks
+        sampled = np.bincount(rollouts.group_B[active] % engines, sizes_B[active], minlength=engines)  # see join_ranks
         shared = [int(sizes_B[[row for micro in share for row in micro]].sum()) if any(share) else 0 for share in plan]
-        loads = (int(sampled.max()), max(shared), sum(shared) / ranks.count)
+        loads = (float(sampled.max()) * engines / ranks.count, max(shared), sum(shared) / ranks.count)
         batches.append(OptimizerBatch(totals, mine, bool(signal_B[active].any()), loads))
     return batches
 

@@ -327,11 +327,14 @@ def test_D7_F1_only_loopback_and_no_child_left(tmp_path: Path) -> None:
     assert children() == before
 
 
-def test_two_ranks_two_engines(tmp_path: Path) -> None:
-    """Each rank samples its own prompts, both are synced. The engines of this process, still alive, are not met (D8)."""
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_two_ranks(tmp_path: Path, tensor_parallel: int) -> None:
+    """Two engines that sample their own prompts, or one engine whose weights lie on both ranks; all are synced twice. The
+    engines of this process, still alive, are not met (D8)."""
     folder = save(tiny_model(True), tmp_path)
     script = str(Path(__file__).with_name("two_rank_sampler.py"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, folder]
+    command.append(str(tensor_parallel))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]

@@ -1,6 +1,7 @@
-"""Run by test_sampler_vllm.py under torchrun: two ranks, two engines, different prompts, one weight update.
+"""Run by test_sampler_vllm.py under torchrun: two ranks with an engine each and different prompts, or with one engine
+between them (tensor parallel) and the same prompts; two weight updates.
 
-torchrun --standalone --nproc_per_node 2 tests/two_rank_sampler.py MODEL_FOLDER
+torchrun --standalone --nproc_per_node 2 tests/two_rank_sampler.py MODEL_FOLDER TENSOR_PARALLEL
 """
 
 from __future__ import annotations
@@ -18,18 +19,19 @@ from nanolapo.rollouts import Decoding
 from nanolapo.sampler_vllm import VLLMSampler
 
 
-def main(folder: str) -> None:
+def main(folder: str, tensor_parallel: int) -> None:
     with pytest.raises(RuntimeError, match="process group first"):
         VLLMSampler(folder, torch.float32, max_model_len=128)
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    sampler = VLLMSampler(folder, torch.float32, max_model_len=128, max_rows=8)
+    sampler = VLLMSampler(folder, torch.float32, max_model_len=128, max_rows=8, tensor_parallel=tensor_parallel)
+    engine = rank // tensor_parallel
     executor = sampler.llm.llm_engine.model_executor
     assert type(executor).__name__ == "ExecutorWithExternalLauncher"  # on GPUs it picks this rank's device
     for update in range(2):
         # Unequal work: a rank that has finished must not wait for the other, nor hold it up.
-        requests = make_requests(4 + 8 * rank, length=8 + 40 * rank, seed=rank)
+        requests = make_requests(4 + 8 * engine, length=8 + 40 * engine, seed=engine)
         samples = sampler.generate(requests, Decoding())
         worst = abs(mismatch(model, requests, samples)).max()
         print(f"rank {rank} update {update} first {samples[0].ids[:4].tolist()} worst {worst:.1e}", flush=True)
@@ -50,4 +52,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]))
