@@ -1,40 +1,26 @@
 """Any number of ranks, whole copies or slices, train what one process trains: gradients, norms, weights, logged numbers.
 
-Run: python -m pytest tests/distributed/test_ranks.py        update_cases.py holds the cases, and runs under torchrun.
+Run: python -m pytest tests/distributed/test_update_on_ranks.py        update_cases.py runs under torchrun.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from launch import torchrun
 from safetensors.torch import load_file
 from torch import Tensor
 from update_cases import CASES, Case, run_case
 
-HERE = Path(__file__).parent
 DEPENDS_ON_RANKS = ("rank_imbalance", "rank_imbalance_sampled")
 BY_NAME = {case.name: case for case in CASES}
-
-
-def launch(script: str, ranks: int, *arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    return subprocess.run(
-        [*command, str(HERE / script), *map(str, arguments)],
-        capture_output=True, text=True, timeout=timeout, env=environment,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3], ids=lambda ranks: f"{ranks}ranks")
 def outcome(request, tmp_path_factory, tied_model, untied_model) -> dict[str, Tensor]:
     """What the cases gave on this many ranks; every rank must hold the same."""
     out = tmp_path_factory.mktemp("outcome")
-    result = launch("update_cases.py", request.param, tied_model, untied_model, out)
+    result = torchrun("update_cases.py", request.param, tied_model, untied_model, out)
     assert result.returncode == 0, result.stderr[-3000:]
     files = [load_file(out / f"rank{rank}of{request.param}.safetensors") for rank in range(request.param)]
     for name, tensor in files[0].items():

@@ -1,0 +1,150 @@
+"""One step up to the advantages with an echo engine, checkpoints, and a slow rank; on any number of ranks.
+
+    torchrun --standalone --nproc_per_node 2 tests/distributed/step_cases.py MODEL OUT_FOLDER
+
+Used by test_steps_on_ranks.py. Every rank writes what it holds to OUT_FOLDER/rankRofN.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import numpy as np
+from tiny import make_config, make_rows
+
+import nanolapo.ranks
+from nanolapo.alarms import Alarms
+from nanolapo.checkpoint import load_checkpoint, optimizer_tensors, save_checkpoint
+from nanolapo.config import PromptConfig, SourceConfig
+from nanolapo.demo import TEMPLATE, make_tokenizer
+from nanolapo.grader import Grader
+from nanolapo.loop import Session, grade, sample
+from nanolapo.methods.base import Method
+from nanolapo.policy import Policy
+from nanolapo.problems import load_problems
+from nanolapo.prompts import Prompter
+from nanolapo.ranks import Ranks
+from nanolapo.rollouts import Decoding, Request, Sample, join_ranks
+from nanolapo.session import Data
+from nanolapo.sharding import to_host
+from nanolapo.update import update_policy
+
+RUNAWAY = "9^{9^{9^{9^9}}}"  # an answer that math-verify never finishes
+
+
+class EchoEngine:
+    """Answers each prompt with the prompt itself and a boxed answer that depends on the seed only."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    def generate(
+        self, requests: Sequence[Request], decoding: Decoding, progress: Callable[[int], None] | None = None
+    ) -> list[Sample]:
+        samples = []
+        for request in requests:
+            answer = RUNAWAY if request.seed % 17 == 0 else str(request.seed % 10)
+            ids = request.prompt_ids + self.tokenizer(rf" \boxed{{{answer}}}")["input_ids"]
+            samples.append(Sample(np.array(ids), np.full(len(ids), -1.0, np.float32), finished=request.seed % 5 > 0))
+        return samples
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None: ...
+    def sleep(self) -> None: ...
+    def wake(self) -> None: ...
+    def close(self) -> None: ...
+
+
+def step_up_to_advantages(model: str, ranks: Ranks) -> dict[str, Any]:
+    """Sample, grade, gather, reward and advantage as loop.run_step does them; everything a rank then holds."""
+    config = make_config(model, rollout={"prompts_per_step": 6, "group_size": 8})
+    tokenizer = make_tokenizer()
+    problems, _ = load_problems([SourceConfig(name="demo", path="demo", count=40, seed=1, levels=(1, 2, 3))])
+    data = Data(problems, Prompter(tokenizer, PromptConfig(template=TEMPLATE)), tokenizer)
+    method = Method(config)
+    with Grader(workers=1, deadline_s=2.0) as grader:
+        s = Session(config, method, ranks, data, grader, Policy(config, ranks.device), EchoEngine(tokenizer),
+                    Alarms(config), None)  # fmt: skip
+        rollouts = sample(s)
+        grade(s, rollouts, range(len(rollouts)))
+        rollouts = join_ranks(ranks.gather(rollouts))
+        errors = sum(ranks.gather(grader.errors))
+    rewards_PG = rollouts.by_group(method.reward(rollouts)["correct"])
+    advantages_B = method.advantage(rollouts, torch.from_numpy(rewards_PG))
+    return {
+        "problems": [asdict(problem) for problem in rollouts.problems],
+        "texts": rollouts.texts,
+        "finished": rollouts.finished_B.tolist(),
+        "correct": rollouts.correct_B.tolist(),
+        "errors": errors,
+        "advantages": advantages_B.tolist(),
+    }
+
+
+def train_and_resume(model: str, out: Path, sharding: str, ranks: Ranks) -> None:
+    """Six updates in one go, and three, a checkpoint, and three more by another policy; both end states to files."""
+    config = make_config(model, model={"sharding": sharding}, train={"learning_rate": 1e-3, "warmup_fraction": 0.01})
+    keep = torch.ones(4, dtype=torch.bool).numpy()
+
+    def steps(policy: Policy, which: range) -> None:
+        for seed in which:
+            rows, advantages = make_rows([3, 20, 9, 7], seed=seed), torch.tensor([1.0, -1.0, 0.5, -0.5])
+            update_policy(policy, Method(config), rows, advantages, keep, ranks)
+
+    def everything(policy: Policy) -> dict[str, Tensor]:
+        return to_host((policy.trained | optimizer_tensors(policy)).items(), keep=True)
+
+    whole, first, second = (Policy(config, ranks.device) for _ in range(3))
+    folder = out / f"checkpoints-{sharding}"
+    steps(whole, range(6))
+    steps(first, range(3))
+    state: dict[str, Any] = {"fingerprint": {}}
+    save_checkpoint(folder, 3, first, state, 2, ranks.is_main)
+    ranks.wait()
+    save_file(everything(first), out / f"three-{sharding}-rank{ranks.index}.safetensors")
+    loaded = load_checkpoint(folder, second, {}, ranks)
+    assert loaded is not None and loaded["step"] == 3 and second.num_steps == 3
+    steps(second, range(3, 6))
+    save_file(everything(whole), out / f"whole-{sharding}-rank{ranks.index}.safetensors")
+    save_file(everything(second), out / f"resumed-{sharding}-rank{ranks.index}.safetensors")
+    for step in (900, 1000, 1100):  # D10
+        save_checkpoint(folder, step, first, state, 2, ranks.is_main)
+        ranks.wait()
+
+
+def slow_rank(ranks: Ranks) -> float:
+    """One rank comes three time limits late to the gather; then all add up a tensor. Returns the sum."""
+    time.sleep(3 * nanolapo.ranks.TENSOR_PATIENCE.total_seconds() if ranks.index == 1 else 0)
+    assert ranks.gather(ranks.index) == list(range(ranks.count))
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    return total.item()
+
+
+def main(model: str, out: str) -> None:
+    nanolapo.ranks.TENSOR_PATIENCE = timedelta(seconds=5)
+    torch.set_num_threads(1)
+    ranks = Ranks()
+    result = step_up_to_advantages(model, ranks)
+    for sharding in ("ddp", "fsdp2"):
+        train_and_resume(model, Path(out), sharding, ranks)
+    result["sum after a slow rank"] = slow_rank(ranks)
+    (Path(out) / f"rank{ranks.index}of{ranks.count}.json").write_text(json.dumps(result))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,128 @@
+"""A step's data, its checkpoints and its waiting, on one, two and three ranks.
+
+Run: python -m pytest tests/distributed/test_steps_on_ranks.py        step_cases.py runs under torchrun.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launch import torchrun
+from safetensors.torch import load_file
+from step_cases import RUNAWAY
+from tiny import CPU, make_config, same_tensors
+from torch import Tensor
+
+from nanolapo.checkpoint import load_checkpoint, optimizer_tensors
+from nanolapo.demo_task import parse_question
+from nanolapo.policy import Policy
+from nanolapo.ranks import Ranks
+
+pytestmark = pytest.mark.slow
+RANKS = [1, 2, 3]
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory, tied_model) -> Callable[[int], Path]:
+    """The folder that step_cases.py filled on this many ranks; each is run once."""
+    folders: dict[int, Path] = {}
+
+    def run(ranks: int) -> Path:
+        if ranks not in folders:
+            folders[ranks] = tmp_path_factory.mktemp(f"on{ranks}")
+            result = torchrun("step_cases.py", ranks, tied_model, folders[ranks])
+            assert result.returncode == 0, result.stderr[-3000:]
+        return folders[ranks]
+
+    return run
+
+
+def held(folder: Path, ranks: int) -> dict[str, Any]:
+    """What every rank held after the step: the same on all."""
+    results = [json.loads((folder / f"rank{rank}of{ranks}.json").read_text()) for rank in range(ranks)]
+    assert all(result == results[0] for result in results)
+    return results[0]
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_A20_C11_completions_and_verdicts_stay_with_their_prompts(outcome, ranks):
+    """The engine echoes the prompt and a boxed digit. Every row's text opens with its own problem's question, and its
+    verdict is that of its own digit, answers that never finish and answers that were cut among them."""
+    step = held(outcome(ranks), ranks)
+    assert len(step["texts"]) == len(step["correct"]) == 48
+    right = runaway = 0
+    for b, text in enumerate(step["texts"]):
+        problem = step["problems"][b // 8]
+        assert text.startswith(problem["question"] + " <think>")
+        boxed = text.rsplit("\\boxed{", 1)[1].removesuffix("}")
+        answer = str(parse_question(problem["question"]).digits()[-1])
+        assert step["correct"][b] == (boxed == answer and step["finished"][b]), text
+        right, runaway = right + step["correct"][b], runaway + (boxed == RUNAWAY)
+    assert right > 0 and runaway > 0 and not all(step["finished"])
+
+
+def test_B4_groups_and_advantages_do_not_depend_on_ranks(outcome):
+    """Whole steps are equal; and each advantage is that of its own group of eight, by hand."""
+    steps = [held(outcome(ranks), ranks) for ranks in RANKS]
+    for name in ("problems", "texts", "finished", "correct", "advantages"):
+        assert steps[0][name] == steps[1][name] == steps[2][name], name
+    for first in range(0, 48, 8):
+        rewards = [float(x) for x in steps[0]["correct"][first : first + 8]]
+        mean = sum(rewards) / 8
+        spread = math.sqrt(sum((r - mean) ** 2 for r in rewards) / 7)
+        for reward, advantage in zip(rewards, steps[0]["advantages"][first : first + 8], strict=True):
+            assert advantage == pytest.approx((reward - mean) / spread if spread else 0.0, rel=1e-4)
+
+
+def test_D5_a_slow_rank_is_waited_for(outcome):
+    """One rank came to the gather three times the tensor time limit late; afterwards all ranks add up a tensor."""
+    for ranks in (2, 3):
+        assert held(outcome(ranks), ranks)["sum after a slow rank"] == ranks
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("ranks", RANKS)
+def test_D2_resuming_on_many_ranks_is_bit_equal(outcome, ranks, sharding):
+    """Three steps, a checkpoint, three more by a new policy: weights, both moments and step counts as after six."""
+    folder = outcome(ranks)
+    for rank in range(ranks):
+        whole, resumed, three = (
+            load_file(folder / f"{name}-{sharding}-rank{rank}.safetensors") for name in ("whole", "resumed", "three")
+        )
+        assert same_tensors(whole, resumed) and not same_tensors(whole, three)
+        assert sum(name.startswith("exp_avg_sq:") for name in whole) * 4 == len(whole)
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("ranks", RANKS)
+def test_D13_another_number_of_ranks_can_go_on(outcome, tied_model, ranks, sharding):
+    """One process takes up, to the bit, what any number of ranks has saved, whole copies or slices."""
+    folder = outcome(ranks)
+    policy = Policy(make_config(tied_model, train={"learning_rate": 1e-3}), CPU)
+    state = load_checkpoint(folder / f"checkpoints-{sharding}", policy, {}, Ranks())
+    assert state is not None and state["step"] == 1100
+    three = load_file(folder / f"three-{sharding}-rank0.safetensors")
+    assert same_tensors({n: p.detach() for n, p in policy.trained.items()} | optimizer_tensors(policy), three)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_D10_retention_on_many_ranks(outcome, ranks):
+    for sharding in ("ddp", "fsdp2"):
+        names = sorted(path.name for path in (outcome(ranks) / f"checkpoints-{sharding}").iterdir())
+        assert names == ["step-001000", "step-001100"]
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+def test_ranks_agree_on_the_result(outcome, sharding):
+    """Six steps on one, two and three ranks: the mean weight differs by float32 rounding (Adam scales some of it up)."""
+    ends: list[dict[str, Tensor]] = [load_file(outcome(n) / f"whole-{sharding}-rank0.safetensors") for n in RANKS]
+    for name, tensor in ends[0].items():
+        if not name.startswith(("exp_avg", "step")) and not name.endswith("k_proj.bias"):
+            assert all((tensor - other[name]).abs().mean() < 1e-5 for other in ends[1:]), name
+    assert torch.isfinite(torch.cat([tensor.flatten() for tensor in ends[0].values()])).all()
