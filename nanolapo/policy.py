@@ -162,18 +162,18 @@ class Policy:
         """Cut the model up over the ranks if it is to be; all computing goes through what is returned."""
         scorer = Scorer(model)
         if self.sharded:
-            shard(scorer, model.get_decoder().layers, self.dtype, offload)
+            shard(scorer, model.get_decoder().layers, self.dtype, offload and self.device.type != "cpu")
         return scorer
 
     def load_reference(self) -> Scorer:
         """The stage's first model, frozen; with LoRA it is in the model already."""
         if self.config.model.lora_rank:
             return self.scorer
-        offload = self.config.model.offload_reference and self.device.type != "cpu"
+        offload = self.config.model.offload_reference
         at_start = torch.device("cpu") if self.sharded or offload else self.device
         model = load_model(self.config.model.path, at_start).eval().requires_grad_(False)
         if offload and not self.sharded:
-            cpu_offload(model, self.device)  # each layer's weights visit the GPU while they are used
+            cpu_offload(model, self.device)  # each layer's weights visit the device while they are used
         return self.spread(model, offload)
 
     @property

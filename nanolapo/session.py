@@ -63,6 +63,8 @@ class Data:
         ids = "\n".join(p.id for p in self.problems)
         return {
             "model.path": config.model.path,
+            "model.lora_rank": config.model.lora_rank,
+            "model.lora_alpha": config.model.lora_alpha,
             "method": f"{type(method).__module__}:{type(method).__name__}",
             "data": sha256(ids.encode()).hexdigest()[:16],
             "rollout.group_size": config.rollout.group_size,
