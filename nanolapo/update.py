@@ -34,10 +34,9 @@ class OptimizerBatch:
     totals: BatchTotals
     microbatches: list[list[int]]  # the ranks of a sharded model all have equally many, some of them without rows
     has_signal: bool  # some token has an advantage; without one, KL alone would move the weights, so it is skipped
-    loads: tuple[
-        int, int, float
-    ]  # tokens, prompts included: of the fullest rank if each trained what it sampled, of the
-    # fullest rank as the rows are shared out, and the mean over ranks
+    # Tokens, prompts included: of the fullest rank if each trained what it sampled, of the fullest rank as the rows are
+    # shared out, and the mean over ranks.
+    loads: tuple[float, int, float]
 
 
 class Tally:
