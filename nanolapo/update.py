@@ -124,7 +124,7 @@ def plan_batches(
     _, engines = ranks.engine(config.rollout.tensor_parallel)
     batches, size = [], config.train.batch_size or len(rollouts)
     for first in range(0, len(rollouts), size):
-        rows = np.arange(first, first + size)
+        rows = np.arange(first, min(first + size, len(rollouts)))
         kept = rows[keep_B[rows]]
         totals = BatchTotals(int(lengths_B[kept].sum()), len(kept), config.rollout.max_new_tokens)
         active = kept if config.loss.kl_coef else kept[signal_B[kept]]
