@@ -64,9 +64,14 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"{final}: could not be written ({error}); free some disk and run the same command") from None
+    prune(folder, keep)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all checkpoints but the newest `keep`, and what killed saves have left."""
     for old in complete_checkpoints(folder)[keep:]:
         old.rename(old.with_name(f"{old.name}.tmp"))  # so that a kill cannot leave half of it under its final name
-    for leftover in folder.glob("step-*.tmp"):  # also of saves that were killed
+    for leftover in folder.glob("step-*.tmp"):
         shutil.rmtree(leftover)
 
 
@@ -92,6 +97,8 @@ def save_model(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"{folder}: could not be written ({error}); free some disk and run the same command") from None
+    for path in [*temporary.iterdir(), temporary]:
+        sync(path)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 
@@ -137,10 +144,16 @@ def is_complete(path: Path) -> bool:
 def load_checkpoint(folder: Path, policy: Policy, fingerprint: dict[str, Any], ranks: Ranks) -> dict[str, Any] | None:
     """Take up the newest complete checkpoint and return its state, or None where there is none.
 
-    Raises UserError when it belongs to another model, data set or batch: a resumed run must be the same run.
+    Raises UserError when it belongs to another model, data set or batch: a resumed run must be the same run. So it does
+    when all are damaged: to start again would delete the logs of everything that was done.
     """
     path = ranks.gather(next(iter(complete_checkpoints(folder)), None))[0]  # the main rank chooses for all
     if path is None:
+        if any(NAME.match(entry.name) for entry in folder.glob("step-*")):
+            raise UserError(
+                f"{folder}: every checkpoint is damaged; put a whole one there, or delete the folder to start again "
+                "from the first step"
+            )
         return None
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     for key, now in fingerprint.items():

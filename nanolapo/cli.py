@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import errno
+import json
 import os
 import sys
+import time
+import traceback
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from nanolapo.config import Config, RunStopped, UserError, validate
 from nanolapo.config_file import load_config, to_yaml
@@ -32,7 +37,9 @@ def parse(description: str, default_method: str = "") -> tuple[Config, bool]:
     return config, arguments.dry_run
 
 
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}  # full, over quota, or not ours to write
+# full, over quota or over the file size limit, or not ours to write
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+ECHO_DELAY_S = 60
 
 
 def run(main: Callable[[], None]) -> None:
@@ -43,20 +50,33 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        end(f"error: {error}", 2)
     except RunStopped as error:
-        print(f"stopped: {error}", file=sys.stderr, flush=True)
-        sys.exit(3)
-    except OSError as error:
-        if error.errno not in DISK:
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror}; mend that and run the same command again", file=sys.stderr, flush=True)
-        sys.exit(2)
+        end(f"stopped: {error}", 3)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from what was saved", file=sys.stderr, flush=True)
-        sys.exit(130)
+        end("interrupted; the same command goes on from what was saved", 130)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK:
+            where = f"{error.filename}: " if error.filename else ""
+            end(f"error: {where}{error.strerror}; mend that and run the same command again", 2)
+        last = traceback.extract_tb(error.__traceback__)[-1].filename
+        tell_torchrun(traceback.format_exc(), is_echo="torch/distributed" in last)
+        raise
+
+
+def end(line: str, code: int) -> NoReturn:
+    print(line, file=sys.stderr, flush=True)
+    tell_torchrun(line)
+    sys.exit(code)
+
+
+def tell_torchrun(text: str, is_echo: bool = False) -> None:
+    """Hand an error to the launcher, which shows the earliest of all ranks' last, as the root cause. A collective call that
+    fails is mostly the echo of another rank's end: it is dated later, so that the real cause comes first."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        message = json.dumps({"message": text, "timestamp": int(time.time()) + ECHO_DELAY_S * is_echo})
+        with suppress(OSError):  # the full disk that is to be reported may be this one, too
+            Path(path).write_text(message, encoding="utf-8")
 
 
 def train_or_describe(config: Config, dry_run: bool) -> None:

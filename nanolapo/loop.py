@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from nanolapo.alarms import Alarms
-from nanolapo.checkpoint import load_checkpoint, save_checkpoint, save_model
+from nanolapo.checkpoint import load_checkpoint, prune, save_checkpoint, save_model
 from nanolapo.config import Config
 from nanolapo.grader import Grader
 from nanolapo.methods.base import Method
@@ -193,6 +193,8 @@ def train(config: Config, method: Method) -> None:
         save_model(policy.model, policy.dtype, data.tokenizer, final_model(config), ranks.is_main)
         if ranks.is_main:
             method.export(config.run_dir)
+            # A kill may have come between the last save and its pruning.
+            prune(config.run_dir / "checkpoints", config.run.keep_checkpoints)
         say(ranks, f"{config.run_dir}: complete; {final_model(config)} is a plain Hugging Face folder")
         ranks.wait()
 

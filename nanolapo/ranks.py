@@ -10,8 +10,11 @@ and `wait` use a second, gloo group that waits for PATIENCE. (A rank that has di
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import socket
+import sys
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -20,6 +23,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 T = TypeVar("T")
+PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
 TENSOR_PATIENCE = timedelta(minutes=10)
 PATIENCE = timedelta(hours=24)  # 32k-token answers, a slow disk
 
@@ -35,6 +39,7 @@ class Ranks:
     """index of this process, count of all, the device it owns."""
 
     def __init__(self) -> None:
+        end_with_launcher()
         if os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", "1"):
             stay_on_loopback()
         self.state = PartialState(cpu=not torch.cuda.is_available(), timeout=TENSOR_PATIENCE)
@@ -64,3 +69,10 @@ class Ranks:
         """Return once every rank has come here."""
         if self.count > 1:
             dist.barrier(group=self.patient)
+
+
+def end_with_launcher() -> None:
+    """Let the kernel kill this rank when torchrun is killed. Ranks that train on unseen would write to the same files as
+    the run that the same command starts anew. (Linux only; elsewhere look for them before you start again.)"""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -21,7 +21,14 @@ from safetensors.torch import load_file
 from tiny import CPU, make_config, make_rows, same_tensors, tiny_llama, update, weights_of
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from nanolapo.checkpoint import complete_checkpoints, load_checkpoint, optimizer_tensors, save_checkpoint, save_model
+from nanolapo.checkpoint import (
+    complete_checkpoints,
+    load_checkpoint,
+    optimizer_tensors,
+    prune,
+    save_checkpoint,
+    save_model,
+)
 from nanolapo.config import UserError
 from nanolapo.policy import Policy
 from nanolapo.ranks import Ranks
@@ -82,6 +89,14 @@ def test_D2_before_the_first_optimizer_step(tmp_path, tied_model):
     policy = Policy(make_config(tied_model), CPU)
     assert load_checkpoint(tmp_path, policy, FINGERPRINT, Ranks()) is not None and policy.num_steps == 0
     update(policy, make_rows([3, 9]), [1.0, -1.0])
+
+
+def test_a_rank_on_a_numbered_cpu_resumes(tmp_path, tied_model, policy):
+    """Under torchrun accelerate calls the CPU "cpu:0", which safetensors takes for no device at all."""
+    save(tmp_path, 1, policy)
+    second = Policy(make_config(tied_model), torch.device("cpu:0"))
+    assert load_checkpoint(tmp_path, second, FINGERPRINT, Ranks()) is not None
+    assert same_tensors(weights_of(second), weights_of(policy))
 
 
 def test_nothing_there(tmp_path, policy):
@@ -175,6 +190,25 @@ def test_D1_a_damaged_newest_checkpoint_is_passed_over(tmp_path, policy, file, d
     assert all((tensor == 1).all() for _, tensor in policy.named_weights())
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again_silently(tmp_path, policy):
+    for step in (1, 2):
+        (save(tmp_path, step, policy) / "state.json").write_text("garbage")
+    with pytest.warns(UserWarning, match="damaged"), pytest.raises(UserError, match="every checkpoint .* delete"):
+        load_checkpoint(tmp_path, policy, FINGERPRINT, Ranks())
+
+
+def test_a_kill_between_rename_and_pruning_is_made_up_for(tmp_path, policy, monkeypatch):
+    """After the last save of a run no other save follows that would clear away what it has left."""
+    save(tmp_path, 1, policy)
+    with monkeypatch.context() as patch:
+        patch.setattr("nanolapo.checkpoint.prune", lambda folder, keep: None)
+        save(tmp_path, 2, policy)
+        save(tmp_path, 3, policy)
+    (tmp_path / "step-000001").rename(tmp_path / "step-000001.tmp")
+    prune(tmp_path, keep=1)
+    assert names(tmp_path) == ["step-000003"]
+
+
 def test_D1_a_full_disk_is_one_line_and_leaves_the_older_ones(tmp_path, policy):
     """A real write error, from the kernel: the file size limit of this process is set to 20 kB while saving."""
     save(tmp_path, 1, policy)
@@ -217,8 +251,8 @@ def test_F2_pickle_in_a_checkpoint_is_refused_and_not_run(tmp_path, policy, file
         with pytest.raises(UserError, match=f"{file}.*damaged"):
             load_checkpoint(tmp_path, policy, FINGERPRINT, Ranks())
     else:
-        with pytest.warns(UserWarning, match="damaged"):
-            assert load_checkpoint(tmp_path, policy, FINGERPRINT, Ranks()) is None
+        with pytest.warns(UserWarning, match="damaged"), pytest.raises(UserError, match="every checkpoint is damaged"):
+            load_checkpoint(tmp_path, policy, FINGERPRINT, Ranks())
     assert not (tmp_path / "ran").exists()
 
 
