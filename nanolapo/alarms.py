@@ -11,7 +11,14 @@ from typing import Any
 from nanolapo.config import Config, RunStopped
 
 FIRST_LIMIT = 0.2  # at step 0; bf16 on both sides gives 0.01 to 0.05, a stale tied head 0.4 to 1.5
-PATIENCE = {"truncated": 3, "flat": 5, "empty": 3, "looping": 3, "copies": 5}  # steps in a row before a warning
+PATIENCE = {
+    "truncated": 3,
+    "flat": 5,
+    "empty": 3,
+    "looping": 3,
+    "copies": 5,
+    "dropped": 1,
+}  # steps in a row before a warning
 
 
 class MismatchError(RunStopped):
@@ -49,6 +56,7 @@ class Alarms:
             "empty": metrics["empty"] > 0.5,
             "looping": metrics["repetition"] > 0.8,
             "copies": metrics["unique_per_group"] == 1.0 and self.config.rollout.group_size > 1,
+            "dropped": metrics.get("kept_groups") == 0,
         }
         limit = self.config.rollout.max_new_tokens
         texts = {
@@ -62,12 +70,15 @@ class Alarms:
             + "".join(examples[:1]),
             "copies": "all answers of a group were the same: the policy has become deterministic, or the sampler ignores "
             "its seeds; no group can teach anything",
+            "dropped": "the method has kept no group to train on (dynamic sampling: in none of its rounds), so nothing "
+            "was learned: problems too hard or too easy, or too few rounds",
         }
         warnings = []
         for name, present in symptoms.items():
             self.lasted[name] = self.lasted[name] + 1 if present else 0
-            if self.lasted[name] and self.lasted[name] % PATIENCE[name] == 0:
-                warnings.append(f"WARNING step {step}: for {self.lasted[name]} steps {texts[name]}")
+            lasted = self.lasted[name]
+            if lasted and lasted % PATIENCE[name] == 0:
+                warnings.append(f"WARNING step {step}: for {lasted} step{'s' * (lasted > 1)} {texts[name]}")
         return warnings
 
     def state_dict(self) -> dict[str, Any]:

@@ -103,11 +103,19 @@ def describe(config: Config, method: Method) -> None:
         data = load_data(config, grader)
     method.start(data.problems)
     guidance = method.guidance(data.problems[0], 0, 0)
-    plan = method.sampling(0)
-    most = config.train.steps * plan.num_prompts * plan.group_size * plan.max_new_tokens
+    most = sum(most_tokens(method, step) for step in range(config.train.steps))
     print(to_yaml(config))
     print("\n".join([*data.report, f"{len(data.problems)} problems", config.arithmetic(ranks)]))
     print(f"at most {most:,} sampled tokens in {config.train.steps} steps (upper bound: every answer at the limit)")
     if limit:
         print(f"stops after the step that reaches {limit:,} sampled tokens")
     print(f"one prompt, as the model sees it:\n---\n{data.prompter.render(data.problems[0].question, guidance)}\n---")
+
+
+def most_tokens(method: Method, step: int) -> int:
+    """Upper bound of what a step samples: every round of dynamic sampling and a monitor pass, every answer at the limit."""
+    plan, monitor = method.sampling(step), method.monitor(step)
+    tokens = plan.num_prompts * plan.max_rounds * plan.group_size * plan.max_new_tokens
+    if monitor:
+        tokens += len(monitor.problem_indices) * monitor.group_size * monitor.max_new_tokens
+    return tokens

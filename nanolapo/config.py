@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,9 +121,22 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
+    kind: str = "grpo"  # grpo | gspo | luspo | cispo | kl_cov | r2vpo | dhpo | minpro: the policy loss, see losses.py
     aggregation: str = "token_mean"  # token_mean | sequence_mean | constant (divide by max_new_tokens)
-    clip_low: float = 0.2
+    clip_low: float = 0.2  # of the token ratio (grpo, dhpo, minpro) or the sequence ratio (gspo, luspo)
     clip_high: float = 0.2  # larger than clip_low: DAPO's clip-higher
+    dual_clip: float = 0.0  # grpo, minpro: where A < 0 the loss stops at this ratio; 0: off (verl 3, DAPO's recipe 10)
+    cispo_cap: float = 5.0  # cispo: largest weight of a token
+    kl_cov_share: float = 0.002  # kl_cov: share of the step's tokens that carry the KL term
+    kl_cov_coef: float = 1.0  # kl_cov: its weight
+    # r2vpo (unverified): lam <- max(0, lam + r2vpo_rate * (mean((r - 1)^2) - r2vpo_target)) after every step. The rule, the
+    # rate and the target are ours: the paper's are not available. r2vpo_rate 0 keeps lam as it is.
+    r2vpo_lam: float = 1.0  # at the start
+    r2vpo_rate: float = 1.0
+    r2vpo_target: float = 0.01
+    dhpo_weight: float = 0.5  # dhpo (unverified, the mix is ours): w of the token ratio, 1 - w of the sequence ratio
+    dhpo_clip_low: float = 3e-4  # dhpo: clip of the sequence ratio (unverified: GSPO's numbers)
+    dhpo_clip_high: float = 4e-4
     kl_coef: float = 1e-4  # 0: no reference model is loaded
     kl_kind: str = "k3"  # k1 | k2 | k3
     tis_cap: float = 0.0  # truncated importance sampling against the sampler's log-probs; 0: off
@@ -216,12 +230,19 @@ class Config:
         )
 
 
+LOSS_AGGREGATIONS = {  # losses whose paper defines what they are divided by; the others go with any aggregation
+    "gspo": ("sequence_mean",),
+    "luspo": ("sequence_mean",),
+    "cispo": ("token_mean",),
+    "kl_cov": ("token_mean", "sequence_mean"),
+}
 CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.sharding": ("ddp", "fsdp2"),
     "prompt.style": ("raw", "chat"),
     "rollout.engine": ("auto", "vllm", "torch"),
     "rollout.dtype": ("", "float32", "bfloat16"),
+    "loss.kind": ("grpo", *LOSS_AGGREGATIONS, "r2vpo", "dhpo", "minpro"),
     "loss.aggregation": ("token_mean", "sequence_mean", "constant"),
     "loss.kl_kind": ("k1", "k2", "k3"),
     "loss.old_logprobs": ("trainer", "sampler"),
@@ -276,9 +297,44 @@ def validate(config: Config, world_size: int = 1) -> None:
             f"train.batch_size={batch} must be a multiple of rollout.group_size={r.group_size} and divide the "
             f"{config.rollouts_per_step} rollouts of a step (rollout.prompts_per_step x rollout.group_size)"
         )
-    if loss.clip_low < 0 or loss.clip_high < 0 or loss.clip_low >= 1:
-        raise UserError(f"loss.clip_low={loss.clip_low}, loss.clip_high={loss.clip_high}: need 0 <= clip_low < 1")
+    validate_loss(loss)
     if len(t.adam_betas) != 2 or len(config.lapo.percentiles) != 2:
         raise UserError("train.adam_betas and lapo.percentiles need exactly two numbers each")
     if not 0 <= config.lapo.percentiles[0] <= config.lapo.percentiles[1] <= 100:
         raise UserError(f"lapo.percentiles={list(config.lapo.percentiles)}: need 0 <= low <= high <= 100")
+
+
+def validate_loss(loss: LossConfig) -> None:
+    """The part of `validate` that concerns the policy loss: ranges, and settings that contradict loss.kind."""
+    if loss.clip_low < 0 or loss.clip_high < 0 or loss.clip_low >= 1:
+        raise UserError(f"loss.clip_low={loss.clip_low}, loss.clip_high={loss.clip_high}: need 0 <= clip_low < 1")
+    aggregations = LOSS_AGGREGATIONS.get(loss.kind, (loss.aggregation,))
+    if loss.aggregation not in aggregations:
+        raise UserError(
+            f"loss.aggregation={loss.aggregation!r}: loss.kind={loss.kind!r} is defined with {' or '.join(aggregations)}; "
+            f"set loss.aggregation={aggregations[0]}"
+        )
+    if loss.dual_clip and (loss.dual_clip <= 1 or loss.kind not in ("grpo", "minpro")):
+        raise UserError(
+            f"loss.dual_clip={loss.dual_clip}: a ratio above 1, for loss.kind grpo or minpro (here {loss.kind!r}); 0 turns "
+            "it off"
+        )
+    if loss.tis_cap and (loss.tis_cap < 0 or loss.old_logprobs == "sampler"):
+        raise UserError(
+            f"loss.tis_cap={loss.tis_cap}: a positive cap on p_old / p_sampler, which is always 1 under loss.old_logprobs="
+            "sampler; set loss.old_logprobs=trainer, or loss.tis_cap=0"
+        )
+    ranges = {  # key -> (value, smallest, largest)
+        "loss.cispo_cap": (loss.cispo_cap, 1.0, math.inf),
+        "loss.kl_cov_share": (loss.kl_cov_share, 0.0, 1.0),
+        "loss.kl_cov_coef": (loss.kl_cov_coef, 0.0, math.inf),
+        "loss.r2vpo_lam": (loss.r2vpo_lam, 0.0, math.inf),
+        "loss.r2vpo_rate": (loss.r2vpo_rate, 0.0, math.inf),
+        "loss.r2vpo_target": (loss.r2vpo_target, 0.0, math.inf),
+        "loss.dhpo_weight": (loss.dhpo_weight, 0.0, 1.0),
+        "loss.dhpo_clip_low": (loss.dhpo_clip_low, 0.0, 1.0),
+        "loss.dhpo_clip_high": (loss.dhpo_clip_high, 0.0, math.inf),
+    }
+    for key, (value, smallest, largest) in ranges.items():
+        if not smallest <= value <= largest:
+            raise UserError(f"{key}={value}: need {smallest:g} <= {key.removeprefix('loss.')} <= {largest:g}")

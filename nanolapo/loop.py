@@ -7,12 +7,8 @@ and trains its share of the tokens, and everything in between is computed alike 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from nanolapo.alarms import Alarms
 from nanolapo.checkpoint import load_checkpoint, prune, save_checkpoint, save_model
@@ -21,12 +17,10 @@ from nanolapo.grader import Grader
 from nanolapo.methods.base import Method
 from nanolapo.metrics import RunLog, Stopwatch, memory_gb, rollout_metrics
 from nanolapo.policy import Policy
-from nanolapo.problems import batch_indices
 from nanolapo.ranks import Ranks
-from nanolapo.rollouts import Decoding, Request, Rollouts, join_ranks, make_rollouts, row_seed
+from nanolapo.sampling import Round, join_rounds, monitor_pass, next_draw, sample_and_grade
 from nanolapo.session import (
-    Data,
-    Sampler,
+    Session,
     StopRequest,
     final_model,
     load_data,
@@ -37,107 +31,42 @@ from nanolapo.session import (
 from nanolapo.update import update_policy
 
 
-@dataclass
-class Session:
-    """What one step works with. `step` is the next step to do; it and `sampled_tokens` are part of a checkpoint."""
-
-    config: Config
-    method: Method
-    ranks: Ranks
-    data: Data
-    grader: Grader
-    policy: Policy
-    sampler: Sampler
-    alarms: Alarms
-    log: RunLog | None  # rank 0 only
-    step: int = 0
-    sampled_tokens: int = 0
-
-
 def run_step(s: Session) -> None:
     """One step of GRPO, with the method's hooks in the order in which they act."""
-    method, policy, watch = s.method, s.policy, Stopwatch()
-    with watch("sample"):
-        rollouts = sample(s)
-    with watch("grade"):
-        grade(s, rollouts, range(len(rollouts)))
-        everyone = s.ranks.gather(rollouts)
-        # The ranks that share an engine sampled the same rows. From here on every rank holds all rows.
-        rollouts = join_ranks(everyone[:: s.config.rollout.tensor_parallel])
-        rollouts.regrade = lambda edited, rows: regrade(s, edited, rows)
+    method, policy, watch, tokens_before = s.method, s.policy, Stopwatch(), s.sampled_tokens
+    plan = method.sampling(s.step)
+    monitored = monitor_pass(s, watch)  # a second sampling, for the few methods that watch other prompts
+    rounds: list[Round] = []
+    while draw := next_draw(s, plan, rounds):  # one round; with dynamic sampling more, until enough groups are kept
+        rollouts = sample_and_grade(s, plan, draw, watch)  # from here on every rank holds all rows
+        method.edit_rollouts(rollouts)
+        done = Round(rollouts, method.reward(rollouts))  # named parts, [B] each; the reward is their sum
+        done.keep_P = method.keep_groups(rollouts, done.rewards_PG)
+        rounds.append(done)
+    sampled = join_rounds(rounds, plan.num_prompts)
+    batch = sampled.kept()  # only the groups to train on
 
-    method.edit_rollouts(rollouts)
-    parts = method.reward(rollouts)  # named parts, [B] each; the reward is their sum
-    rewards_PG = rollouts.by_group(sum(parts.values(), np.zeros(len(rollouts))))
-    advantages = method.advantage(rollouts, torch.from_numpy(rewards_PG))  # [B], or [B, T] per token
-    keep_P = method.keep_groups(rollouts, rewards_PG)
-    keep_B = np.repeat(keep_P, rollouts.group_size) & ~rollouts.broken_B
+    advantages = method.advantage(batch.rollouts, torch.from_numpy(batch.rewards_PG))  # [B], or [B, T] per token
+    keep_B = np.repeat(batch.keep_P, plan.group_size) & ~batch.rollouts.broken_B
 
     s.sampler.sleep()  # its memory belongs to the trainer now
     with watch("update"):
-        trained = update_policy(policy, method, rollouts, advantages, keep_B, s.ranks)
+        trained = update_policy(policy, method, batch.rollouts, advantages, keep_B, s.ranks)
     with watch("sync"):
         s.sampler.wake()
         s.sampler.load_weights(policy.named_weights())
-    statistics = method.after_step(rollouts)  # M(q) and its like change only after the rewards of the step
+    statistics = method.after_step(sampled.rollouts)  # M(q) and its like change only after the rewards of the step
 
-    s.sampled_tokens += int(rollouts.lengths_B.sum())
-    metrics = rollout_metrics(rollouts, parts) | trained | statistics
-    record(s, rollouts, parts, metrics, watch)
+    metrics = rollout_metrics(sampled.rollouts, sampled.parts) | monitored | trained | statistics
+    metrics |= {"rounds": float(len(rounds)), "kept_groups": float(sampled.keep_P.sum())}
+    record(s, sampled, metrics, watch, s.sampled_tokens - tokens_before)
     s.alarms.check_mismatch(s.step, metrics["mismatch"])
     s.step += 1
 
 
-def sample(s: Session) -> Rollouts:
-    """Sample this engine's prompts of the step: whole groups, every seed a pure function of its place in the step."""
-    plan, seed = s.method.sampling(s.step), s.config.run.seed
-    chosen = batch_indices(len(s.data.problems), s.step, plan.num_prompts, seed)
-    engine, engines = s.ranks.engine(s.config.rollout.tensor_parallel)
-    places = range(engine, len(chosen), engines)  # engine e of N takes prompts e, e + N, e + 2N, ...
-    problems = [s.data.problems[chosen[place]] for place in places]
-    guidances = [s.method.guidance(p, g, s.step) for p in problems for g in range(plan.group_size)]
-    prompts: dict[tuple[str, str, str], list[int]] = {}  # a group mostly shares one prompt: encode it once
-    requests = []
-    for row, guidance in enumerate(guidances):
-        p, g = divmod(row, plan.group_size)
-        key = (problems[p].question, guidance.outside, guidance.inside)
-        if key not in prompts:
-            prompts[key] = s.data.prompter.ids(problems[p].question, guidance)
-        requests.append(Request(prompts[key], row_seed(seed, s.step, places[p], g), plan.max_new_tokens))
-    total = len(requests) * plan.max_new_tokens
-
-    def advance(tokens: int) -> None:
-        bar.update(tokens)
-
-    with tqdm(total=total, unit="tok", desc="sampling", leave=False, disable=None if s.log else True) as bar:
-        samples = s.sampler.generate(requests, Decoding(plan.temperature), advance)
-    budgets = [guidance.budget for guidance in guidances]
-    rollouts = make_rollouts(problems, plan.group_size, requests, budgets, samples, s.policy.vocab_size)
-    rollouts.texts = [s.data.decode(ids) for ids in rollouts.response_ids]
-    return rollouts
-
-
-def grade(s: Session, rollouts: Rollouts, rows: Iterable[int]) -> None:
-    """Fill in correct_B. An answer that was cut off counts as wrong unless the method says otherwise."""
-    rows = list(rows)
-    golds = [rollouts.problems[row // rollouts.group_size].answer for row in rows]
-    verdicts = s.grader.grade_all([rollouts.texts[row] for row in rows], golds)
-    s.grader.stop_if_untrustworthy()
-    for row, verdict in zip(rows, verdicts, strict=True):
-        rollouts.correct_B[row] = verdict and (rollouts.finished_B[row] or s.method.cut_answers_count)
-
-
-def regrade(s: Session, rollouts: Rollouts, rows: Iterable[int]) -> None:
-    """One rank grades for all: a grader's time-out must not make ranks disagree."""
-    if s.log:
-        grade(s, rollouts, rows)
-    rollouts.correct_B = s.ranks.gather(rollouts.correct_B)[0]
-
-
-def record(
-    s: Session, rollouts: Rollouts, parts: dict[str, np.ndarray], metrics: dict[str, float], watch: Stopwatch
-) -> None:
-    """Write the step to the logs, and say in words what looks wrong."""
+def record(s: Session, sampled: Round, metrics: dict[str, float], watch: Stopwatch, tokens: int) -> None:
+    """Write the step to the logs, and say in words what looks wrong. `tokens` is what the step sampled."""
+    rollouts, parts = sampled.rollouts, sampled.parts
     warnings = s.alarms.check_learning(s.step, metrics, rollouts.texts)
     if s.log is None:
         return
@@ -145,7 +74,7 @@ def record(
         "sampled_tokens": s.sampled_tokens,
         "grader_errors": s.grader.error_rate,
         "memory_gb": memory_gb(),
-        "tokens_per_second": float(rollouts.lengths_B.sum()) / watch.total(),
+        "tokens_per_second": tokens / watch.total(),
         **{f"seconds/{phase}": seconds for phase, seconds in watch.seconds.items()},
     }
     s.log.step(s.step, metrics)
@@ -170,6 +99,7 @@ def train(config: Config, method: Method) -> None:
         step, sampled_tokens = saved.get("step", 0), saved.get("sampled_tokens", 0)
         if saved:
             method.load_state_dict(saved["method"])
+            method.loss_state |= saved.get("loss", {})
             alarms.load_state_dict(saved["alarms"])
             say(ranks, f"resuming {config.run_dir} at step {step}")
         if not is_finished(config, limit, step, sampled_tokens):
@@ -203,6 +133,7 @@ def checkpoint(s: Session, fingerprint: dict[str, object]) -> None:
     state = {
         "sampled_tokens": s.sampled_tokens,
         "method": s.method.state_dict(),
+        "loss": s.method.loss_state,
         "alarms": s.alarms.state_dict(),
         "wandb_id": s.log.wandb_id if s.log else None,
         "fingerprint": fingerprint,

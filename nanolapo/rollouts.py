@@ -43,6 +43,12 @@ class Sample:
     finished: bool
 
 
+ROW_FIELDS = (  # of Rollouts: one entry per row
+    "prompt_ids", "response_ids", "sampler_logprobs", "finished_B", "budgets_B", "correct_B", "broken_B", "unmatched_B",
+    "texts",
+)  # fmt: skip
+
+
 @dataclass
 class Rollouts:
     """All rollouts of one step, over every rank, groups in prompt order.
@@ -50,6 +56,8 @@ class Rollouts:
     `correct_B` is the grader's verdict, never a shaped reward. `budgets_B` is the target length a prompt carried, nan
     where it carried none (so that a missing budget can never be read as 0). `broken_B` marks rows whose samples cannot be
     trained on (a token id beyond the vocabulary, a log-prob that is not finite): they are masked out and counted.
+    `unmatched_B` marks rows sampled at another temperature than the trainer scores at (a monitor pass): they may be
+    trained on, but say nothing about the mismatch between sampler and trainer.
     """
 
     problems: list[Problem]  # P
@@ -61,8 +69,13 @@ class Rollouts:
     budgets_B: np.ndarray  # float64, nan = none
     correct_B: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
     broken_B: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    unmatched_B: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
     texts: list[str] = field(default_factory=list)  # B, decoded responses, for the grader and for people
     regrade: Callable[[Rollouts, Sequence[int]], None] | None = None  # set by the loop: grade these rows again
+
+    def __post_init__(self) -> None:
+        if len(self.unmatched_B) != len(self):
+            self.unmatched_B = np.zeros(len(self), dtype=bool)
 
     def __len__(self) -> int:
         return len(self.response_ids)
@@ -86,6 +99,11 @@ class Rollouts:
     def by_group(self, values_B: np.ndarray) -> np.ndarray:
         """View a row array [B, ...] as [P, G, ...]."""
         return values_B.reshape(len(self.problems), self.group_size, *values_B.shape[1:])
+
+    def put_row(self, row: int, source: Rollouts, source_row: int) -> None:
+        """Replace a row by one of another batch, with all that belongs to it. The problem of its group stays as it is."""
+        for name in ROW_FIELDS:
+            getattr(self, name)[row] = getattr(source, name)[source_row]
 
 
 def make_rollouts(
@@ -123,17 +141,32 @@ def make_rollouts(
 def join_ranks(parts: Sequence[Rollouts]) -> Rollouts:
     """Put the ranks' rollouts together. Rank r sampled prompts r, r + N, r + 2N, ...; the result is in prompt order,
     so it is the same object whatever the number of ranks."""
-    num_ranks, group_size = len(parts), parts[0].group_size
+    num_ranks = len(parts)
     num_groups = sum(len(part.problems) for part in parts)
-    origin = [(g % num_ranks, g // num_ranks) for g in range(num_groups)]  # (rank, group on that rank)
-    rows = [(rank, group * group_size + i) for rank, group in origin for i in range(group_size)]
+    return pick_groups(parts, [(g % num_ranks, g // num_ranks) for g in range(num_groups)])
+
+
+def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
+    """The groups of one batch after those of the other."""
+    return pick_groups(parts, [(i, g) for i, part in enumerate(parts) for g in range(len(part.problems))])
+
+
+def take_groups(rollouts: Rollouts, groups: Sequence[int] | np.ndarray) -> Rollouts:
+    """A batch of these groups only."""
+    return pick_groups([rollouts], [(0, int(g)) for g in groups])
+
+
+def pick_groups(parts: Sequence[Rollouts], origin: Sequence[tuple[int, int]]) -> Rollouts:
+    """A new batch whose groups come from (part, group in that part)."""
+    group_size = parts[0].group_size
+    rows = [(part, group * group_size + i) for part, group in origin for i in range(group_size)]
 
     def pick(name: str) -> list:
         columns = [getattr(part, name) for part in parts]
-        return [columns[rank][row] for rank, row in rows]
+        return [columns[part][row] for part, row in rows]
 
     return Rollouts(
-        problems=[parts[rank].problems[group] for rank, group in origin],
+        problems=[parts[part].problems[group] for part, group in origin],
         group_size=group_size,
         prompt_ids=pick("prompt_ids"),
         response_ids=pick("response_ids"),
@@ -142,7 +175,9 @@ def join_ranks(parts: Sequence[Rollouts]) -> Rollouts:
         budgets_B=np.array(pick("budgets_B"), dtype=np.float64),
         correct_B=np.array(pick("correct_B"), dtype=bool),
         broken_B=np.array(pick("broken_B"), dtype=bool),
+        unmatched_B=np.array(pick("unmatched_B"), dtype=bool),
         texts=pick("texts"),
+        regrade=parts[0].regrade,
     )
 
 

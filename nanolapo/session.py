@@ -21,9 +21,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from nanolapo.alarms import Alarms
 from nanolapo.config import Config, UserError, validate
 from nanolapo.grader import Grader
 from nanolapo.methods.base import Method
+from nanolapo.metrics import RunLog
+from nanolapo.policy import Policy
 from nanolapo.problems import Problem, load_problems
 from nanolapo.prompts import Prompter, split_by_length
 from nanolapo.ranks import Ranks
@@ -73,6 +76,23 @@ class Data:
             "train.batch_size": config.train.batch_size,
             "run.seed": config.run.seed,
         }
+
+
+@dataclass
+class Session:
+    """What one step works with. `step` is the next step to do; it and `sampled_tokens` are part of a checkpoint."""
+
+    config: Config
+    method: Method
+    ranks: Ranks
+    data: Data
+    grader: Grader
+    policy: Policy
+    sampler: Sampler
+    alarms: Alarms
+    log: RunLog | None  # rank 0 only
+    step: int = 0
+    sampled_tokens: int = 0
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

@@ -67,6 +67,7 @@ def update_policy(
     """
     config = policy.config
     batches = plan_batches(policy, rollouts, advantages, keep_B, ranks)
+    method.prepare_loss(rollouts, advantages, keep_B)
     tally, norms, learning_rate = Tally(), [], policy.learning_rate()
     first_update = policy.num_steps
     old: dict[int, np.ndarray] | None = None  # None: one update per step, its own forward pass gives the old log-probs
@@ -105,8 +106,8 @@ def update_policy(
         micro = make_microbatch(rollouts, range(rollouts.group_size), policy.device)
         with torch.no_grad():
             tally_mismatch(tally, loss_inputs(policy, method, rollouts, advantages, micro, None))
-    sums = tally.over_ranks(ranks)
-    return summarize(sums, norms, len(batches) * config.train.inner_epochs, learning_rate) | rank_imbalance(batches)
+    trained = summarize(tally.over_ranks(ranks), norms, len(batches) * config.train.inner_epochs, learning_rate)
+    return trained | method.after_update(trained) | rank_imbalance(batches)
 
 
 def plan_batches(
@@ -114,8 +115,8 @@ def plan_batches(
 ) -> list[OptimizerBatch]:
     """Cut the step's rows into optimizer batches, and each into this rank's micro-batches.
 
-    A row whose advantage is zero gets no gradient unless a KL term acts on it, so without one its forward pass is
-    skipped; it still counts in the denominators.
+    A row whose advantage is zero gets no gradient unless a term without the advantage acts on it (KL, and what kl_cov and
+    r2vpo put on the ratio), so without one its forward pass is skipped; it still counts in the denominators.
     """
     config = policy.config
     lengths_B = rollouts.lengths_B
@@ -127,7 +128,7 @@ def plan_batches(
         rows = np.arange(first, min(first + size, len(rollouts)))
         kept = rows[keep_B[rows]]
         totals = BatchTotals(int(lengths_B[kept].sum()), len(kept), config.rollout.max_new_tokens)
-        active = kept if config.loss.kl_coef else kept[signal_B[kept]]
+        active = kept if config.loss.kl_coef or config.loss.kind in ("kl_cov", "r2vpo") else kept[signal_B[kept]]
         active = active[lengths_B[active] > 0]
         plan = plan_microbatches(active.tolist(), sizes_B[active].tolist(), ranks.count, config.train.microbatch_tokens)
         mine = [rows_of_micro for rows_of_micro in plan[ranks.index] if rows_of_micro or policy.sharded]
@@ -191,9 +192,11 @@ def score(policy: Policy, rollouts: Rollouts, microbatches: list[list[int]]) -> 
 
 def tally_mismatch(tally: Tally, x: LossInputs) -> None:
     """d = |logp_trainer - logp_sampler| on the sampled tokens: the same weights must give the same numbers."""
-    difference_BT = (x.logprobs_BT.detach() - x.sampler_logprobs_BT).abs() * x.mask_BT
+    matched_B = torch.from_numpy(~x.rollouts.unmatched_B[x.rows]).to(x.mask_BT.device)
+    mask_BT = x.mask_BT * matched_B[:, None]
+    difference_BT = (x.logprobs_BT.detach() - x.sampler_logprobs_BT).abs() * mask_BT
     tally.add("mismatch_sum", float(difference_BT.sum()))
-    tally.add("mismatch_tokens", float(x.mask_BT.sum()))
+    tally.add("mismatch_tokens", float(mask_BT.sum()))
     tally.add("mismatch_max", float(difference_BT.max()))
 
 

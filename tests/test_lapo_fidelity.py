@@ -16,8 +16,8 @@ from tiny import make_config, make_problems, make_rows
 from nanolapo.config import UserError
 from nanolapo.grader import Grader
 from nanolapo.lengths import LengthMap
-from nanolapo.loop import grade
 from nanolapo.methods.lapo import READINGS, Discovery, Internalization, Lapo, Readings
+from nanolapo.sampling import grade
 
 PROBLEM = make_problems(1)[0]
 

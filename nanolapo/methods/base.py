@@ -1,13 +1,17 @@
 """`Method`: accuracy-only GRPO, and the hooks in which every other method differs from it.
 
-The loop calls the hooks in this order, once a step: sampling, guidance (per rollout), edit_rollouts, reward, keep_groups,
-advantage, loss (once per micro-batch), after_step. A subclass overrides only what it changes. Every rank sees the rollouts
-of all ranks and computes the same rewards, advantages and state, so a method needs no word about ranks.
-State is read before and written after the rewards of a step.
+The loop calls the hooks in this order, once a step: sampling, monitor, on_monitor; guidance (per rollout), edit_rollouts,
+reward, keep_groups (once per round of dynamic sampling, so mostly once); advantage, prepare_loss, loss (once per
+micro-batch), after_update, after_step. A subclass overrides only what it changes. Every rank sees the rollouts of all ranks
+and computes the same rewards, advantages and state, so a method needs no word about ranks.
+
+advantage and the loss see the groups that keep_groups kept, after_step all that were sampled: so nothing may be carried
+from one to the other by row number. State is read before and written after the rewards of a step.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,7 @@ from torch import Tensor
 from nanolapo.advantages import group_advantages
 from nanolapo.config import Config
 from nanolapo.config_file import build
-from nanolapo.losses import kl_penalty, policy_loss, tis_weights
+from nanolapo.losses import high_covariance, kl_penalty, loss_of_kind, next_lam, tis_weights
 from nanolapo.problems import Problem
 from nanolapo.prompts import Guidance
 from nanolapo.rollouts import Rollouts
@@ -30,6 +34,20 @@ class SamplingPlan:
     """What to sample this step."""
 
     num_prompts: int
+    group_size: int
+    temperature: float  # rollout.temperature: the trainer scores at that one, and the loop refuses another
+    max_new_tokens: int  # at most rollout.max_new_tokens, and so in MonitorPlan
+    weights: np.ndarray | None = (
+        None  # [problems], >= 0: draw by these, without replacement within a step; None: epochs
+    )
+    max_rounds: int = 1  # more: dynamic sampling, rounds of num_prompts until keep_groups has kept num_prompts groups
+
+
+@dataclass(frozen=True)
+class MonitorPlan:
+    """What to sample and grade before the step's own rollouts. They are not trained on unless the method puts them in."""
+
+    problem_indices: tuple[int, ...]  # into the problems that `start` was given; any number, each once
     group_size: int
     temperature: float
     max_new_tokens: int
@@ -66,17 +84,30 @@ class Method:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.options: Any = build(self.Options, dict(config.method.options), "method.options")
+        # What loss.kind remembers. In every checkpoint beside state_dict, so that a method need not pass it on.
+        self.loss_state = {"r2vpo_lam": config.loss.r2vpo_lam} if config.loss.kind == "r2vpo" else {}
+        self.high_covariance_BT: Tensor | None = None  # kl_cov: this step's choice, see prepare_loss
 
     def start(self, problems: list[Problem]) -> None:
         """Called once with the training problems, before the first step. Raise UserError for what cannot work."""
 
     def sampling(self, step: int) -> SamplingPlan:
+        """What to sample. The first hook of every step."""
         r = self.config.rollout
         return SamplingPlan(r.prompts_per_step, r.group_size, r.temperature, r.max_new_tokens)
 
     def guidance(self, problem: Problem, rollout_index: int, step: int) -> Guidance:
         """What is added to this rollout's prompt, and the budget it carries."""
         return Guidance()
+
+    def monitor(self, step: int) -> MonitorPlan | None:
+        """A second sampling before the step's own, with the same weights; None (mostly): there is none in this step."""
+        return None
+
+    def on_monitor(self, rollouts: Rollouts) -> dict[str, float]:
+        """The graded rollouts of the monitor plan; returns numbers to log. To train on some of them, keep them and put them
+        into the batch in edit_rollouts (rollouts.put_row)."""
+        return {}
 
     def edit_rollouts(self, rollouts: Rollouts) -> None:
         """Change responses after sampling (and grade them again with rollouts.regrade)."""
@@ -86,21 +117,35 @@ class Method:
         return {"correct": rollouts.correct_B.astype(np.float64)}
 
     def keep_groups(self, rollouts: Rollouts, rewards_PG: np.ndarray) -> np.ndarray:
-        """Boolean [P]: which groups are trained on. Dropped ones leave every denominator as well."""
+        """Boolean [P]: which groups are trained on; none: the step is skipped. Dropped ones leave every denominator."""
         return np.ones(len(rollouts.problems), dtype=bool)
 
     def advantage(self, rollouts: Rollouts, rewards_PG: Tensor) -> Tensor:
         """Advantages [B], or [B, T] to weigh single tokens (T = the longest response)."""
         return group_advantages(rewards_PG, self.config.loss.normalize_std).flatten()
 
+    def prepare_loss(self, rollouts: Rollouts, advantages: Tensor, keep_B: np.ndarray) -> None:
+        """Called once before the updates of a step, for what a loss must know about the whole batch, on every rank alike.
+
+        Log-probs of the old policy that all ranks hold are those recorded while sampling, rollouts.sampler_logprobs.
+        """
+        c = self.config.loss
+        if c.kind == "kl_cov":
+            self.high_covariance_BT = high_covariance(rollouts.sampler_logprobs, advantages, keep_B, c.kl_cov_share)
+
     def loss(self, x: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
         """Per-token loss [B, T] and per-token quantities to log (each averaged over the trained tokens)."""
         c = self.config.loss
-        loss_BT, clipped_BT = policy_loss(x.logprobs_BT, x.old_logprobs_BT, x.advantages_BT, c.clip_low, c.clip_high)
-        logged = {
-            "clip_fraction": clipped_BT.float(),
-            "ratio": torch.exp(x.logprobs_BT - x.old_logprobs_BT).detach(),
-        }
+        chosen_BT = self.high_covariance_BT
+        if chosen_BT is not None:
+            chosen_BT = chosen_BT[x.rows, : x.mask_BT.shape[1]].to(x.mask_BT.device)
+        loss_BT, touched_BT = loss_of_kind(
+            c, x.logprobs_BT, x.old_logprobs_BT, x.advantages_BT, x.mask_BT, chosen_BT, self.loss_state.get("r2vpo_lam")
+        )
+        ratio_BT = torch.exp(x.logprobs_BT - x.old_logprobs_BT).detach()
+        logged = {"clip_fraction": touched_BT.float(), "ratio": ratio_BT}
+        if c.kind == "r2vpo":
+            logged["ratio_variance"] = (ratio_BT - 1).square()
         if c.tis_cap:
             weights_BT = tis_weights(x.old_logprobs_BT, x.sampler_logprobs_BT, c.tis_cap)
             loss_BT = loss_BT * weights_BT
@@ -110,6 +155,15 @@ class Method:
             loss_BT = loss_BT + c.kl_coef * kl_BT
             logged["kl"] = kl_BT.detach()
         return loss_BT, logged
+
+    def after_update(self, trained: dict[str, float]) -> dict[str, float]:
+        """After the updates of a step, with what they logged (means over all ranks); returns further numbers to log."""
+        c = self.config.loss
+        variance = trained.get("ratio_variance", math.nan)  # missing in a step without any update
+        if c.kind == "r2vpo" and math.isfinite(variance):
+            lam = self.loss_state["r2vpo_lam"]
+            self.loss_state["r2vpo_lam"] = next_lam(lam, variance, c.r2vpo_rate, c.r2vpo_target)
+        return dict(self.loss_state)
 
     def after_step(self, rollouts: Rollouts) -> dict[str, float]:
         """Update state from this step's rollouts; returns numbers to log."""

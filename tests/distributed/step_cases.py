@@ -32,14 +32,15 @@ from nanolapo.checkpoint import load_checkpoint, optimizer_tensors, save_checkpo
 from nanolapo.config import PromptConfig, SourceConfig
 from nanolapo.demo import TEMPLATE, make_tokenizer
 from nanolapo.grader import Grader
-from nanolapo.loop import Session, grade, sample
 from nanolapo.methods.base import Method
+from nanolapo.metrics import Stopwatch
 from nanolapo.policy import Policy
 from nanolapo.problems import load_problems
 from nanolapo.prompts import Prompter
 from nanolapo.ranks import Ranks
-from nanolapo.rollouts import Decoding, Request, Sample, join_ranks
-from nanolapo.session import Data
+from nanolapo.rollouts import Decoding, Request, Sample
+from nanolapo.sampling import next_draw, sample_and_grade
+from nanolapo.session import Data, Session
 from nanolapo.sharding import to_host
 from nanolapo.update import update_policy
 
@@ -78,9 +79,8 @@ def step_up_to_advantages(model: str, ranks: Ranks) -> dict[str, Any]:
     with Grader(workers=1, deadline_s=2.0) as grader:
         s = Session(config, method, ranks, data, grader, Policy(config, ranks.device), EchoEngine(tokenizer),
                     Alarms(config), None)  # fmt: skip
-        rollouts = sample(s)
-        grade(s, rollouts, range(len(rollouts)))
-        rollouts = join_ranks(ranks.gather(rollouts))
+        plan = method.sampling(0)
+        rollouts = sample_and_grade(s, plan, next_draw(s, plan, []), Stopwatch())
         errors = sum(ranks.gather(grader.errors))
     rewards_PG = rollouts.by_group(method.reward(rollouts)["correct"])
     advantages_B = method.advantage(rollouts, torch.from_numpy(rewards_PG))

@@ -1,0 +1,143 @@
+"""From a plan to graded rollouts: draw problems, sample this rank's share of them, grade, bring all ranks together.
+
+The step's own rounds and a method's monitor pass go the same way. Every rank samples whole groups; ranks meet once per
+round, and afterwards each holds all rows. Every seed is a pure function of its place in the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from tqdm import tqdm
+
+from nanolapo.methods.base import MonitorPlan, SamplingPlan
+from nanolapo.metrics import Stopwatch
+from nanolapo.problems import round_indices
+from nanolapo.rollouts import (
+    Decoding,
+    Request,
+    Rollouts,
+    concatenate,
+    join_ranks,
+    make_rollouts,
+    row_seed,
+    take_groups,
+)
+from nanolapo.session import Session
+
+Draw = dict[int, int]  # place in the step -> index of the problem
+MONITOR_PLACE = 2**30  # the first place of a monitor pass: beyond those of all rounds, for seeds of its own
+
+
+@dataclass
+class Round:
+    """One round of a step: its rollouts on all ranks, their rewards, and which groups to train on."""
+
+    rollouts: Rollouts
+    parts: dict[str, np.ndarray]  # named parts of the reward, [B] each
+    keep_P: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
+
+    @property
+    def rewards_PG(self) -> np.ndarray:
+        return self.rollouts.by_group(sum(self.parts.values(), np.zeros(len(self.rollouts))))
+
+    def kept(self) -> Round:
+        """Only the groups to train on. None at all: everything as it is, for the update to skip and count."""
+        groups = np.flatnonzero(self.keep_P)
+        if len(groups) in (0, len(self.keep_P)):
+            return self
+        parts = {name: self.rollouts.by_group(values)[groups].ravel() for name, values in self.parts.items()}
+        return Round(take_groups(self.rollouts, groups), parts, self.keep_P[groups])
+
+
+def next_draw(s: Session, plan: SamplingPlan, rounds: Sequence[Round]) -> Draw:
+    """The problems of the next round; none when groups enough are kept, or no rounds or no problems are left."""
+    kept, number = sum(int(done.keep_P.sum()) for done in rounds), len(rounds)
+    if plan.temperature != s.config.rollout.temperature:
+        raise ValueError(
+            f"the plan samples at temperature {plan.temperature}, but the trainer scores at rollout.temperature="
+            f"{s.config.rollout.temperature}; only a MonitorPlan may have another one"
+        )
+    if number and (number >= plan.max_rounds or kept >= plan.num_prompts):
+        return {}
+    problems = round_indices(len(s.data.problems), s.step, number, plan.num_prompts, s.config.run.seed, plan.weights)
+    return dict(enumerate(problems, start=number * plan.num_prompts))
+
+
+def join_rounds(rounds: Sequence[Round], num_prompts: int) -> Round:
+    """All rounds of a step as one. Of the kept groups the first num_prompts stay; the surplus is not trained on."""
+    if len(rounds) == 1:
+        return rounds[0]
+    parts = {name: np.concatenate([done.parts[name] for done in rounds]) for name in rounds[0].parts}
+    keep_P = np.concatenate([done.keep_P for done in rounds])
+    return Round(concatenate([done.rollouts for done in rounds]), parts, keep_P & (np.cumsum(keep_P) <= num_prompts))
+
+
+def monitor_pass(s: Session, watch: Stopwatch) -> dict[str, float]:
+    """What a method wants sampled and graded before the step's own rollouts; returns what it logs. Mostly nothing."""
+    plan = s.method.monitor(s.step)
+    if plan is None:
+        return {}
+    rollouts = sample_and_grade(s, plan, dict(enumerate(plan.problem_indices, start=MONITOR_PLACE)), watch)
+    rollouts.unmatched_B[:] = plan.temperature != s.config.rollout.temperature
+    return s.method.on_monitor(rollouts)
+
+
+def sample_and_grade(s: Session, plan: SamplingPlan | MonitorPlan, draw: Draw, watch: Stopwatch) -> Rollouts:
+    """Sample a group for each of these problems and grade it. From here on every rank holds all rows."""
+    with watch("sample"):
+        mine = sample(s, plan, draw)
+    with watch("grade"):
+        grade(s, mine, range(len(mine)))
+        everyone = s.ranks.gather(mine)
+        rollouts = join_ranks(everyone[:: s.config.rollout.tensor_parallel])  # the ranks of an engine sampled the same
+    rollouts.regrade = lambda edited, rows: regrade(s, edited, rows)
+    s.sampled_tokens += int(rollouts.lengths_B.sum())  # as sampled: a method may shorten answers later
+    return rollouts
+
+
+def sample(s: Session, plan: SamplingPlan | MonitorPlan, draw: Draw) -> Rollouts:
+    """Sample this engine's share of the problems: whole groups, every seed a pure function of its place in the step."""
+    engine, engines = s.ranks.engine(s.config.rollout.tensor_parallel)
+    places = list(draw)[engine::engines]  # engine e of N takes prompts e, e + N, e + 2N, ...
+    problems = [s.data.problems[draw[place]] for place in places]
+    guidances = [s.method.guidance(p, g, s.step) for p in problems for g in range(plan.group_size)]
+    prompts: dict[tuple[str, str, str], list[int]] = {}  # a group mostly shares one prompt: encode it once
+    requests = []
+    for row, guidance in enumerate(guidances):
+        p, g = divmod(row, plan.group_size)
+        key = (problems[p].question, guidance.outside, guidance.inside)
+        if key not in prompts:
+            prompts[key] = s.data.prompter.ids(problems[p].question, guidance)
+        seed = row_seed(s.config.run.seed, s.step, places[p], g)
+        requests.append(Request(prompts[key], seed, plan.max_new_tokens))
+    total = len(requests) * plan.max_new_tokens
+
+    def advance(tokens: int) -> None:
+        bar.update(tokens)
+
+    with tqdm(total=total, unit="tok", desc="sampling", leave=False, disable=None if s.log else True) as bar:
+        samples = s.sampler.generate(requests, Decoding(plan.temperature), advance) if requests else []
+    budgets = [guidance.budget for guidance in guidances]
+    rollouts = make_rollouts(problems, plan.group_size, requests, budgets, samples, s.policy.vocab_size)
+    rollouts.texts = [s.data.decode(ids) for ids in rollouts.response_ids]
+    return rollouts
+
+
+def grade(s: Session, rollouts: Rollouts, rows: Iterable[int]) -> None:
+    """Fill in correct_B. An answer that was cut off counts as wrong unless the method says otherwise."""
+    rows = list(rows)
+    golds = [rollouts.problems[row // rollouts.group_size].answer for row in rows]
+    verdicts = s.grader.grade_all([rollouts.texts[row] for row in rows], golds)
+    s.grader.stop_if_untrustworthy()
+    for row, verdict in zip(rows, verdicts, strict=True):
+        rollouts.correct_B[row] = verdict and (rollouts.finished_B[row] or s.method.cut_answers_count)
+
+
+def regrade(s: Session, rollouts: Rollouts, rows: Iterable[int]) -> None:
+    """One rank grades for all: a grader's time-out must not make ranks disagree."""
+    if s.log:
+        grade(s, rollouts, rows)
+    rollouts.correct_B = s.ranks.gather(rollouts.correct_B)[0]

@@ -1,0 +1,308 @@
+"""What a step samples: rounds of dynamic sampling, problems drawn by weight, the monitor pass; resumed, and on two ranks.
+
+Run: python -m pytest tests/test_sampling.py        The methods it trains with are in round_methods.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from round_methods import NUM_PROBLEMS, R2VPO, Dynamic, Everything, make_base, make_run
+from safetensors.torch import load_file
+from tiny import CPU, make_config, make_rows, score_rows, update
+
+from nanolapo.alarms import MismatchError
+from nanolapo.config import Config
+from nanolapo.loop import train
+from nanolapo.methods.base import Method, MonitorPlan, SamplingPlan
+from nanolapo.policy import Policy
+from nanolapo.problems import batch_indices, round_indices, weighted_order
+from nanolapo.rollouts import concatenate, take_groups
+
+ROOT = Path(__file__).parents[1]
+TIMING = ("seconds/", "tokens_per_second", "memory_gb")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("sampling") / "base")
+
+
+def run(config: Config, method_class: type[Dynamic]) -> tuple[Any, list[dict[str, Any]]]:
+    """Train to the end; returns the method and the lines of metrics.jsonl without their timings."""
+    method = method_class(config)
+    train(config, method)
+    lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
+    return method, [{k: v for k, v in json.loads(line).items() if not k.startswith(TIMING)} for line in lines]
+
+
+def weights_of_run(config: Config) -> dict[str, torch.Tensor]:
+    return load_file(config.run_dir / "model" / "model.safetensors")
+
+
+# ------------------------------------------------------------------------------------------------------ order of problems
+
+
+@pytest.mark.parametrize("weights", [None, np.arange(1.0, 12.0)])
+def test_D3_rounds_are_a_function_of_seed_and_step(weights):
+    """No problem twice within a step, all problems in the end, then nothing; another step or seed, another order."""
+    orders = {}
+    for seed in range(2):
+        for step in range(5):
+            rounds = [round_indices(11, step, number, 3, seed, weights) for number in range(6)]
+            assert [len(r) for r in rounds] == [3, 3, 3, 2, 0, 0]
+            assert sorted(sum(rounds, [])) == list(range(11))
+            assert rounds == [round_indices(11, step, number, 3, seed, weights) for number in range(6)]
+            orders[seed, step] = sum(rounds, [])
+            if weights is None:  # round 0 keeps to the epochs, whatever other steps needed
+                assert rounds[0] == batch_indices(11, step, 3, seed)
+    assert len({tuple(order) for order in orders.values()}) == 10
+
+
+def test_fewer_problems_than_prompts():
+    """A batch that repeats problems leaves none for a second round."""
+    assert set(round_indices(3, 0, 0, 4, 0)) == {0, 1, 2} and round_indices(3, 0, 1, 4, 0) == []
+
+
+def test_weighted_drawing_has_the_right_odds():
+    """4000 draws of two out of weights 1, 2, 5, 0: first and second place by enumeration, zero weight never."""
+    weights = np.array([1.0, 2.0, 5.0, 0.0])
+    draws = Counter(tuple(weighted_order(weights, str(seed))[:2]) for seed in range(4000))
+    for (first, second), count in draws.items():
+        odds = weights[first] / 8 * weights[second] / (8 - weights[first])
+        assert abs(count / 4000 - odds) < 4 * np.sqrt(odds / 4000)
+    assert len(draws) == 6 and len(weighted_order(weights, "x")) == 3
+
+
+@pytest.mark.parametrize("weights", [[0.0, 0.0], [1.0, -1.0], [1.0, np.nan], [np.inf, 1.0]])
+def test_impossible_weights_are_refused(weights):
+    with pytest.raises(ValueError, match="weights"):
+        round_indices(2, 0, 0, 1, 0, np.array(weights))
+
+
+# ------------------------------------------------------------------------------------------------------ dynamic sampling
+
+
+def test_dynamic_sampling_fills_the_batch(base, tmp_path):
+    """Rounds until 4 groups have spread; exactly the 4 drawn first are trained on; everything sampled is counted and
+    reaches after_step; no problem twice in a step."""
+    config = make_run(base, tmp_path, train={"steps": 4})
+    method, metrics = run(config, Dynamic)
+    assert max(m["rounds"] for m in metrics) > 1, "no second round: this test would show nothing"
+    assert any(m["kept_groups"] == 4 for m in metrics)
+    rounds, trained, after = method.of("reward"), method.of("advantage"), method.of("after_step")
+    total = 0
+    for m, batch, everything in zip(metrics, trained, after, strict=True):
+        mine = [rounds.pop(0) for _ in range(int(m["rounds"]))]
+        groups = [(p.id, rows) for r in mine for p, rows in zip(r.problems, r.by_group(first_tokens(r)), strict=True)]
+        assert len({name for name, _ in groups}) == len(groups) == len(everything.problems)
+        with_spread = [name for name, rows in groups if 0 < (rows % 6 == 0).sum() < 4]
+        assert [p.id for p in batch.problems] == with_spread[:4] and m["kept_groups"] == min(4, len(with_spread))
+        assert m["rounds"] == 6 or sum(len(r.problems) for r in mine[:-1]) < len(groups)
+        enough_before = [name for r in mine[:-1] for name in (p.id for p in r.problems) if name in with_spread]
+        assert len(enough_before) < 4, "a round too many"
+        total += sum(int(r.lengths_B.sum()) for r in mine)
+        assert m["sampled_tokens"] == total and m["trained_tokens"] == batch.lengths_B.sum() and m["updates"] == 2
+        assert m["reward/first"] == pytest.approx(np.mean(first_tokens(everything) % 6 == 0))
+    assert not rounds and method.of("sampling") == [0, 1, 2, 3]
+
+
+def first_tokens(rollouts) -> np.ndarray:
+    return np.array([ids[0] for ids in rollouts.response_ids])
+
+
+class Never(Dynamic):
+    max_rounds = 3
+
+    def reward(self, rollouts):
+        return {name: np.zeros(len(rollouts)) for name in super().reward(rollouts)}
+
+
+def test_D12_no_signal_ever_is_bounded_skipped_and_said(base, tmp_path, capsys):
+    """Reward always 0: three rounds, no update, weights bit-identical, a warning at every such step; the run goes on."""
+    config = make_run(base, tmp_path)
+    _, metrics = run(config, Never)
+    assert [m["rounds"] for m in metrics] == [3, 3] and [m["kept_groups"] for m in metrics] == [0, 0]
+    assert [(m["updates"], m["updates_skipped"] > 0) for m in metrics] == [(0, True)] * 2
+    assert metrics[0]["mismatch"] < 1e-4  # sampler and trainer are compared all the same
+    start, end = load_file(base / "model.safetensors"), weights_of_run(config)
+    assert all(torch.equal(start[name], end[name]) for name in start)
+    said = capsys.readouterr().out
+    assert "WARNING step 0: for 1 step the method has kept no group" in said and "WARNING step 1: for 2 steps" in said
+
+
+def test_D12_problems_run_out(base, tmp_path):
+    """30 problems, 8 prompts a round, 6 rounds allowed: 8, 8, 8, 6, and no fifth round."""
+    config = make_run(base, tmp_path, rollout={"prompts_per_step": 8})
+    method, metrics = run(config, type("Greedy", (Never,), {"max_rounds": 6}))
+    assert [len(r.problems) for r in method.of("reward")] == [8, 8, 8, 6] * 2 and metrics[0]["rounds"] == 4
+
+
+def test_D12_goes_on_with_what_it_has(base, tmp_path):
+    """One round only and rare rewards: fewer groups than planned are trained on, and they alone are in the denominators."""
+    config = make_run(base, tmp_path)
+    method, metrics = run(config, type("Once", (Dynamic,), {"max_rounds": 1, "every": 12}))
+    kept = [m["kept_groups"] for m in metrics]
+    assert any(0 < k < 4 for k in kept) and all(m["rounds"] == 1 for m in metrics)
+    for m, batch in zip(metrics, method.of("advantage"), strict=True):
+        if m["kept_groups"]:
+            assert m["trained_tokens"] == batch.lengths_B.sum() and len(batch.problems) == m["kept_groups"]
+
+
+def test_a_plain_method_has_one_round(base, tmp_path):
+    config = make_run(base, tmp_path)
+    train(config, Method(config))
+    lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [(m["rounds"], m["kept_groups"]) for m in lines] == [(1, 4), (1, 4)]
+
+
+# ------------------------------------------------------------------------------------------------------ monitor
+
+
+def test_monitor_pass(base, tmp_path):
+    """After sampling(step), before the step's own rollouts: the named problems, graded, counted, logged; seeds of its own,
+    so that a problem sampled twice in a step is not answered the same."""
+
+    class Watch(Dynamic):
+        max_rounds = 1
+
+        def monitor(self, step):
+            return MonitorPlan(tuple(range(NUM_PROBLEMS)), 4, 1.0, 6)
+
+        def on_monitor(self, rollouts):
+            self.seen.append(("on_monitor", rollouts))
+            return {"monitor/groups": float(len(rollouts.problems))}
+
+    config = make_run(base, tmp_path)
+    method, metrics = run(config, Watch)
+    assert [name for name, _ in method.seen] == ["sampling", "on_monitor", "reward", "advantage", "after_step"] * 2
+    total = 0
+    for m, monitored, own in zip(metrics, method.of("on_monitor"), method.of("reward"), strict=True):
+        assert m["monitor/groups"] == NUM_PROBLEMS == len({p.id for p in monitored.problems})
+        assert monitored.correct_B.shape == (120,) and len(monitored.texts) == 120 and not monitored.unmatched_B.any()
+        total += int(monitored.lengths_B.sum() + own.lengths_B.sum())
+        assert m["sampled_tokens"] == total
+        answers = {p.id: set(map(bytes, g)) for p, g in zip(monitored.problems, groups_of(monitored), strict=True)}
+        for p, g in zip(own.problems, groups_of(own), strict=True):
+            assert not set(map(bytes, g)) <= answers[p.id]
+
+
+def groups_of(rollouts) -> list[list[np.ndarray]]:
+    size = rollouts.group_size
+    return [rollouts.response_ids[i : i + size] for i in range(0, len(rollouts), size)]
+
+
+def test_A5_another_temperature_is_for_monitors_only(base, tmp_path):
+    """A step's own plan at a temperature that the trainer does not score at is refused. A monitor's rows may be trained on
+    at any temperature: they are left out of the mismatch, and nothing else is."""
+
+    class Hot(Dynamic):
+        def sampling(self, step):
+            return SamplingPlan(4, 4, 1.5, 6)
+
+    config = make_run(base, tmp_path)
+    with pytest.raises(ValueError, match="temperature 1.5.*rollout.temperature=1.0"):
+        run(config, Hot)
+    method, metrics = run(make_run(base, tmp_path / "b"), Everything)
+    assert all(rollouts.unmatched_B.all() for rollouts in method.of("on_monitor"))
+    assert all(m["mismatch_max"] < 1e-4 for m in metrics)
+    first = method.of("reward")[0]
+    assert first.unmatched_B.tolist() == [True] * 4 + [False] * 12
+    assert [bytes(x) for x in first.response_ids[:4]] == [bytes(x) for x in method.of("on_monitor")[0].response_ids[:4]]
+
+    class Careless(Everything):
+        def edit_rollouts(self, rollouts):
+            super().edit_rollouts(rollouts)
+            rollouts.unmatched_B[:] = False
+
+    with pytest.raises(MismatchError):
+        run(make_run(base, tmp_path / "c", train={"steps": 9}), Careless)
+
+
+def test_unmatched_rows_leave_the_mismatch_alone(tied_model):
+    """Two rows off by 1, marked: mean and maximum are those of the others; unmarked they show."""
+    policy, rollouts = Policy(make_config(tied_model), CPU), make_rows([5, 9, 7, 3])
+    score_rows(policy, rollouts)
+    rollouts.sampler_logprobs[1] = rollouts.sampler_logprobs[1] + 1
+    plain = update(Policy(policy.config, CPU), rollouts, [1.0, -1.0, 1.0, -1.0])
+    rollouts.unmatched_B[1] = True
+    marked = update(Policy(policy.config, CPU), rollouts, [1.0, -1.0, 1.0, -1.0])
+    assert plain["mismatch"] == pytest.approx(9 / 24, rel=1e-4) and plain["mismatch_max"] == pytest.approx(1, rel=1e-4)
+    assert marked["mismatch"] < 1e-4 and marked["mismatch_max"] < 1e-4
+    assert marked["trained_tokens"] == plain["trained_tokens"] == 24
+    assert marked["grad_norm"] == pytest.approx(plain["grad_norm"])
+
+
+# ------------------------------------------------------------------------------------------------------ batches of groups
+
+
+def test_put_row_moves_all_that_belongs_to_a_row():
+    target, source = make_rows([3, 4, 5, 6]), make_rows([7, 8], seed=1, budgets=[1.0, 2.0], finished=[False, True])
+    source.correct_B[0] = source.broken_B[0] = source.unmatched_B[0] = True
+    before = dataclasses.replace(target, response_ids=list(target.response_ids))
+    target.put_row(2, source, 0)
+    for f in dataclasses.fields(target):
+        if f.name in ("problems", "group_size", "regrade"):
+            continue
+        assert np.array_equal(getattr(target, f.name)[2], getattr(source, f.name)[0]), f.name
+    assert target.problems == before.problems and target.lengths_B.tolist() == [3, 4, 7, 6]
+
+
+def test_take_groups_and_concatenate():
+    rollouts = make_rows([1, 2, 3, 4, 5, 6], budgets=[1, 2, 3, 4, 5, 6])
+    rollouts.unmatched_B[4] = True
+    last = take_groups(rollouts, [2, 0])
+    assert last.lengths_B.tolist() == [5, 6, 1, 2] and last.budgets_B.tolist() == [5, 6, 1, 2]
+    assert [p.id for p in last.problems] == ["demo:2", "demo:0"] and last.unmatched_B.tolist() == [1, 0, 0, 0]
+    both = concatenate([last, take_groups(rollouts, [1])])
+    assert both.lengths_B.tolist() == [5, 6, 1, 2, 3, 4] and [p.id for p in both.problems][2] == "demo:1"
+
+
+# ------------------------------------------------------------------------------------------------------ resume and ranks
+
+
+def test_D3_resuming_is_bit_exact_with_every_hook_in_use(base, tmp_path):
+    """Dynamic sampling, weights that remember, a monitor pass and R2VPO's lam: 2 steps, resumed for 3 more, equal 5."""
+    runs = []
+    for name, stops in (("whole", [5]), ("resumed", [2, 5])):
+        for steps in stops:
+            config = make_run(base, tmp_path / name, loss=R2VPO, train={"steps": steps})
+            method, metrics = run(config, Everything)
+        runs.append((metrics, weights_of_run(config), method.state_dict(), method.loss_state))
+    (metrics, weights, state, loss_state), again = runs
+    assert metrics == again[0] and max(m["rounds"] for m in metrics) > 1
+    assert [m["r2vpo_lam"] for m in metrics] == [m["r2vpo_lam"] for m in again[0]] and len(metrics) == 5
+    assert len({m["r2vpo_lam"] for m in metrics}) == 5, "lam never moved: this test would show nothing"
+    assert all(torch.equal(weights[name], again[1][name]) for name in weights)
+    assert state == again[2] and loss_state == again[3] and max(state["weights"]) != min(state["weights"])
+
+
+@pytest.mark.slow
+def test_B2_two_ranks_sample_and_train_the_same(base, tmp_path):
+    """Rounds, weights, regrading and a monitor pass of one and of three problems (a rank may have none) on two ranks: the
+    same problems and samples as on one, the same counts, and the same model to float32 rounding."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launch, str(ROOT / "tests/round_methods.py"), str(base), str(tmp_path / "two")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert result.returncode == 0, result.stderr
+    config = make_run(base, tmp_path / "one", loss=R2VPO, train={"steps": 3})
+    _, one = run(config, Everything)
+    two = [json.loads(line) for line in (tmp_path / "two/run/metrics.jsonl").read_text().splitlines()]
+    assert max(m["rounds"] for m in one) > 1
+    for name in ("rounds", "kept_groups", "sampled_tokens", "length", "reward", "no_signal", "trained_tokens"):
+        assert [m[name] for m in one] == [m[name] for m in two], name
+    for name in ("grad_norm", "loss", "r2vpo_lam", "ratio_variance"):
+        assert [m[name] for m in one] == pytest.approx([m[name] for m in two], rel=1e-3, abs=1e-6), name
+    left, right = weights_of_run(config), load_file(tmp_path / "two/run/model/model.safetensors")
+    assert all((left[name] - right[name]).abs().mean() < 1e-5 for name in left)
