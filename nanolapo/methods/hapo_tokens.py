@@ -1,0 +1,108 @@
+"""HAPO, the token-aware one ("From Uniform to Heterogeneous", arXiv 2509.16591; code starriver030515/HAPO).
+
+Not the history-aware HAPO. Everything is driven by how unsure the policy was at a token: entropies H of the old policy over
+the batch give u = log(max(H, 1e-8)), a pivot (the 0.8 quantile of u, nearest), h = (u - pivot) / sqrt(mean((u - pivot)^2)),
+then positive h are divided by their maximum and negative ones by the size of their minimum: h in [-1, 1].
+
+    2. advantage       A = (R - m) / (s + 1e-6), m and (population) s over the group's tokens: long answers weigh more.
+                       Any |A| >= 5 in a group: ordinary group advantage there
+    3. redistribution  A_ent = A (1 + h). Neutral zone: 1 - low/2 < r < 1 + high/2, with the widths of part 4.
+                       h > 0: A inside the zone, A_ent outside; otherwise: A_ent inside, A outside
+    4. clip            low (1 - h) where h < 0, high (1 + h) where h > 0; token mean, dual clip at 10
+
+NOT here: part 1, another temperature for every token while sampling, T (1 + 0.05 h). The engines take one temperature per
+request. So this is three quarters of the method. The rest of the recipe is DAPO's: overlong shaping over the last 4096 of
+10,240 tokens, dynamic sampling, reward +1 / -1.
+
+Edge: equal rewards: A 0. Equal entropies: h 0, which leaves plain clipping. With one update per step r is 1, so every token
+is inside the zone: unsure tokens get A, sure ones A (1 + h). No state (the sampler of part 1 would need some).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanolapo.advantages import MIN_SPREAD, group_advantages
+from nanolapo.methods import dapo
+from nanolapo.methods.base import LossInputs
+from nanolapo.rollouts import Rollouts
+
+
+@dataclass(frozen=True)
+class Options(dapo.Options):
+    quantile: float = 0.8  # of log-entropy: the pivot between sure and unsure tokens
+    dual_clip: float = 10.0
+
+
+def normalized_entropies(entropies_N: np.ndarray, quantile: float) -> np.ndarray:
+    """h of every token of the batch, in [-1, 1].
+
+    >>> normalized_entropies(np.exp(np.array([-4.0, -2.0, 0.0, 1.0, 2.0])), quantile=0.5)
+    array([-1. , -0.5,  0. ,  0.5,  1. ])
+    """
+    u = np.log(np.maximum(np.asarray(entropies_N, dtype=np.float64), 1e-8))
+    if not len(u):
+        return u
+    h = u - np.quantile(u, quantile, method="nearest")
+    # Dividing by sqrt(mean(h^2)) first changes nothing: both signs are scaled to 1 by their extremes.
+    top, bottom = max(h.max(), 0.0), max(-h.min(), 0.0)
+    return np.where(h > 0, h / (top or 1.0), h / (bottom or 1.0))
+
+
+def token_group_advantages(rewards_PG: Tensor, lengths_PG: Tensor) -> Tensor:
+    """Part 2, [P, G].
+
+    >>> token_group_advantages(torch.tensor([[1.0, 0.0]]), torch.tensor([[10, 30]]))    # m = 0.25, s = sqrt(3)/4
+    tensor([[ 1.7320, -0.5773]])
+    """
+    rewards = rewards_PG.double()
+    shares = lengths_PG.double() / lengths_PG.double().sum(dim=1, keepdim=True).clamp(min=1)
+    centred = rewards - (shares * rewards).sum(dim=1, keepdim=True)
+    std = (shares * centred.square()).sum(dim=1, keepdim=True).sqrt()
+    by_token = centred / (std + 1e-6)
+    by_token = torch.where(rewards.amax(1, True) - rewards.amin(1, True) < MIN_SPREAD, 0.0, by_token)
+    extreme = (by_token.abs() >= 5).any(dim=1, keepdim=True)
+    return torch.where(extreme, group_advantages(rewards), by_token).to(rewards_PG.dtype)
+
+
+def heterogeneous_loss(
+    logprobs_BT: Tensor, old_BT: Tensor, advantages_BT: Tensor, h_BT: Tensor, low: float, high: float, dual_clip: float
+) -> tuple[Tensor, Tensor]:
+    """Parts 3 and 4 per token: (loss_BT, clipped_BT)."""
+    ratio = torch.exp(logprobs_BT - old_BT)
+    below, above = 1 - low * (1 - h_BT.clamp(max=0)), 1 + high * (1 + h_BT.clamp(min=0))
+    neutral = (ratio > (1 + below) / 2) & (ratio < (1 + above) / 2)
+    a = torch.where((h_BT > 0) == neutral, advantages_BT, advantages_BT * (1 + h_BT))
+    clipped = torch.minimum(torch.maximum(ratio, below), above) * a
+    loss_BT = -torch.minimum(ratio * a, clipped)
+    return torch.where(a < 0, torch.minimum(loss_BT, -a * dual_clip), loss_BT), clipped < ratio * a
+
+
+class TokenHapo(dapo.Dapo):
+    Options = Options
+    cache_share = 4096 / 10240
+    needs_entropy = True
+
+    def advantage(self, rollouts: Rollouts, rewards_PG: Tensor) -> Tensor:
+        lengths_PG = torch.from_numpy(rollouts.by_group(rollouts.lengths_B))
+        return self.filtered(rollouts, token_group_advantages(rewards_PG, lengths_PG).flatten())
+
+    def prepare_loss(self, rollouts: Rollouts, advantages: Tensor, keep_B: np.ndarray) -> None:
+        rows = sorted(rollouts.old_entropies)
+        entropies = [rollouts.old_entropies[row] for row in rows]
+        h_N = normalized_entropies(np.concatenate([*entropies, np.zeros(0)]), self.options.quantile)
+        self.h = dict(zip(rows, np.split(h_N, np.cumsum([len(e) for e in entropies])), strict=False))
+
+    def loss(self, x: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
+        h_BT = torch.zeros_like(x.mask_BT)
+        for b, row in enumerate(x.rows):
+            h_BT[b, : len(self.h[row])] = torch.from_numpy(self.h[row])
+        c = self.config.loss
+        loss_BT, clipped_BT = heterogeneous_loss(
+            x.logprobs_BT, x.old_logprobs_BT, x.advantages_BT, h_BT, c.clip_low, c.clip_high, self.options.dual_clip
+        )
+        return loss_BT, {"clip_fraction": clipped_BT.float(), "unsure_fraction": (h_BT > 0).float()}

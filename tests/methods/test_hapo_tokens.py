@@ -1,0 +1,148 @@
+"""The token-aware HAPO: normalised entropies, token-level group advantage, redistribution, adaptive clip.
+
+Run: python -m pytest tests/methods/test_hapo_tokens.py
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from tiny import make_config, make_rows
+
+from nanolapo.methods.base import LossInputs
+from nanolapo.methods.hapo_tokens import TokenHapo, heterogeneous_loss, normalized_entropies, token_group_advantages
+
+
+def hapo(**options: object) -> TokenHapo:
+    return TokenHapo(make_config(rollout={"max_new_tokens": 100}, method={"options": options}))
+
+
+def slow_h(entropies: list[float], quantile: float) -> list[float]:
+    """The published order of operations, the division by the spread included."""
+    u = [math.log(max(value, 1e-8)) for value in entropies]
+    pivot = sorted(u)[round(quantile * (len(u) - 1))]
+    spread = math.sqrt(sum((x - pivot) ** 2 for x in u) / len(u))
+    if spread == 0:
+        return [0.0] * len(u)
+    h = [(x - pivot) / spread for x in u]
+    return [x / max(h) if x > 0 else x / abs(min(h)) if x < 0 else 0.0 for x in h]
+
+
+@pytest.mark.parametrize("quantile", [0.8, 0.5])
+def test_normalized_entropies(quantile):
+    rng = np.random.default_rng(0)
+    for size in (4, 11, 100):
+        entropies = rng.exponential(size=size).tolist()
+        got = normalized_entropies(np.array(entropies), quantile)
+        np.testing.assert_allclose(got, slow_h(entropies, quantile), atol=1e-12)
+        assert got.max() == 1 and got.min() == -1
+
+
+def test_normalized_entropies_at_the_edges():
+    assert normalized_entropies(np.array([0.3, 0.3, 0.3]), 0.8).tolist() == [0, 0, 0]
+    assert normalized_entropies(np.zeros(0), 0.8).tolist() == []
+    assert normalized_entropies(np.array([0.0, 1.0]), 0.0).tolist() == [0, 1]  # nothing below the pivot
+    assert np.isfinite(normalized_entropies(np.array([0.0, 1e-12, 2.0]), 0.8)).all()  # a certain token
+
+
+def test_token_level_advantage_weighs_long_answers():
+    """Lengths 10 and 30, rewards 1 and -1: m = -0.5, s = sqrt(0.25 * 2.25 + 0.75 * 0.25) = sqrt(0.75)."""
+    got = token_group_advantages(torch.tensor([[1.0, -1.0]], dtype=torch.float64), torch.tensor([[10, 30]]))
+    np.testing.assert_allclose(got[0], [1.5 / math.sqrt(0.75), -0.5 / math.sqrt(0.75)], rtol=1e-5)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        rewards, lengths = rng.random(4), rng.integers(5, 20, 4)
+        tokens = np.concatenate([[r] * n for r, n in zip(rewards, lengths, strict=True)])
+        want = (rewards - tokens.mean()) / (tokens.std() + 1e-6)
+        got = token_group_advantages(torch.from_numpy(rewards)[None], torch.from_numpy(lengths)[None])
+        np.testing.assert_allclose(got[0], want)
+
+
+def test_extreme_groups_fall_back_to_ordinary_advantages():
+    """One token right against 99 wrong: A = 0.99 / sqrt(0.0099) = 9.9, so the group is (1, -1) / sqrt(2)."""
+    rewards = torch.tensor([[1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    got = token_group_advantages(rewards, torch.tensor([[1, 99], [10, 30]]))
+    np.testing.assert_allclose(got[0], [0.70710678, -0.70710678])
+    np.testing.assert_allclose(got[1], [math.sqrt(3), -1 / math.sqrt(3)], rtol=1e-5)
+    same = token_group_advantages(torch.full((1, 3), 1.7), torch.tensor([[1, 50, 1]]))
+    assert same.tolist() == [[0, 0, 0]]
+
+
+def slow_loss(r: float, a: float, h: float, low: float, high: float, dual: float) -> float:
+    lo = low * (1 - h) if h < 0 else low
+    hi = high * (1 + h) if h > 0 else high
+    inside = 1 - lo / 2 < r < 1 + hi / 2
+    redistributed = a * (1 + h)
+    a = {(True, True): a, (True, False): redistributed, (False, True): redistributed, (False, False): a}[h > 0, inside]
+    loss = -min(r * a, min(max(r, 1 - lo), 1 + hi) * a)
+    return min(loss, -a * dual) if a < 0 else loss
+
+
+def test_loss_over_a_grid():
+    """Ratios on both sides of every border, both signs, unsure, neutral and sure tokens."""
+    ratios = [0.3, 0.55, 0.65, 0.79, 0.81, 0.85, 0.89, 0.91, 1.0, 1.09, 1.11, 1.16, 1.19, 1.21, 1.39, 1.41, 9.0, 30.0]
+    grid = [(r, a, h) for r in ratios for a in (2.0, -2.0, 0.0) for h in (-1.0, -0.5, 0.0, 0.5, 1.0)]
+    r, a, h = (torch.tensor(column, dtype=torch.float64)[None] for column in zip(*grid, strict=True))
+    got, clipped = heterogeneous_loss(r.log(), torch.zeros_like(r), a, h, 0.2, 0.2, 10.0)
+    np.testing.assert_allclose(got[0], [slow_loss(*case, 0.2, 0.2, 10.0) for case in grid], atol=1e-12)
+    assert clipped.any() and not clipped[a == 0].any()
+
+
+def test_clip_opens_upward_for_unsure_and_downward_for_sure_tokens():
+    """Where does the gradient end? h = 1: at 1.4 (A > 0); h = -1: at 0.6 (A < 0); the other bounds stay at 0.2."""
+    up = [(1, 1, 1.39, True), (1, 1, 1.41, False), (-1, 1, 1.21, False), (-1, 1, 1.15, True)]
+    down = [(-1, -1, 0.61, True), (-1, -1, 0.59, False), (1, -1, 0.79, False), (1, -1, 0.81, True)]
+    for h, a, ratio, open_ in up + down:
+        logp = torch.tensor([[math.log(ratio)]], requires_grad=True)
+        loss, clipped = heterogeneous_loss(
+            logp, torch.zeros(1, 1), torch.tensor([[float(a)]]), torch.tensor([[float(h)]]), 0.2, 0.2, 10.0
+        )
+        loss.sum().backward()
+        assert (logp.grad.abs().item() > 0) == open_ == (not clipped.item()), (h, a, ratio)
+
+
+def test_first_update_only_damps_sure_tokens():
+    """r = 1: gradient -A for h >= 0, -A (1 + h) below: the surest token gets none."""
+    logp = torch.zeros(1, 4, requires_grad=True)
+    h = torch.tensor([[1.0, 0.0, -0.25, -1.0]])
+    loss, _ = heterogeneous_loss(logp, torch.zeros(1, 4), torch.full((1, 4), 2.0), h, 0.2, 0.2, 10.0)
+    loss.sum().backward()
+    np.testing.assert_allclose(logp.grad[0], [-2, -2, -1.5, 0])
+
+
+def test_batch_statistics_reach_the_right_tokens():
+    """Rows may be split over micro-batches and lack in old_entropies; h is that of the whole batch."""
+    method = hapo()
+    rollouts = make_rows([2, 3, 1, 4], correct=[True, False, True, True])
+    rollouts.old_entropies = {0: np.array([0.1, 2.0]), 1: np.array([1.0, 0.5, 0.2])}  # group 1 has no signal
+    method.prepare_loss(rollouts, torch.zeros(4), np.ones(4, dtype=bool))
+    want = slow_h([0.1, 2.0, 1.0, 0.5, 0.2], 0.8)
+    np.testing.assert_allclose(method.h[0], want[:2])
+    np.testing.assert_allclose(method.h[1], want[2:])
+    mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
+    zeros, a = torch.zeros(2, 3), torch.ones(2, 3) * mask
+    logp = torch.zeros(2, 3, requires_grad=True)
+    loss, logged = method.loss(LossInputs(logp, zeros, zeros, None, None, a, mask, [1, 0], rollouts))
+    loss.sum().backward()
+    factor = [1 + min(x, 0) for x in want]
+    np.testing.assert_allclose(logp.grad, -np.array([factor[2:], [*factor[:2], 0]]), rtol=1e-6)
+    assert logged["unsure_fraction"].tolist() == [[0, 0, 0], [0, 1, 0]]
+    rollouts.old_entropies = {}
+    method.prepare_loss(rollouts, torch.zeros(4), np.ones(4, dtype=bool))  # nothing to train on
+    assert method.h == {}
+
+
+def test_recipe_is_dapos():
+    method = hapo()
+    assert method.cache == pytest.approx(40) and method.needs_entropy and method.sampling(0).max_rounds == 4
+    rollouts = make_rows([80, 100, 10, 10], correct=[True, False, True, True], finished=[True, False, True, True])
+    parts = method.reward(rollouts)
+    np.testing.assert_allclose(sum(parts.values()), [0.5, -2.0, 1, 1])
+    rewards_PG = rollouts.by_group(sum(parts.values()))
+    assert method.keep_groups(rollouts, rewards_PG).tolist() == [True, False]
+    filtered = hapo(overlong="filter")
+    got = filtered.advantage(rollouts, torch.tensor([[1.0, -1.0], [1.0, 1.0]]))
+    assert got[0] > 0 and got[1:].tolist() == [0, 0, 0]
