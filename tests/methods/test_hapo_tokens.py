@@ -125,7 +125,7 @@ def test_batch_statistics_reach_the_right_tokens():
     mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
     zeros, a = torch.zeros(2, 3), torch.ones(2, 3) * mask
     logp = torch.zeros(2, 3, requires_grad=True)
-    loss, logged = method.loss(LossInputs(logp, zeros, zeros, None, None, a, mask, [1, 0], rollouts))
+    loss, logged = method.loss(LossInputs(logp, zeros, zeros, None, a, mask, [1, 0], rollouts))
     loss.sum().backward()
     factor = [1 + min(x, 0) for x in want]
     np.testing.assert_allclose(logp.grad, -np.array([factor[2:], [*factor[:2], 0]]), rtol=1e-6)
