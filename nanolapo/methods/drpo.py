@@ -69,9 +69,11 @@ class Drpo(Method):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        if config.loss.aggregation != "sequence_mean" or config.loss.kl_coef:
+        c = config.loss
+        if c.aggregation != "sequence_mean" or c.kind != "grpo" or c.kl_coef or c.tis_cap:
             raise UserError(
-                "drpo:Drpo needs loss.aggregation=sequence_mean and loss.kl_coef=0 (configs/methods/drpo.yaml)"
+                "drpo:Drpo has a loss of its own: needs loss.kind=grpo, loss.aggregation=sequence_mean, loss.kl_coef=0 and "
+                "loss.tis_cap=0 (configs/methods/drpo.yaml)"
             )
 
     def advantage(self, rollouts: Rollouts, rewards_PG: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 
 from nanolapo.advantages import MIN_SPREAD, group_advantages
+from nanolapo.config import Config, UserError
+from nanolapo.losses import clipped_surrogate
 from nanolapo.methods import dapo
 from nanolapo.methods.base import LossInputs
 from nanolapo.rollouts import Rollouts
@@ -35,7 +37,6 @@ from nanolapo.rollouts import Rollouts
 @dataclass(frozen=True)
 class Options(dapo.Options):
     quantile: float = 0.8  # of log-entropy: the pivot between sure and unsure tokens
-    dual_clip: float = 10.0
 
 
 def normalized_entropies(entropies_N: np.ndarray, quantile: float) -> np.ndarray:
@@ -74,18 +75,24 @@ def heterogeneous_loss(
 ) -> tuple[Tensor, Tensor]:
     """Parts 3 and 4 per token: (loss_BT, clipped_BT)."""
     ratio = torch.exp(logprobs_BT - old_BT)
-    below, above = 1 - low * (1 - h_BT.clamp(max=0)), 1 + high * (1 + h_BT.clamp(min=0))
-    neutral = (ratio > (1 + below) / 2) & (ratio < (1 + above) / 2)
+    low_BT, high_BT = low * (1 - h_BT.clamp(max=0)), high * (1 + h_BT.clamp(min=0))
+    neutral = (ratio > 1 - low_BT / 2) & (ratio < 1 + high_BT / 2)
     a = torch.where((h_BT > 0) == neutral, advantages_BT, advantages_BT * (1 + h_BT))
-    clipped = torch.minimum(torch.maximum(ratio, below), above) * a
-    loss_BT = -torch.minimum(ratio * a, clipped)
-    return torch.where(a < 0, torch.minimum(loss_BT, -a * dual_clip), loss_BT), clipped < ratio * a
+    return clipped_surrogate(ratio, a, low_BT, high_BT, dual_clip)
 
 
 class TokenHapo(dapo.Dapo):
     Options = Options
     cache_share = 4096 / 10240
     needs_entropy = True
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        if config.loss.kind != "grpo" or config.loss.kl_coef or config.loss.tis_cap:
+            raise UserError(
+                "hapo_tokens:TokenHapo has a loss of its own: needs loss.kind=grpo, loss.kl_coef=0 and loss.tis_cap=0 "
+                "(configs/methods/hapo-tokens.yaml)"
+            )
 
     def advantage(self, rollouts: Rollouts, rewards_PG: Tensor) -> Tensor:
         lengths_PG = torch.from_numpy(rollouts.by_group(rollouts.lengths_B))
@@ -103,6 +110,6 @@ class TokenHapo(dapo.Dapo):
             h_BT[b, : len(self.h[row])] = torch.from_numpy(self.h[row])
         c = self.config.loss
         loss_BT, clipped_BT = heterogeneous_loss(
-            x.logprobs_BT, x.old_logprobs_BT, x.advantages_BT, h_BT, c.clip_low, c.clip_high, self.options.dual_clip
+            x.logprobs_BT, x.old_logprobs_BT, x.advantages_BT, h_BT, c.clip_low, c.clip_high, c.dual_clip
         )
         return loss_BT, {"clip_fraction": clipped_BT.float(), "unsure_fraction": (h_BT > 0).float()}

@@ -6,6 +6,7 @@ Run: python -m pytest tests/methods/test_dapo_dler.py
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from nanolapo.methods.base import Method
 from nanolapo.methods.conciser import ConciseR
 from nanolapo.methods.dapo import Dapo, overlong_penalty
 from nanolapo.methods.dler import DaDler, Dler, batch_advantages
+from nanolapo.ranks import Ranks
 from nanolapo.rollouts import Rollouts
+from nanolapo.sampling import regrade
 
 
 def build(kind: type[Method], limit: int, steps: int = 100, **options: object) -> Method:
@@ -188,6 +191,24 @@ def test_da_dler_halves_the_limit_where_half_is_solved():
     assert total(method, rollouts) == [1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0]
     for ids, old in zip(rollouts.response_ids, before, strict=True):
         assert (ids == old[: len(ids)]).all()
+
+
+def test_da_dler_grades_what_is_left_of_an_answer():
+    """Through the loop's own regrade. The answer is token 7; rows 0-3 are right at the full limit of 8, so the limit is 4.
+    Row 1 shows its 7 before the cut: 0.1 of the code's variant; row 2's lies behind it: nothing."""
+    method = build(DaDler, 8, cut_reward=0.1)
+    rollouts = make_rows([1] * 4, 4, correct=[True] * 4)
+    rollouts.response_ids = [np.array(ids) for ids in ([1, 7], [1, 7, 1, 1, 1, 1], [1, 1, 1, 1, 7], [1, 1, 1, 7])]
+    rollouts.sampler_logprobs = [np.zeros(len(ids), dtype=np.float32) for ids in rollouts.response_ids]
+    grader = SimpleNamespace(
+        grade_all=lambda texts, golds: ["7" in text for text in texts], stop_if_untrustworthy=lambda: None
+    )
+    data = SimpleNamespace(decode=lambda ids: "".join(map(str, ids)))
+    session = SimpleNamespace(data=data, grader=grader, method=method, log=True, ranks=Ranks())
+    rollouts.regrade = lambda edited, rows: regrade(session, edited, rows)
+    method.edit_rollouts(rollouts)
+    assert rollouts.texts[1:3] == ["1711", "1111"]
+    assert total(method, rollouts) == pytest.approx([1, 0.1, 0, 1])
 
 
 def test_da_dler_leaves_short_batches_alone():

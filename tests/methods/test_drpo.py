@@ -62,22 +62,20 @@ def test_update_has_the_gradient_of_the_papers_formula(tied_model, tau, tokens):
     score_rows(policy, rollouts)
     advantages = method.advantage(rollouts, torch.from_numpy(rollouts.by_group(rollouts.correct_B.astype(float))))
     got: dict[str, torch.Tensor] = {}
-
-    def keep_gradients() -> float:
-        got.update({n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None})
-        policy.optimizer.zero_grad()
-        return 1.0
-
-    policy.step = keep_gradients  # type: ignore[method-assign]
+    policy.optimizer.register_step_pre_hook(
+        lambda *_: got.update({name: p.grad.clone() for name, p in policy.model.named_parameters()})
+    )
+    before = Policy(c, CPU)
     logged = update_policy(policy, method, rollouts, advantages, np.ones(12, dtype=bool), Ranks())
     assert logged["penalty_strength"] == 0 and logged["drift"] == 0
 
     micro = make_microbatch(rollouts, range(12), CPU)
-    logprobs_BT, _ = policy.logprobs(micro)
+    logprobs_BT, _ = before.logprobs(micro)
     scores = [row[:length].mean() for row, length in zip(logprobs_BT, LENGTHS, strict=True)]
     direct_loss(scores, rollouts, 32, 0.1, tau).backward()
-    for name, parameter in policy.model.named_parameters():
-        torch.testing.assert_close(got[name], parameter.grad, rtol=1e-3, atol=1e-6)
+    for name, parameter in before.model.named_parameters():
+        scale = float(parameter.grad.abs().max())
+        torch.testing.assert_close(got[name], parameter.grad, rtol=1e-4, atol=1e-4 * scale)
 
 
 def test_weights_by_hand():
@@ -152,5 +150,6 @@ def test_drift_penalty_above_delta_only():
 def test_settings_that_would_be_another_loss_are_refused():
     with pytest.raises(UserError, match="sequence_mean"):
         Drpo(config(loss={"aggregation": "token_mean"}))
-    with pytest.raises(UserError, match="kl_coef"):
-        Drpo(config(loss={"kl_coef": 0.1}))
+    for loss in ({"kl_coef": 0.1}, {"tis_cap": 2.0}, {"kind": "r2vpo"}):
+        with pytest.raises(UserError, match="loss of its own"):
+            Drpo(config(loss=loss))

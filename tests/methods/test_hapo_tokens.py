@@ -10,10 +10,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny import make_config, make_rows
+from tiny import CPU, make_config, make_rows, score_rows
+from transformers import AutoModelForCausalLM
 
+from nanolapo.config import UserError
 from nanolapo.methods.base import LossInputs
 from nanolapo.methods.hapo_tokens import TokenHapo, heterogeneous_loss, normalized_entropies, token_group_advantages
+from nanolapo.policy import Policy
+from nanolapo.ranks import Ranks
+from nanolapo.update import update_policy
 
 
 def hapo(**options: object) -> TokenHapo:
@@ -133,6 +138,47 @@ def test_batch_statistics_reach_the_right_tokens():
     rollouts.old_entropies = {}
     method.prepare_loss(rollouts, torch.zeros(4), np.ones(4, dtype=bool))  # nothing to train on
     assert method.h == {}
+
+
+@pytest.mark.parametrize("tokens", [4096, 40])
+@pytest.mark.parametrize("old", ["trainer", "sampler"])
+def test_update_uses_the_entropies_of_the_whole_batch(tied_model, tokens, old):
+    """Through update_policy, in one micro-batch or many: the gradient is -A (1 + min(h, 0)) per token over all tokens, with
+    h from entropies that plain transformers gives."""
+    lengths, advantages = [3, 17, 8, 30], [1.0, -0.5, 2.0, -1.5]
+    c = make_config(
+        tied_model, rollout={"group_size": 2}, train={"microbatch_tokens": tokens, "grad_clip": 1e9},
+        loss={"old_logprobs": old},
+    )  # fmt: skip
+    rollouts = make_rows(lengths)
+    policy, method = Policy(c, CPU), TokenHapo(c)
+    score_rows(policy, rollouts)
+    got: dict[str, torch.Tensor] = {}
+    policy.optimizer.register_step_pre_hook(
+        lambda *_: got.update({name: p.grad.clone() for name, p in policy.model.named_parameters()})
+    )
+    update_policy(policy, method, rollouts, torch.tensor(advantages), np.ones(4, dtype=bool), Ranks())
+
+    model = AutoModelForCausalLM.from_pretrained(tied_model, dtype=torch.float64).eval()
+    rows = []
+    for prompt, response in zip(rollouts.prompt_ids, rollouts.response_ids, strict=True):
+        logp = model(torch.from_numpy(np.concatenate([prompt, response]))[None]).logits[0].log_softmax(-1)
+        logp = logp[len(prompt) - 1 : -1]
+        entropy = -(logp.exp() * logp).sum(-1).detach()
+        rows.append((logp.gather(-1, torch.from_numpy(response)[:, None]).squeeze(-1), entropy))
+    h = slow_h(torch.cat([entropy for _, entropy in rows]).tolist(), 0.8)
+    factors = torch.tensor([1 + min(x, 0) for x in h], dtype=torch.float64).split(lengths)
+    loss = sum(-a * (f * logp).sum() for a, f, (logp, _) in zip(advantages, factors, rows, strict=True)) / sum(lengths)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        scale = float(parameter.grad.abs().max())
+        torch.testing.assert_close(got[name].double(), parameter.grad, rtol=1e-3, atol=1e-3 * scale)
+
+
+def test_settings_that_its_loss_would_ignore_are_refused():
+    for loss in ({"kl_coef": 0.1}, {"tis_cap": 2.0}, {"kind": "r2vpo"}):
+        with pytest.raises(UserError, match="loss of its own"):
+            TokenHapo(make_config(loss=loss))
 
 
 def test_recipe_is_dapos():
