@@ -1,9 +1,9 @@
-"""AEPO: keep the entropy near a target (arXiv 2510.08141; code 597358816/AEPO, whose read-me is followed by its code).
+"""AEPO: keep the entropy near a target (arXiv 2510.08141; read-me and code of 597358816/AEPO).
 
 Read-me: grad = grad_GRPO + alpha * E_{o ~ pi at T}[grad logp * R], T high while the entropy is below the target, else low.
 Code: every step a quarter of the prompts is also sampled at T (1.2 or 0.8); of these, answers with a group advantage above
 0.05 are kept, their advantage is set to 1, and they replace K answers of the batch: K = 60 of 2560, half of it while the
-entropy is above the target. No alpha. Target 0.5 nats (the read-me's result: 0.75). This follows the code.
+entropy is above the target. No alpha. Target 0.5 nats (the read-me's result: 0.75). Followed here: the code.
 
 Deviations: theirs overwrites the first K rows of the batch, whatever their prompts; here an extra answer replaces one of
 its own prompt's (first come, first served), so that every row still belongs to its problem. Last step's mean entropy is
@@ -110,16 +110,7 @@ class Aepo(Method):
         rows = [row for row in np.nonzero(good_B)[0].tolist() if ids[row] in groups]
         pairs = pair_rows([groups[ids[row]] for row in rows], rollouts.group_size, self.most_replaced(len(rollouts)))
         for row, number in pairs:
-            for name in (
-                "prompt_ids",
-                "response_ids",
-                "sampler_logprobs",
-                "finished_B",
-                "correct_B",
-                "broken_B",
-                "texts",
-            ):
-                getattr(rollouts, name)[row] = getattr(extra, name)[rows[number]]
+            rollouts.put_row(row, extra, rows[number])
         self.replaced = [row for row, _ in pairs]
 
     def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:

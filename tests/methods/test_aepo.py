@@ -37,6 +37,7 @@ def extra_for(ids: list[int], correct: list[bool], group: int = 4) -> Rollouts:
     rollouts = make_rows([9 + b for b in range(len(correct))], group, seed=1, correct=correct)
     rollouts.problems = [make_problems(20)[i] for i in ids]
     rollouts.texts = [f"extra {b}" for b in range(len(correct))]
+    rollouts.unmatched_B[:] = True  # as the loop marks another temperature
     return rollouts
 
 
@@ -70,6 +71,7 @@ def test_right_extra_answers_replace_rows_of_their_own_prompt():
         assert rollouts.prompt_ids[row] is extra.prompt_ids[source]
         assert rollouts.sampler_logprobs[row] is extra.sampler_logprobs[source]
         assert rollouts.texts[row] == f"extra {source}" and rollouts.correct_B[row]
+    assert rollouts.unmatched_B.nonzero()[0].tolist() == [8, 9]  # their log-probs say nothing about the mismatch
     untouched = [row for row in range(16) if row not in (8, 9)]
     assert all(rollouts.response_ids[row] is before[row] for row in untouched)
 
