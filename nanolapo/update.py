@@ -148,7 +148,7 @@ def loss_inputs(
     if policy.reference is not None:
         with torch.no_grad():
             ref_logprobs_BT, _ = policy.logprobs(micro, reference=True)
-    width = micro.mask_BT.shape[1]
+    width, entropies = micro.mask_BT.shape[1], rollouts.old_entropies
     mine = advantages[micro.rows].to(policy.device, torch.float32)
     advantages_BT = (mine[:, None] if mine.ndim == 1 else mine[:, :width]) * micro.mask_BT
     sampler_BT = micro.pad([rollouts.sampler_logprobs[row] for row in micro.rows])
@@ -157,6 +157,7 @@ def loss_inputs(
         old_logprobs_BT=logprobs_BT.detach() if old is None else micro.pad([old[row] for row in micro.rows]),
         sampler_logprobs_BT=sampler_BT,
         ref_logprobs_BT=ref_logprobs_BT,
+        entropy_BT=micro.pad([entropies[row] for row in micro.rows]) if entropies else None,
         advantages_BT=advantages_BT,
         mask_BT=micro.mask_BT,
         rows=micro.rows,

@@ -61,6 +61,7 @@ class LossInputs:
     old_logprobs_BT: Tensor  # of the policy at the start of this step
     sampler_logprobs_BT: Tensor  # as recorded while sampling
     ref_logprobs_BT: Tensor | None  # of the stage's first model; None when loss.kl_coef is 0
+    entropy_BT: Tensor | None  # of the policy at the start of this step; only when the method sets needs_entropy
     advantages_BT: Tensor
     mask_BT: Tensor  # 1 for sampled tokens, by position (the end token included)
     rows: list[int]  # row numbers in `rollouts`

@@ -39,19 +39,25 @@ class Options(dapo.Options):
     quantile: float = 0.8  # of log-entropy: the pivot between sure and unsure tokens
 
 
-def normalized_entropies(entropies_N: np.ndarray, quantile: float) -> np.ndarray:
-    """h of every token of the batch, in [-1, 1].
-
-    >>> normalized_entropies(np.exp(np.array([-4.0, -2.0, 0.0, 1.0, 2.0])), quantile=0.5)
-    array([-1. , -0.5,  0. ,  0.5,  1. ])
-    """
+def entropy_scale(entropies_N: np.ndarray, quantile: float) -> tuple[float, float, float]:
+    """(pivot, largest distance above it, largest below it) of log-entropy, over all tokens of the batch."""
+    if not len(entropies_N):
+        return 0.0, 0.0, 0.0
     u = np.log(np.maximum(np.asarray(entropies_N, dtype=np.float64), 1e-8))
-    if not len(u):
-        return u
-    h = u - np.quantile(u, quantile, method="nearest")
-    # Dividing by sqrt(mean(h^2)) first changes nothing: both signs are scaled to 1 by their extremes.
-    top, bottom = max(h.max(), 0.0), max(-h.min(), 0.0)
-    return np.where(h > 0, h / (top or 1.0), h / (bottom or 1.0))
+    pivot = float(np.quantile(u, quantile, method="nearest"))
+    return pivot, float(u.max()) - pivot, pivot - float(u.min())
+
+
+def normalized_entropies(entropy_BT: Tensor, scale: tuple[float, float, float]) -> Tensor:
+    """h of every token, in [-1, 1]. Dividing by sqrt(mean((u - pivot)^2)) first, as published, would cancel out.
+
+    >>> entropies = np.exp(np.array([-4.0, -2.0, 0.0, 1.0, 2.0]))
+    >>> normalized_entropies(torch.from_numpy(entropies), entropy_scale(entropies, quantile=0.5)).tolist()
+    [-1.0, -0.5, 0.0, 0.5, 1.0]
+    """
+    pivot, top, bottom = scale
+    distance = entropy_BT.clamp(min=1e-8).log() - pivot
+    return torch.where(distance > 0, distance / (top or 1.0), distance / (bottom or 1.0)).clamp(-1, 1)
 
 
 def token_group_advantages(rewards_PG: Tensor, lengths_PG: Tensor) -> Tensor:
@@ -99,16 +105,12 @@ class TokenHapo(dapo.Dapo):
         return self.filtered(rollouts, token_group_advantages(rewards_PG, lengths_PG).flatten())
 
     def prepare_loss(self, rollouts: Rollouts, advantages: Tensor, keep_B: np.ndarray) -> None:
-        rows = sorted(rollouts.old_entropies)
-        entropies = [rollouts.old_entropies[row] for row in rows]
-        h_N = normalized_entropies(np.concatenate([*entropies, np.zeros(0)]), self.options.quantile)
-        self.h = dict(zip(rows, np.split(h_N, np.cumsum([len(e) for e in entropies])), strict=False))
+        entropies = [rollouts.old_entropies[row] for row in sorted(rollouts.old_entropies)]
+        self.scale = entropy_scale(np.concatenate([*entropies, np.zeros(0)]), self.options.quantile)
 
     def loss(self, x: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
-        h_BT = torch.zeros_like(x.mask_BT)
-        for b, row in enumerate(x.rows):
-            h_BT[b, : len(self.h[row])] = torch.from_numpy(self.h[row])
-        c = self.config.loss
+        assert x.entropy_BT is not None
+        h_BT, c = normalized_entropies(x.entropy_BT, self.scale), self.config.loss
         loss_BT, clipped_BT = heterogeneous_loss(
             x.logprobs_BT, x.old_logprobs_BT, x.advantages_BT, h_BT, c.clip_low, c.clip_high, c.dual_clip
         )

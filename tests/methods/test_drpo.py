@@ -128,7 +128,7 @@ def inputs(drift: list[list[float]], advantages: list[float], rollouts: Rollouts
     mask = torch.tensor([[1.0] * len(d) + [0.0] * (3 - len(d)) for d in drift])
     logprobs = torch.tensor([d + [0.0] * (3 - len(d)) for d in drift]).neg().requires_grad_()
     advantages_BT = torch.tensor(advantages)[:, None] * mask
-    return LossInputs(logprobs, torch.zeros(2, 3), torch.zeros(2, 3), None, advantages_BT, mask, rows, rollouts)
+    return LossInputs(logprobs, torch.zeros(2, 3), torch.zeros(2, 3), None, None, advantages_BT, mask, rows, rollouts)
 
 
 def test_drift_penalty_above_delta_only():

@@ -15,7 +15,13 @@ from transformers import AutoModelForCausalLM
 
 from nanolapo.config import UserError
 from nanolapo.methods.base import LossInputs
-from nanolapo.methods.hapo_tokens import TokenHapo, heterogeneous_loss, normalized_entropies, token_group_advantages
+from nanolapo.methods.hapo_tokens import (
+    TokenHapo,
+    entropy_scale,
+    heterogeneous_loss,
+    normalized_entropies,
+    token_group_advantages,
+)
 from nanolapo.policy import Policy
 from nanolapo.ranks import Ranks
 from nanolapo.update import update_policy
@@ -36,21 +42,27 @@ def slow_h(entropies: list[float], quantile: float) -> list[float]:
     return [x / max(h) if x > 0 else x / abs(min(h)) if x < 0 else 0.0 for x in h]
 
 
+def h_of(entropies: list[float], quantile: float) -> np.ndarray:
+    array = np.array(entropies, dtype=np.float64)
+    return normalized_entropies(torch.from_numpy(array), entropy_scale(array, quantile)).numpy()
+
+
 @pytest.mark.parametrize("quantile", [0.8, 0.5])
 def test_normalized_entropies(quantile):
     rng = np.random.default_rng(0)
     for size in (4, 11, 100):
         entropies = rng.exponential(size=size).tolist()
-        got = normalized_entropies(np.array(entropies), quantile)
+        got = h_of(entropies, quantile)
         np.testing.assert_allclose(got, slow_h(entropies, quantile), atol=1e-12)
         assert got.max() == 1 and got.min() == -1
 
 
 def test_normalized_entropies_at_the_edges():
-    assert normalized_entropies(np.array([0.3, 0.3, 0.3]), 0.8).tolist() == [0, 0, 0]
-    assert normalized_entropies(np.zeros(0), 0.8).tolist() == []
-    assert normalized_entropies(np.array([0.0, 1.0]), 0.0).tolist() == [0, 1]  # nothing below the pivot
-    assert np.isfinite(normalized_entropies(np.array([0.0, 1e-12, 2.0]), 0.8)).all()  # a certain token
+    assert h_of([0.3, 0.3, 0.3], 0.8).tolist() == [0, 0, 0]
+    assert h_of([], 0.8).tolist() == []
+    assert h_of([0.0, 1.0], 0.0).tolist() == [0, 1]  # nothing below the pivot
+    assert h_of([0.0, 1.0], 1.0).tolist() == [-1, 0]  # nothing above it
+    assert np.isfinite(h_of([0.0, 1e-12, 2.0], 0.8)).all()  # a certain token
 
 
 def test_token_level_advantage_weighs_long_answers():
@@ -118,26 +130,22 @@ def test_first_update_only_damps_sure_tokens():
     np.testing.assert_allclose(logp.grad[0], [-2, -2, -1.5, 0])
 
 
-def test_batch_statistics_reach_the_right_tokens():
-    """Rows may be split over micro-batches and lack in old_entropies; h is that of the whole batch."""
+def test_statistics_are_those_of_the_whole_batch():
+    """A micro-batch of one row is measured against all rows that are scored (group 1 has no signal and is not)."""
     method = hapo()
     rollouts = make_rows([2, 3, 1, 4], correct=[True, False, True, True])
-    rollouts.old_entropies = {0: np.array([0.1, 2.0]), 1: np.array([1.0, 0.5, 0.2])}  # group 1 has no signal
+    rollouts.old_entropies = {0: np.array([0.1, 2.0]), 1: np.array([1.0, 0.5, 0.2])}
     method.prepare_loss(rollouts, torch.zeros(4), np.ones(4, dtype=bool))
     want = slow_h([0.1, 2.0, 1.0, 0.5, 0.2], 0.8)
-    np.testing.assert_allclose(method.h[0], want[:2])
-    np.testing.assert_allclose(method.h[1], want[2:])
-    mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
-    zeros, a = torch.zeros(2, 3), torch.ones(2, 3) * mask
-    logp = torch.zeros(2, 3, requires_grad=True)
-    loss, logged = method.loss(LossInputs(logp, zeros, zeros, None, a, mask, [1, 0], rollouts))
+    ones, zeros, logp = torch.ones(1, 3), torch.zeros(1, 3), torch.zeros(1, 3, requires_grad=True)
+    entropy_BT = torch.tensor([[1.0, 0.5, 0.2]])
+    loss, logged = method.loss(LossInputs(logp, zeros, zeros, None, entropy_BT, ones, ones, [1], rollouts))
     loss.sum().backward()
-    factor = [1 + min(x, 0) for x in want]
-    np.testing.assert_allclose(logp.grad, -np.array([factor[2:], [*factor[:2], 0]]), rtol=1e-6)
-    assert logged["unsure_fraction"].tolist() == [[0, 0, 0], [0, 1, 0]]
+    np.testing.assert_allclose(logp.grad[0], [-(1 + min(x, 0)) for x in want[2:]], rtol=1e-6)
+    assert logged["unsure_fraction"].tolist() == [[0, 0, 0]]
     rollouts.old_entropies = {}
     method.prepare_loss(rollouts, torch.zeros(4), np.ones(4, dtype=bool))  # nothing to train on
-    assert method.h == {}
+    assert method.scale == (0, 0, 0)
 
 
 @pytest.mark.parametrize("tokens", [4096, 40])

@@ -107,7 +107,7 @@ def test_rows_of_different_length_and_without_signal():
     got = method.advantage(rollouts, torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
     assert got.shape == (4, 6) and torch.isfinite(got).all()
     assert got[0, 0] == 0 and (got[2:] == 0).all()  # a right answer of one step loses it
-    rollouts.broken_B[1] = True
+    rollouts.broken_B[1], rollouts.response_ids[1][0] = True, -1  # an id that no tokenizer can decode
     rollouts.sampler_logprobs[1] = np.full(6, np.nan, dtype=np.float32)
     assert torch.isfinite(method.advantage(rollouts, torch.tensor([[1.0, 0.0], [1.0, 1.0]]))).all()
 
