@@ -52,7 +52,7 @@ class Alarms:
         """Warnings, in words, for symptoms that have lasted; `examples` are completions to show with them."""
         symptoms = {
             "truncated": metrics["truncated"] == 1.0,
-            "flat": metrics["no_signal"] == 1.0,
+            "flat": metrics["no_signal"] == 1.0 and not metrics.get("updates"),  # SPO compares over time, not in groups
             "empty": metrics["empty"] > 0.5,
             "looping": metrics["repetition"] > 0.8,
             "copies": metrics["unique_per_group"] == 1.0 and self.config.rollout.group_size > 1,

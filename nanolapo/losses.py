@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,9 +59,10 @@ def row_weights(lengths_B: Tensor, aggregation: str, totals: BatchTotals) -> Ten
 
 
 def clipped_surrogate(
-    ratio_BT: Tensor, advantages_BT: Tensor, clip_low: float, clip_high: float, dual_clip: float = 0.0
+    ratio_BT: Tensor, advantages_BT: Tensor, clip_low: Any, clip_high: Any, dual_clip: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """-min(r A, clip(r, 1 - low, 1 + high) A), and with dual_clip = c at most -A c where A < 0.
+    """-min(r A, clip(r, 1 - low, 1 + high) A), and with dual_clip = c at most -A c where A < 0. Both widths are numbers, or
+    both tensors [B, T].
 
     A token is touched only where a clip removes its gradient: r above 1 + high with A > 0, r below 1 - low with A < 0, and
     r above c with A < 0 (without the dual clip, one token that has become likely by mistake has no bound).

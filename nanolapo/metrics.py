@@ -64,7 +64,7 @@ def rollout_metrics(rollouts: Rollouts, parts: dict[str, np.ndarray]) -> dict[st
         "empty": float((lengths <= 1).mean()),
         "broken": float(rollouts.broken_B.mean()),
         "repetition": float(np.mean([repetition(ids) for ids in rollouts.response_ids])),
-        "unique_per_group": float(np.mean(unique)),
+        "unique_per_group": float(np.mean(unique)) if rollouts.group_size > 1 else float("nan"),
         "entropy": -float(sampled.mean()) if len(sampled) else float("nan"),  # E[-log p] of samples, per token
     }
     return metrics | {f"reward/{name}": float(values.mean()) for name, values in parts.items()}

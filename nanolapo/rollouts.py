@@ -70,6 +70,7 @@ class Rollouts:
     correct_B: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
     broken_B: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
     unmatched_B: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    old_entropies: dict[int, np.ndarray] = field(default_factory=dict)  # row -> [T], see Method.needs_entropy
     texts: list[str] = field(default_factory=list)  # B, decoded responses, for the grader and for people
     regrade: Callable[[Rollouts, Sequence[int]], None] | None = None  # set by the loop: grade these rows again
 

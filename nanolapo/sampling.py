@@ -136,8 +136,11 @@ def grade(s: Session, rollouts: Rollouts, rows: Iterable[int]) -> None:
         rollouts.correct_B[row] = verdict and (rollouts.finished_B[row] or s.method.cut_answers_count)
 
 
-def regrade(s: Session, rollouts: Rollouts, rows: Iterable[int]) -> None:
-    """One rank grades for all: a grader's time-out must not make ranks disagree."""
+def regrade(s: Session, rollouts: Rollouts, rows: Sequence[int]) -> None:
+    """Grade what these rows say now: their ids may have been cut. One rank grades for all, since a grader's time-out must
+    not make ranks disagree."""
+    for row in rows:
+        rollouts.texts[row] = s.data.decode(rollouts.response_ids[row])
     if s.log:
         grade(s, rollouts, rows)
     rollouts.correct_B = s.ranks.gather(rollouts.correct_B)[0]

@@ -67,15 +67,18 @@ def update_policy(
     """
     config = policy.config
     batches = plan_batches(policy, rollouts, advantages, keep_B, ranks)
-    method.prepare_loss(rollouts, advantages, keep_B)
     tally, norms, learning_rate = Tally(), [], policy.learning_rate()
     first_update = policy.num_steps
     old: dict[int, np.ndarray] | None = None  # None: one update per step, its own forward pass gives the old log-probs
+    several = len(batches) * config.train.inner_epochs > 1
+    if method.needs_entropy or (several and config.loss.old_logprobs == "trainer"):
+        mine = [rows for batch in batches if batch.has_signal for rows in batch.microbatches]
+        scored, entropies = score(policy, rollouts, mine, method.needs_entropy)
+        old = dict(enumerate(rollouts.sampler_logprobs)) | scored
+        rollouts.old_entropies = {row: values for part in ranks.gather(entropies) for row, values in part.items()}
     if config.loss.old_logprobs == "sampler":
         old = dict(enumerate(rollouts.sampler_logprobs))
-    elif len(batches) * config.train.inner_epochs > 1:
-        mine = [rows for batch in batches if batch.has_signal for rows in batch.microbatches]
-        old = dict(enumerate(rollouts.sampler_logprobs)) | score(policy, rollouts, mine)
+    method.prepare_loss(rollouts, advantages, keep_B)
 
     for _ in range(config.train.inner_epochs):
         for batch in batches:
@@ -156,12 +159,12 @@ def loss_inputs(
     old: dict[int, np.ndarray] | None,
 ) -> LossInputs:
     """Run the forward passes of one micro-batch and put everything the loss may want into [B, T]."""
-    logprobs_BT, entropy_BT = policy.logprobs(micro, with_entropy=method.needs_entropy)
+    logprobs_BT, _ = policy.logprobs(micro)
     ref_logprobs_BT = None
     if policy.reference is not None:
         with torch.no_grad():
             ref_logprobs_BT, _ = policy.logprobs(micro, reference=True)
-    width = micro.mask_BT.shape[1]
+    width, entropies = micro.mask_BT.shape[1], rollouts.old_entropies
     mine = advantages[micro.rows].to(policy.device, torch.float32)
     advantages_BT = (mine[:, None] if mine.ndim == 1 else mine[:, :width]) * micro.mask_BT
     sampler_BT = micro.pad([rollouts.sampler_logprobs[row] for row in micro.rows])
@@ -170,7 +173,7 @@ def loss_inputs(
         old_logprobs_BT=logprobs_BT.detach() if old is None else micro.pad([old[row] for row in micro.rows]),
         sampler_logprobs_BT=sampler_BT,
         ref_logprobs_BT=ref_logprobs_BT,
-        entropy_BT=entropy_BT,
+        entropy_BT=micro.pad([entropies[row] for row in micro.rows]) if entropies else None,
         advantages_BT=advantages_BT,
         mask_BT=micro.mask_BT,
         rows=micro.rows,
@@ -179,15 +182,21 @@ def loss_inputs(
 
 
 @torch.no_grad()
-def score(policy: Policy, rollouts: Rollouts, microbatches: list[list[int]]) -> dict[int, np.ndarray]:
-    """Log-probs of these rows under the policy as it is now: row -> float32 [T]."""
-    scored = {}
+def score(
+    policy: Policy, rollouts: Rollouts, microbatches: list[list[int]], with_entropy: bool = False
+) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
+    """Log-probs, and entropies if wanted, of these rows under the policy as it is now: row -> float32 [T]."""
+    scored: dict[int, np.ndarray] = {}
+    entropies: dict[int, np.ndarray] = {}
     for rows in microbatches:
         micro = make_microbatch(rollouts, rows, policy.device)
-        logprobs_BT, _ = policy.logprobs(micro)
+        logprobs_BT, entropy_BT = policy.logprobs(micro, with_entropy)
         for b, row in enumerate(rows):
-            scored[row] = logprobs_BT[b, : micro.lengths_B[b]].cpu().numpy()
-    return scored
+            length = int(micro.lengths_B[b])
+            scored[row] = logprobs_BT[b, :length].cpu().numpy()
+            if entropy_BT is not None:
+                entropies[row] = entropy_BT[b, :length].cpu().numpy()
+    return scored, entropies
 
 
 def tally_mismatch(tally: Tally, x: LossInputs) -> None:

@@ -140,6 +140,16 @@ def test_E9_collapse_is_said_in_words(name, ids, words):
     assert not said[0] and not said[1]
 
 
+def test_groups_of_one_are_no_collapse():
+    """SPO samples one answer a problem: rewards agree and answers are unlike in every group, and still it learns."""
+    config = make_config()
+    alarms, metrics = Alarms(config), metrics_of(make_rows([5, 6, 7, 8], group_size=1, correct=[True, False] * 2))
+    for step in range(12):
+        assert alarms.check_learning(step, metrics | {"updates": 2.0}, [""]) == []
+    flat = [alarms.check_learning(step, metrics | {"updates": 0.0}, [""]) for step in range(5)]
+    assert "no signal" in flat[4][0]
+
+
 def test_E9_numbers_of_collapse_are_logged_at_every_step():
     """empty, truncated, repetition, unique answers, entropy and groups without signal, by hand."""
     rollouts = make_rows([1] * 4, correct=[True, False, True, True], finished=[True, True, True, False])

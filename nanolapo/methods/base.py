@@ -61,7 +61,7 @@ class LossInputs:
     old_logprobs_BT: Tensor  # of the policy at the start of this step
     sampler_logprobs_BT: Tensor  # as recorded while sampling
     ref_logprobs_BT: Tensor | None  # of the stage's first model; None when loss.kl_coef is 0
-    entropy_BT: Tensor | None  # only when the method sets needs_entropy
+    entropy_BT: Tensor | None  # of the policy at the start of this step; only when the method sets needs_entropy
     advantages_BT: Tensor
     mask_BT: Tensor  # 1 for sampled tokens, by position (the end token included)
     rows: list[int]  # row numbers in `rollouts`
@@ -79,7 +79,7 @@ class Method:
     Options: type = NoOptions  # a frozen dataclass; method.options in the YAML fills it, strictly
     grader_rule = "math"
     cut_answers_count = False  # may an answer that hit the length limit be right (its box already printed)?
-    needs_entropy = False
+    needs_entropy = False  # have rollouts.old_entropies filled before prepare_loss, at the cost of a forward pass
 
     def __init__(self, config: Config) -> None:
         self.config = config

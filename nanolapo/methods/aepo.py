@@ -1,0 +1,133 @@
+"""AEPO: keep the entropy near a target (arXiv 2510.08141; read-me and code of 597358816/AEPO).
+
+Read-me: grad = grad_GRPO + alpha * E_{o ~ pi at T}[grad logp * R], T high while the entropy is below the target, else low.
+Code: every step a quarter of the prompts is also sampled at T (1.2 or 0.8); of these, answers with a group advantage above
+0.05 are kept, their advantage is set to 1, and they replace K answers of the batch: K = 60 of 2560, half of it while the
+entropy is above the target. No alpha. Target 0.5 nats (the read-me's result: 0.75). Followed here: the code.
+
+Deviations: theirs overwrites the first K rows of the batch, whatever their prompts; here an extra answer replaces one of
+its own prompt's (first come, first served), so that every row still belongs to its problem. Last step's mean entropy is
+estimated by -mean(logp) of its samples, which is unbiased and free. At step 0 there is no last entropy and no extra pass.
+
+A replaced row keeps the verdict of the answer it replaced as reward, since its group was measured by it; its own is always
+"right", so the logged accuracy is up to K/B too high. Its recorded log-probs are of another temperature: old log-probs must
+come from the trainer (checked).
+
+Edge: no kept extra answer: plain GRPO. State: last entropy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanolapo.advantages import group_advantages
+from nanolapo.config import Config, UserError
+from nanolapo.methods.base import Method, MonitorPlan
+from nanolapo.problems import Problem, batch_indices
+from nanolapo.rollouts import Rollouts
+
+
+@dataclass(frozen=True)
+class Options:
+    target: float = 0.5  # nats per token
+    high: float = 1.2  # temperature of the extra samples while the entropy is below the target ...
+    low: float = 0.8  # ... and above it
+    prompts: float = 0.25  # share of the step's prompts that is sampled again
+    threshold: float = 0.05  # group advantage above which an extra answer is kept
+    replace: int | None = None  # K, answers; None: 60 of 2560
+
+
+def mean_entropy(sampler_logprobs: list[np.ndarray], broken_B: np.ndarray) -> float | None:
+    """E[-log p] over the sampled tokens, nats per token; None without any."""
+    kept = [logprobs for logprobs, broken in zip(sampler_logprobs, broken_B, strict=True) if not broken]
+    return -float(np.concatenate(kept).mean()) if sum(map(len, kept)) else None
+
+
+def pair_rows(group_of_extra: list[int], group_size: int, most: int) -> list[tuple[int, int]]:
+    """(row of the batch, number of the extra answer) for at most `most` of them, each in its own group.
+
+    >>> pair_rows([0, 0, 2], group_size=4, most=9)
+    [(0, 0), (1, 1), (8, 2)]
+    """
+    used: dict[int, int] = {}
+    pairs: list[tuple[int, int]] = []
+    for extra, group in enumerate(group_of_extra):
+        place = used.get(group, 0)
+        if place < group_size and len(pairs) < most:
+            pairs.append((group * group_size + place, extra))
+            used[group] = place + 1
+    return pairs
+
+
+class Aepo(Method):
+    Options = Options
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        if config.loss.old_logprobs != "trainer" or config.loss.tis_cap:
+            raise UserError("aepo:Aepo mixes two temperatures: needs loss.old_logprobs=trainer and loss.tis_cap=0")
+        self.entropy: float | None = None  # of the last step
+        self.extra: Rollouts | None = None
+        self.replaced: list[int] = []
+
+    def start(self, problems: list[Problem]) -> None:
+        self.num_problems = len(problems)
+
+    def monitor(self, step: int) -> MonitorPlan | None:
+        self.extra = None
+        if self.entropy is None:
+            return None
+        o, plan = self.options, self.sampling(step)
+        chosen = batch_indices(self.num_problems, step, plan.num_prompts, self.config.run.seed)
+        count = max(1, round(o.prompts * len(chosen)))
+        temperature = o.high if self.entropy < o.target else o.low
+        return MonitorPlan(tuple(chosen[:count]), plan.group_size, temperature, plan.max_new_tokens)
+
+    def on_monitor(self, rollouts: Rollouts) -> dict[str, float]:
+        self.extra = rollouts
+        return {"aepo/extra_accuracy": float(rollouts.correct_B.mean())}
+
+    def most_replaced(self, num_rows: int) -> int:
+        """K: halved while the entropy is above the target."""
+        o = self.options
+        most = max(1, round(60 / 2560 * num_rows)) if o.replace is None else o.replace
+        return most if self.entropy is not None and self.entropy < o.target else most // 2
+
+    def edit_rollouts(self, rollouts: Rollouts) -> None:
+        self.verdict_B, self.replaced = rollouts.correct_B.copy(), []
+        self.next_entropy = mean_entropy(rollouts.sampler_logprobs, rollouts.broken_B)
+        if self.extra is None:
+            return
+        extra, groups = self.extra, {p.id: g for g, p in enumerate(rollouts.problems)}
+        verdicts_PG = torch.from_numpy(extra.by_group(extra.correct_B.astype(np.float64)))
+        good_B = (group_advantages(verdicts_PG).flatten().numpy() > self.options.threshold) & ~extra.broken_B
+        ids = [extra.problems[row // extra.group_size].id for row in range(len(extra))]
+        rows = [row for row in np.nonzero(good_B)[0].tolist() if ids[row] in groups]
+        pairs = pair_rows([groups[ids[row]] for row in rows], rollouts.group_size, self.most_replaced(len(rollouts)))
+        for row, number in pairs:
+            rollouts.put_row(row, extra, rows[number])
+        self.replaced = [row for row, _ in pairs]
+
+    def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:
+        return {"correct": self.verdict_B.astype(np.float64)}
+
+    def advantage(self, rollouts: Rollouts, rewards_PG: Tensor) -> Tensor:
+        advantages_B = super().advantage(rollouts, rewards_PG)
+        advantages_B[self.replaced] = 1.0
+        return advantages_B
+
+    def after_step(self, rollouts: Rollouts) -> dict[str, float]:
+        used = float("nan") if self.entropy is None else self.entropy
+        self.entropy = self.next_entropy
+        return {"aepo/last_entropy": used, "aepo/replaced": float(len(self.replaced))}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"entropy": self.entropy}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.entropy = state["entropy"]

@@ -1,0 +1,62 @@
+"""ConciseR: accuracy first, then L-GRPO (Song & Zheng, "Walk Before You Run!", arXiv 2505.21178; nick7nlp/ConciseR).
+
+UNVERIFIED: from the abstract and the read-me; no training code is public. Established is only the shape: a long first stage
+of GRPO with clip-higher and dynamic sampling, then a short one in which length enters the reward of a group only if all of
+its answers are right. The length term itself could not be found, so it is OURS, and so is the split of the steps:
+
+    second stage, every answer of the group right:  R_i = 1 + weight * (1 - L_i / L_max),  L_max = rollout.max_new_tokens
+    everything else:                                R_i = c_i
+
+Groups are filtered by this reward, not by accuracy, or the all-right groups would be dropped just where they count. Within
+such a group the advantage is divided by the group's std (loss.normalize_std), so `weight` changes what is logged, not what
+is learned.
+
+Edge: an all-right group of equal lengths has no signal and is dropped. No state: the stage is a function of the step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from nanolapo.methods.base import Method, SamplingPlan
+from nanolapo.methods.dapo import mixed_groups
+from nanolapo.rollouts import Rollouts
+
+
+@dataclass(frozen=True)
+class Options:
+    first_stage: float = 0.8  # share of train.steps before length counts; 0: L-GRPO from the start (ours)
+    weight: float = 1.0  # of the length term (ours)
+    max_rounds: int = 4  # rounds of sampling to fill a batch; 1: no refill (ours)
+
+
+def length_term(lengths_PG: np.ndarray, correct_PG: np.ndarray, limit: int) -> np.ndarray:
+    """1 - L / limit in groups that are right throughout, 0 elsewhere: float64 [P, G].
+
+    >>> length_term(np.array([[100, 200], [100, 200]]), np.array([[True, True], [True, False]]), limit=400)
+    array([[0.75, 0.5 ],
+           [0.  , 0.  ]])
+    """
+    solved_P1 = np.asarray(correct_PG, dtype=bool).all(axis=1, keepdims=True)
+    return solved_P1 * (1.0 - np.asarray(lengths_PG) / limit)
+
+
+class ConciseR(Method):
+    Options = Options
+    step = 0
+
+    def sampling(self, step: int) -> SamplingPlan:
+        self.step = step
+        return replace(super().sampling(step), max_rounds=self.options.max_rounds)
+
+    def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:
+        parts = super().reward(rollouts)
+        lengths_PG, correct_PG = rollouts.by_group(rollouts.lengths_B), rollouts.by_group(rollouts.correct_B)
+        term_PG = length_term(lengths_PG, correct_PG, self.config.rollout.max_new_tokens)
+        second_stage = self.step >= self.options.first_stage * self.config.train.steps
+        return parts | {"length": second_stage * self.options.weight * term_PG.flatten()}
+
+    def keep_groups(self, rollouts: Rollouts, rewards_PG: np.ndarray) -> np.ndarray:
+        return mixed_groups(rewards_PG)

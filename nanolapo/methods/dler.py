@@ -1,0 +1,118 @@
+"""DLER and DA-DLER (Liu et al., "Doing Length pEnalty Right", arXiv 2510.15110; code NVlabs/DLER, built on DAPO's recipe).
+
+The length penalty is the plainest there is, R = c if finished within the target, else 0; what counts is the optimisation:
+
+    advantage   A'_i = R_i - mean_group(R);  A_i = (A'_i - mean_batch(A')) / std_batch(A')   over the groups that are kept
+    sampling    groups whose rewards are all equal are dropped and the batch is refilled (`max_rounds`, number ours)
+    clip        0.2 / 0.28, in configs/methods/dler.yaml
+
+DA-DLER goes on from a DLER model with a limit per group: pass rate >= 0.5 gets half the limit, else the whole one. The
+paper does not say when the pass rate is measured; read as METHODS.md does: at the whole limit, then every answer above its
+group's limit is cut there and graded again, so it gets 0.
+
+Code against paper, both as options: the code gives an answer that was cut 0.1 if it is right already (`cut_reward`), and
+takes mean_batch and std_batch over tokens, every answer weighted by its length (`whiten: tokens`). The defaults are the
+paper's. Left out: update-selective merging (needs no training).
+
+Edge: nothing kept, or nothing that differs, gives advantage 0 everywhere (std_batch = 0). No state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanolapo.advantages import MIN_SPREAD
+from nanolapo.config import Config, UserError
+from nanolapo.methods.base import Method, SamplingPlan
+from nanolapo.methods.dapo import mixed_groups
+from nanolapo.rollouts import Rollouts
+
+
+@dataclass(frozen=True)
+class Options:
+    target: int | None = None  # limit in tokens; None: rollout.max_new_tokens, the paper's 4000
+    short_target: int | None = None  # DA-DLER's limit of groups solved at least half; None: half (2000 of 4000)
+    cut_reward: float = 0.0  # a right answer that was cut; the code: 0.1
+    whiten: str = "sequences"  # sequences (paper) | tokens (code)
+    max_rounds: int = 4  # rounds of sampling to fill a batch; 1: no refill
+
+
+def batch_advantages(rewards_PG: Tensor, weights_PG: Tensor) -> Tensor:
+    """Rewards centred in their group, then whitened over the batch: [P, G], like rewards_PG.
+
+    weights_PG: how often a rollout counts in the batch's mean and (unbiased) variance: 1, or its number of tokens; 0 for a
+    group that is not trained on, whose advantage is 0.
+
+    >>> batch_advantages(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
+    tensor([[ 0.7071, -0.7071],
+            [ 0.0000,  0.0000]])
+    """
+    assert rewards_PG.shape == weights_PG.shape, f"{tuple(rewards_PG.shape)}, {tuple(weights_PG.shape)}"
+    weights = weights_PG.double()
+    centred = rewards_PG.double() - rewards_PG.double().mean(dim=1, keepdim=True)
+    count = weights.sum()
+    if count <= 1:
+        return torch.zeros_like(rewards_PG)
+    centred = centred - (weights * centred).sum() / count
+    std = ((weights * centred.square()).sum() / (count - 1)).sqrt()
+    if std < MIN_SPREAD:
+        return torch.zeros_like(rewards_PG)
+    return (centred / std * (weights > 0)).to(rewards_PG.dtype)
+
+
+class Dler(Method):
+    Options = Options
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        o, limit = self.options, config.rollout.max_new_tokens
+        self.target = limit if o.target is None else o.target
+        self.short_target = max(1, self.target // 2) if o.short_target is None else o.short_target
+        self.cut_answers_count = o.cut_reward > 0
+        if o.whiten not in ("sequences", "tokens"):
+            raise UserError(f"method.options.whiten={o.whiten!r}: give sequences or tokens")
+        if not 1 <= self.short_target <= self.target <= limit:
+            raise UserError(
+                f"method.options.short_target={self.short_target}, target={self.target}: need 1 <= short_target <= target "
+                f"<= rollout.max_new_tokens={limit}"
+            )
+
+    def sampling(self, step: int) -> SamplingPlan:
+        return replace(super().sampling(step), max_new_tokens=self.target, max_rounds=self.options.max_rounds)
+
+    def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:
+        parts = super().reward(rollouts)  # without cut_reward, an answer that was cut is wrong already
+        if self.cut_answers_count:
+            parts["cut"] = parts["correct"] * rollouts.truncated_B * (self.options.cut_reward - 1.0)
+        return parts
+
+    def keep_groups(self, rollouts: Rollouts, rewards_PG: np.ndarray) -> np.ndarray:
+        return mixed_groups(rewards_PG)
+
+    def advantage(self, rollouts: Rollouts, rewards_PG: Tensor) -> Tensor:
+        counts_PG = (
+            rollouts.by_group(rollouts.lengths_B) if self.options.whiten == "tokens" else np.ones(rewards_PG.shape)
+        )
+        kept_P = self.keep_groups(rollouts, rewards_PG.numpy())
+        return batch_advantages(rewards_PG, torch.from_numpy(counts_PG * kept_P[:, None])).flatten()
+
+
+class DaDler(Dler):
+    """DLER with half the limit for groups that are solved at least half of the time."""
+
+    def edit_rollouts(self, rollouts: Rollouts) -> None:
+        pass_rates_P = rollouts.by_group(rollouts.correct_B).mean(axis=1)
+        limits_P = np.where(pass_rates_P >= 0.5, self.short_target, self.target)
+        rows = np.nonzero(rollouts.lengths_B > np.repeat(limits_P, rollouts.group_size))[0].tolist()
+        for row in rows:
+            limit = limits_P[row // rollouts.group_size]
+            rollouts.response_ids[row] = rollouts.response_ids[row][:limit]
+            rollouts.sampler_logprobs[row] = rollouts.sampler_logprobs[row][:limit]
+            rollouts.finished_B[row] = False
+        if rows:
+            assert rollouts.regrade is not None, "the loop sets it"
+            rollouts.regrade(rollouts, rows)

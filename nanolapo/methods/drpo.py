@@ -1,0 +1,98 @@
+"""DRPO: decoupled reward policy optimisation (Li et al., arXiv 2510.04474; code Optimization-AI/DRPO, built on DisCO).
+
+Replaces advantage and policy loss. With s_i the mean log-prob of answer i, P the right and N the wrong answers of a prompt,
+and the length reward r_i = 1 - L_i / C of right answers only (C = rollout.max_new_tokens):
+
+    w_i  = exp(r_i / lambda) / sum_P exp(r_j / lambda)             positive: no right answer is ever pushed down
+    J_q  = sum_P w_i s_i  -  tau * log( (1/|N|) sum_N exp(s_j / tau) )
+    loss = -(1/n_prompts) sum_q J_q  +  sg( max(beta * (K - delta), 0) ) * K,     K = token mean of logp_old - logp
+
+A prompt of one class adds 0 but counts in n_prompts. No clipping, no reference KL.
+
+Micro-batches here do not hold whole groups and need not: the gradient of the log-mean-exp is sum_N softmax(s_j / tau) ds_j,
+so with constant softmax weights every row is on its own, and dJ_q / ds_i takes the place of the advantage. The weights come
+from the old log-probs of the whole batch, as recorded while sampling. With one update per rollout step that is exact (up to
+the engine's rounding, here divided by tau = 10); with more, the later ones keep the first's weights where theirs follow
+s_j. The value of the loss means nothing (nor does theirs).
+
+The penalty K uses the micro-batch's own mean (as theirs), and its token mean the step's mean length. It is 0 while logp is
+logp_old, so with one update per rollout step it never acts. The paper's penalty has the same gradient.
+
+loss.aggregation must be sequence_mean: that is the 1/L_i of s_i. Edge: one class only: no gradient. No state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanolapo.config import Config, UserError
+from nanolapo.methods.base import LossInputs, Method
+from nanolapo.rollouts import Rollouts
+
+
+@dataclass(frozen=True)
+class Options:
+    length_temperature: float = 0.1  # lambda; smaller: shorter
+    tau: float = 10.0
+    beta: float = 1000.0  # strength of the trust-region penalty ...
+    delta: float = 1e-4  # ... above this K
+
+
+def decoupled_weights(
+    lengths_G: np.ndarray, correct_G: np.ndarray, scores_G: np.ndarray, capacity: float, lam: float, tau: float
+) -> np.ndarray:
+    """dJ_q / ds_i, float64 [G]: w_i for right answers (sum 1), minus the softmax of s_j / tau for wrong ones (sum -1).
+
+    >>> decoupled_weights(np.array([100, 200, 50, 50]), np.array([True, True, False, False]), np.zeros(4), 1000, 0.1, 10)
+    array([ 0.73105858,  0.26894142, -0.5       , -0.5       ])
+    """
+    right = np.asarray(correct_G, dtype=bool)
+    weights = np.zeros(len(right))
+    if right.all() or not right.any():
+        return weights
+    weights[right] = softmax((1.0 - lengths_G[right] / capacity) / lam)
+    weights[~right] = -softmax(scores_G[~right] / tau)
+    return weights
+
+
+def softmax(values: np.ndarray) -> np.ndarray:
+    powers = np.exp(values - values.max())
+    return powers / powers.sum()
+
+
+class Drpo(Method):
+    Options = Options
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        c = config.loss
+        if c.aggregation != "sequence_mean" or c.kind != "grpo" or c.kl_coef or c.tis_cap:
+            raise UserError(
+                "drpo:Drpo has a loss of its own: needs loss.kind=grpo, loss.aggregation=sequence_mean, loss.kl_coef=0 and "
+                "loss.tis_cap=0 (configs/methods/drpo.yaml)"
+            )
+
+    def advantage(self, rollouts: Rollouts, rewards_PG: Tensor) -> Tensor:
+        """G * dJ_q/ds_i: sequence_mean divides by the number of rows, the paper by the number of prompts."""
+        o, capacity = self.options, self.config.rollout.max_new_tokens
+        sampled = zip(rollouts.sampler_logprobs, rollouts.broken_B, strict=True)
+        scores_B = np.array([0.0 if broken or not len(s) else s.mean(dtype=np.float64) for s, broken in sampled])
+        columns = (rollouts.lengths_B, rollouts.correct_B, scores_B)
+        weights_PG = [
+            decoupled_weights(lengths, correct, scores, capacity, o.length_temperature, o.tau)
+            for lengths, correct, scores in zip(*map(rollouts.by_group, columns), strict=True)
+        ]
+        return torch.from_numpy(np.concatenate(weights_PG) * rollouts.group_size)
+
+    def loss(self, x: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
+        drift_BT = (x.old_logprobs_BT - x.logprobs_BT) * x.mask_BT
+        drift = drift_BT.detach().sum() / x.mask_BT.sum().clamp(min=1)  # K of this micro-batch
+        strength = (self.options.beta * (drift - self.options.delta)).clamp(min=0)
+        # L_b / mean(L) turns the 1 / (L_b rows) of sequence_mean into 1 / tokens.
+        length_B1 = x.mask_BT.sum(dim=1, keepdim=True) / float(x.rollouts.lengths_B.mean())
+        loss_BT = -x.advantages_BT * x.logprobs_BT + strength * drift_BT * length_B1
+        return loss_BT, {"drift": drift_BT.detach(), "penalty_strength": strength * x.mask_BT}

@@ -1,0 +1,82 @@
+"""Tighter limits as the only pressure: plain truncation, and ThinkPrune.
+
+ThinkPrune: Hou et al., arXiv 2504.01296; code UCSB-NLP-Chang/ThinkPrune (code read, paper text not). The reward is 1 for a
+right answer within the limit and 0 otherwise, so what is not finished is wrong; the prompt says the limit as well.
+ThinkPrune4k keeps one limit, 4000; ThinkPruneIterative goes 4000 -> 3000 -> 2000. Plain truncation is the same without the
+sentence (for its default, half the limit, see LASER's "truncation-8192" beside a limit of 16,384).
+
+Deviations: the stages follow each other within one run, so the optimizer and the reference model go on where theirs start
+anew; they pick the model of a stage by validation (step 180 of the first), here stages take equal parts of train.steps
+(ours; option `first_steps`). The sentence ends the question, theirs the system prompt.
+
+Edge: a group that is wholly over the limit is all zeros and teaches nothing, the known weakness early in a stage.
+No state: the stage is a function of the step.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from nanolapo.config import Config, UserError
+from nanolapo.methods.base import Method, SamplingPlan
+from nanolapo.problems import Problem
+from nanolapo.prompts import Guidance, thinkprune_guidance
+
+
+@dataclass(frozen=True)
+class Options:
+    limits: tuple[int, ...] | None = None  # generation limit of each stage, tokens; None: the published ones, scaled
+    first_steps: tuple[int, ...] | None = None  # step at which each stage begins; None: equal parts of train.steps
+
+
+def limit_of_step(step: int, limits: Sequence[int], first_steps: Sequence[int]) -> int:
+    """The limit of the stage that `step` is in.
+
+    >>> [limit_of_step(step, [4000, 3000, 2000], [0, 10, 20]) for step in (0, 9, 10, 19, 20, 99)]
+    [4000, 4000, 3000, 3000, 2000, 2000]
+    """
+    return limits[bisect_right(first_steps, step) - 1]
+
+
+class Truncation(Method):
+    """Accuracy only, under a tighter limit."""
+
+    Options = Options
+    shares: tuple[float, ...] = (8192 / 16384,)  # published limits, as shares of the longest one sampled
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        most = config.rollout.max_new_tokens
+        self.limits = self.options.limits or tuple(max(1, round(share * most)) for share in self.shares)
+        stages = len(self.limits)
+        self.first_steps = self.options.first_steps or tuple(i * config.train.steps // stages for i in range(stages))
+        if not all(1 <= limit <= most for limit in self.limits):
+            raise UserError(f"method.options.limits={list(self.limits)}: give 1 to rollout.max_new_tokens={most}")
+        if len(self.first_steps) != stages or self.first_steps[0] or list(self.first_steps) != sorted(self.first_steps):
+            raise UserError(
+                f"method.options.first_steps={list(self.first_steps)}: give one step for each of the {stages} limits, "
+                "ascending, the first 0"
+            )
+
+    def limit(self, step: int) -> int:
+        return limit_of_step(step, self.limits, self.first_steps)
+
+    def sampling(self, step: int) -> SamplingPlan:
+        return replace(super().sampling(step), max_new_tokens=self.limit(step))
+
+
+class ThinkPrune4k(Truncation):
+    """One limit throughout, said in the prompt."""
+
+    shares: tuple[float, ...] = (1.0,)
+
+    def guidance(self, problem: Problem, rollout_index: int, step: int) -> Guidance:
+        return thinkprune_guidance(self.limit(step))
+
+
+class ThinkPruneIterative(ThinkPrune4k):
+    """The limit shrinks from stage to stage (I2k)."""
+
+    shares = (1.0, 3000 / 4000, 2000 / 4000)

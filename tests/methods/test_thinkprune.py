@@ -1,0 +1,86 @@
+"""Plain truncation and ThinkPrune: which limit when, and what the prompt says.
+
+Run: python -m pytest tests/methods/test_thinkprune.py
+"""
+
+from __future__ import annotations
+
+import pytest
+from tiny import make_config, make_problems, make_rows
+
+from nanolapo.config import UserError
+from nanolapo.methods.thinkprune import ThinkPrune4k, ThinkPruneIterative, Truncation
+
+
+def build(kind: type, limit: int = 4000, steps: int = 90, **options: object) -> Truncation:
+    return kind(make_config(rollout={"max_new_tokens": limit}, train={"steps": steps}, method={"options": options}))
+
+
+def limits(method: Truncation, steps: list[int]) -> list[int]:
+    return [method.sampling(step).max_new_tokens for step in steps]
+
+
+def test_published_limits():
+    assert limits(build(ThinkPrune4k), [0, 50, 89]) == [4000] * 3
+    assert limits(build(ThinkPruneIterative), [0, 29, 30, 59, 60, 89]) == [4000, 4000, 3000, 3000, 2000, 2000]
+    assert limits(build(Truncation, 16384), [0, 89]) == [8192] * 2
+
+
+def test_limits_scale_with_the_recipe():
+    """The demo's limit of 256: 256, 192, 128; never below one token, and the rest of the plan is the recipe's."""
+    method = build(ThinkPruneIterative, 256)
+    assert limits(method, [0, 30, 60]) == [256, 192, 128]
+    assert limits(build(ThinkPruneIterative, 1), [0, 30, 60]) == [1, 1, 1]
+    plan = method.sampling(60)
+    assert (plan.num_prompts, plan.group_size, plan.temperature) == (4, 2, 1.0)
+
+
+def test_steps_that_do_not_divide():
+    """Ten steps in thirds begin at 0, 3 and 6; a run of one step stays within its only stage's limits."""
+    assert limits(build(ThinkPruneIterative, 4000, 10), list(range(10))) == [4000] * 3 + [3000] * 3 + [2000] * 4
+    assert limits(build(ThinkPruneIterative, 4000, 1), [0]) == [2000]  # all stages begin at step 0: the last one counts
+
+
+def test_own_limits_and_steps():
+    method = build(ThinkPruneIterative, limits=[3500, 700], first_steps=[0, 80])
+    assert limits(method, [0, 79, 80, 500]) == [3500, 3500, 700, 700]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"limits": [5000]}, "limits"),
+        ({"limits": [0]}, "limits"),
+        ({"limits": [400, 300], "first_steps": [0]}, "first_steps"),
+        ({"limits": [400, 300], "first_steps": [5, 9]}, "first_steps"),
+        ({"limits": [400, 300, 200], "first_steps": [0, 9, 3]}, "first_steps"),
+    ],
+)
+def test_impossible_schedules_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        build(ThinkPruneIterative, **options)
+
+
+def test_the_prompt_says_the_stage_limit():
+    problem = make_problems(1)[0]
+    method = build(ThinkPruneIterative)
+    for step, limit in [(0, 4000), (30, 3000), (89, 2000)]:
+        guidance = method.guidance(problem, 0, step)
+        assert guidance.outside == f" The output of the assistant should be within {limit} tokens."
+        assert guidance.budget == limit and guidance.inside == ""
+    assert build(Truncation).guidance(problem, 0, 0).outside == ""
+
+
+def test_reward_is_plain_and_a_group_over_the_limit_has_no_signal():
+    import torch
+
+    method = build(ThinkPrune4k)
+    rollouts = make_rows(
+        [10, 4000, 4000, 4000], correct=[True, False, False, False], finished=[True, False, False, False]
+    )
+    parts = method.reward(rollouts)
+    assert list(parts) == ["correct"] and parts["correct"].tolist() == [1, 0, 0, 0]
+    advantages = method.advantage(rollouts, torch.from_numpy(rollouts.by_group(parts["correct"])))
+    assert advantages[0] > 0 > advantages[1] and advantages[2:].tolist() == [0, 0]
+    assert not method.cut_answers_count
+    assert method.state_dict() == {}
