@@ -325,7 +325,12 @@ def test_B1_micro_batches_and_ranks_do_not_change_the_gradient(tied_model, case)
         config = make_config(tied_model, **sections | {"train": {"grad_clip": 1e9, "microbatch_tokens": budget}})
         assert_close(gradients(config, rollouts, ADVANTAGES), want)
     halves = [
-        gradients(config, rollouts, ADVANTAGES, SimpleNamespace(index=i, count=2, gather=lambda value: [value]))
+        gradients(
+            config,
+            rollouts,
+            ADVANTAGES,
+            SimpleNamespace(index=i, count=2, gather=lambda value: [value], engine=lambda _: (i, 2)),
+        )
         for i in range(2)
     ]
     assert_close({name: halves[0][name] + halves[1][name] for name in halves[0]}, want)

@@ -15,7 +15,8 @@ from tiny import CPU, make_config, make_rows, score_rows
 from nanolapo.config import UserError
 from nanolapo.methods.base import LossInputs
 from nanolapo.methods.drpo import Drpo, decoupled_weights
-from nanolapo.policy import Policy, make_microbatch
+from nanolapo.microbatches import make_microbatch
+from nanolapo.policy import Policy
 from nanolapo.ranks import Ranks
 from nanolapo.rollouts import Rollouts
 from nanolapo.update import update_policy
