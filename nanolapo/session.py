@@ -69,6 +69,7 @@ class Data:
             "model.lora_rank": config.model.lora_rank,
             "model.lora_alpha": config.model.lora_alpha,
             "method": f"{type(method).__module__}:{type(method).__name__}",
+            "loss.kind": config.loss.kind,
             "data": sha256(ids.encode()).hexdigest()[:16],
             "rollout.group_size": config.rollout.group_size,
             "rollout.prompts_per_step": config.rollout.prompts_per_step,
