@@ -1,0 +1,64 @@
+r"""GRPO-lambda: only the groups that do well pay for length. UNVERIFIED.
+
+Source: Dai, Liu, Si, "Stable Reinforcement Learning for Efficient Reasoning", arXiv 2505.18086. The paper's text was
+not available: formula and defaults come from a third party's description and code.
+
+The step's groups are ranked by pass rate. The best share lambda (0.2: at least one group, rounded up) gets
+
+    R = c * (1 - a * sigmoid((L - mean(L+)) / std(L+)))         a = 0.6 (third party)
+
+and the others plain 0/1. Not copied from the third party: wrong answers of a best group are paid there; here they get
+0.
+
+Edge cases: ties in pass rate keep the order of the batch. A best group without a right answer -> zeros; one right
+answer -> z = 0, it pays a / 2.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from nanolapo.methods.base import Method
+from nanolapo.methods.efficient_reasoning import sigmoid_reward
+from nanolapo.methods.tools import as_parts
+from nanolapo.rollouts import Rollouts
+
+
+def best_groups(correct_PG: np.ndarray, share: float) -> np.ndarray:
+    """Boolean [P]: the groups in the best `share` by pass rate.
+
+    >>> best_groups(np.array([[1, 0], [1, 1], [0, 0], [1, 1]]), share=0.3)   # two of four: 1.2, rounded up
+    array([False,  True, False,  True])
+    """
+    num_groups = len(correct_PG)
+    num_best = max(1, math.ceil(share * num_groups - 1e-9))  # 0.7 * 10 is 7.000000000000001
+    order = np.argsort(-correct_PG.sum(axis=1), kind="stable")
+    best = np.zeros(num_groups, dtype=bool)
+    best[order[:num_best]] = True
+    return best
+
+
+@dataclass(frozen=True)
+class Options:
+    share: float = 0.2  # lambda
+    weight: float = 0.6  # a
+
+
+class GrpoLambda(Method):
+    """Length penalty for the groups with the highest pass rate only."""
+
+    Options = Options
+
+    def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:
+        lengths, correct = (
+            rollouts.by_group(rollouts.lengths_B).astype(np.float64),
+            rollouts.by_group(rollouts.correct_B),
+        )
+        best = best_groups(correct.astype(np.int64), self.options.share)
+        total = [
+            sigmoid_reward(lengths[g], correct[g], self.options.weight if best[g] else 0.0) for g in range(len(best))
+        ]
+        return as_parts(rollouts, np.concatenate(total))

@@ -1,0 +1,67 @@
+r"""Kimi k1.5's length reward: within a group, short is good and long is bad, linearly.
+
+Source: Kimi k1.5, arXiv 2501.12599, section 2.3.3, read; weight and treatment of malformed answers from LASER's
+re-implementation (code).
+
+    lam = 0.5 - (L - min L) / (max L - min L)         over all answers of the group, right or wrong
+    R = c + weight * (lam if right, min(0, lam) if wrong)
+
+A badly formed answer (no box, or no end of the thought) has no length term, but its length counts in min and max. The
+weight was not published: 0.4 is LASER's. Training begins without the term; for how long was not published either: 10 %
+of the steps (ours).
+
+Edge cases: all lengths equal -> no length term. A short wrong answer gains nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from nanolapo.config import Config
+from nanolapo.methods.base import Method, SamplingPlan
+from nanolapo.methods.tools import each_group, speaks_of_thought, well_formed
+from nanolapo.rollouts import Rollouts
+
+
+def kimi_length_reward(lengths: np.ndarray, correct: np.ndarray) -> np.ndarray:
+    """R_len of one group, float64 [G].
+
+    >>> kimi_length_reward(np.array([100.0, 200.0, 300.0, 100.0, 300.0]), np.array([True, True, True, False, False]))
+    array([ 0.5,  0. , -0.5,  0. , -0.5])
+    """
+    shortest, longest = lengths.min(), lengths.max()
+    if shortest == longest:
+        return np.zeros(len(lengths))
+    lam = 0.5 - (lengths - shortest) / (longest - shortest)
+    return np.where(correct, lam, np.minimum(0.0, lam))
+
+
+@dataclass(frozen=True)
+class Options:
+    weight: float = 0.4
+    warmup_fraction: float = 0.1  # of train.steps without the length term
+    think_tags: bool | None = None  # must an answer end its thought? None: where the config's prompt names <think>
+
+
+class KimiLength(Method):
+    """Linear length reward after a warm-up."""
+
+    Options = Options
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        tags = self.options.think_tags
+        self.think_tags = speaks_of_thought(config) if tags is None else tags
+        self.step = 0
+
+    def sampling(self, step: int) -> SamplingPlan:
+        self.step = step
+        return super().sampling(step)
+
+    def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:
+        warming_up = self.step < self.options.warmup_fraction * self.config.train.steps
+        weight = 0.0 if warming_up else self.options.weight
+        length = each_group(rollouts, kimi_length_reward) * well_formed(rollouts, self.think_tags)
+        return {"correct": rollouts.correct_B.astype(np.float64), "length": weight * length}

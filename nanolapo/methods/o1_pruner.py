@@ -1,0 +1,120 @@
+r"""O1-Pruner: shorter than the reference model, without being wrong more often.
+
+Source: Luo et al., arXiv 2501.12570; code StarDewXXX/O1-Pruner. Paper text and code read.
+
+    R_LH = Lbar_ref / L - 1 + lambda * (c - Abar_ref)          lambda = 2
+
+Lbar_ref and Abar_ref are mean length and accuracy of the reference model on the problem. R_LH is the advantage itself,
+no group mean is taken off. As in the code it is cut to [-2, 4], because Lbar_ref / L is huge for very short answers,
+and then standardised; `standardize: false` gives the paper's text.
+
+Ours is online: the paper trains off-policy on samples of the reference model and standardises over the whole set, here
+it is the step's rollouts. `reference_samples: 8` measures the reference before step 0, every problem in one sampling
+(the paper: 16 for the 7B model, 12 for the 32B). 0 saves that: the group of a problem's first visit becomes its
+reference, which is the model of that step rather than the first one.
+
+Edge cases: an answer of length 1 meets the cut at 4; a problem never solved has Abar_ref 0, so length alone decides;
+all R_LH of a step equal -> advantage 0. Cut answers count in Lbar_ref at the limit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanolapo.config import Config
+from nanolapo.methods.base import Method, MonitorPlan
+from nanolapo.methods.tools import as_parts
+from nanolapo.problems import Problem
+from nanolapo.rollouts import Rollouts
+
+
+def harmonizing_reward(
+    lengths: np.ndarray, correct: np.ndarray, ref_length: float, ref_accuracy: float, weight: float = 2.0
+) -> np.ndarray:
+    """R_LH of one group, float64 [G].
+
+    >>> harmonizing_reward(np.array([500, 1000, 2000]), np.array([1, 1, 0]), ref_length=1000.0, ref_accuracy=0.75)
+    array([ 1.5,  0.5, -2. ])
+    """
+    return ref_length / np.maximum(lengths, 1) - 1.0 + weight * (correct - ref_accuracy)
+
+
+def cut_and_standardize(rewards_B: np.ndarray, counted_B: np.ndarray, standardize: bool = True) -> np.ndarray:
+    """Rewards cut to [-2, 4]; then mean 0 and (population) std 1 over the counted rows.
+
+    >>> cut_and_standardize(np.array([9.0, 0.0, -5.0]), np.array([True, True, False]))
+    array([ 1., -1., -2.])
+    """
+    cut = np.clip(rewards_B, -2.0, 4.0)
+    if not standardize or not counted_B.any():
+        return cut
+    mean, std = cut[counted_B].mean(), cut[counted_B].std()
+    return (cut - mean) / std if std > 1e-6 else np.zeros(len(cut))
+
+
+@dataclass(frozen=True)
+class Options:
+    weight: float = 2.0  # lambda
+    standardize: bool = True
+    reference_samples: int = 8  # per problem, sampled before step 0; 0: the first visit's group is the reference
+
+
+class O1Pruner(Method):
+    """Length-harmonizing reward, used as the advantage."""
+
+    Options = Options
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.num_problems = 0
+        self.reference: dict[str, tuple[float, float]] = {}  # problem id -> mean length, accuracy
+
+    def start(self, problems: list[Problem]) -> None:
+        self.num_problems = len(problems)
+
+    def monitor(self, step: int) -> MonitorPlan | None:
+        r, samples = self.config.rollout, self.options.reference_samples
+        if step > 0 or not samples:
+            return None
+        return MonitorPlan(tuple(range(self.num_problems)), samples, r.temperature, r.max_new_tokens)
+
+    def on_monitor(self, rollouts: Rollouts) -> dict[str, float]:
+        self.remember(rollouts)
+        lengths, accuracies = zip(*self.reference.values(), strict=True)
+        return {"reference/length": float(np.mean(lengths)), "reference/accuracy": float(np.mean(accuracies))}
+
+    def remember(self, rollouts: Rollouts) -> None:
+        """Take these groups as reference for the problems that have none."""
+        for g, measured in enumerate(self.measure(rollouts)):
+            self.reference.setdefault(rollouts.problems[g].id, measured)
+
+    def measure(self, rollouts: Rollouts) -> list[tuple[float, float]]:
+        lengths, correct = rollouts.by_group(rollouts.lengths_B), rollouts.by_group(rollouts.correct_B)
+        return [(float(n.mean()), float(c.mean())) for n, c in zip(lengths, correct, strict=True)]
+
+    def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:
+        lengths, correct = rollouts.by_group(rollouts.lengths_B), rollouts.by_group(rollouts.correct_B)
+        total = []
+        for g, own in enumerate(self.measure(rollouts)):
+            reference = self.reference.get(rollouts.problems[g].id, own)
+            total.append(harmonizing_reward(lengths[g], correct[g], *reference, self.options.weight))
+        return as_parts(rollouts, np.concatenate(total))
+
+    def advantage(self, rollouts: Rollouts, rewards_PG: Tensor) -> Tensor:
+        rewards = rewards_PG.flatten().double().numpy()
+        return torch.from_numpy(cut_and_standardize(rewards, ~rollouts.broken_B, self.options.standardize))
+
+    def after_step(self, rollouts: Rollouts) -> dict[str, float]:
+        self.remember(rollouts)
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"reference": {problem_id: list(entry) for problem_id, entry in self.reference.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.reference = {problem_id: (float(n), float(a)) for problem_id, (n, a) in state["reference"].items()}

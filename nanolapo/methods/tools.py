@@ -1,0 +1,68 @@
+"""What several of the length-reward methods need: the scale of lengths, rewards group by group, the form of an answer."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+
+import numpy as np
+
+from nanolapo.config import Config
+from nanolapo.grader import last_boxed
+from nanolapo.rollouts import Rollouts
+
+
+def scale(config: Config, paper_limit: int) -> float:
+    """What a length in tokens is multiplied by when the run's generation limit is not the paper's."""
+    return config.rollout.max_new_tokens / paper_limit
+
+
+def each_group(rollouts: Rollouts, reward: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+    """reward(lengths_G, correct_G) of every group, float64 [B]."""
+    lengths_PG, correct_PG = rollouts.by_group(rollouts.lengths_B), rollouts.by_group(rollouts.correct_B)
+    return np.concatenate([reward(n, c) for n, c in zip(lengths_PG.astype(np.float64), correct_PG, strict=True)])
+
+
+def as_parts(rollouts: Rollouts, total_B: np.ndarray) -> dict[str, np.ndarray]:
+    """A total reward as the plain verdict and what the length added to it."""
+    verdict_B = rollouts.correct_B.astype(np.float64)
+    return {"correct": verdict_B, "length": total_B - verdict_B}
+
+
+def speaks_of_thought(config: Config) -> bool:
+    """Do the config's own prompt words name a <think> tag? (One that only a chat template writes is not seen here.)"""
+    p = config.prompt
+    return "<think>" in (p.template if p.style == "raw" else p.system + p.instruction + p.think_prefix)
+
+
+def well_formed(rollouts: Rollouts, think_tags: bool) -> np.ndarray:
+    """Boolean [B]: the answer shows a closed box and, where thoughts are tagged, ended its thought."""
+    return np.array([
+        last_boxed(text) is not None and (not think_tags or "</think>" in text) for text in rollouts.texts
+    ])  # fmt: skip
+
+
+def repetitive(ids: np.ndarray) -> bool:
+    """LASER's detector (its code): some n-gram comes back often and close by, or some 2n-gram comes back at all.
+
+    n is 2 below 30 tokens, 3 below 100, else 4. Often: 3 times (2 below 200 tokens); close: two of them less than a third
+    of the length apart. An n-gram of one and the same token does not count, a 2n-gram of it does.
+
+    >>> repetitive(np.array([1, 2, 9, 1, 2, 8, 7, 6, 5])), repetitive(np.array([1, 2, 9, 1, 2, 8, 7, 6, 5, 4]))
+    (False, True)
+    """
+    total = len(ids)
+    n = 2 if total < 30 else 3 if total < 100 else 4
+    often = 2 if total < 200 else 3
+
+    def places(size: int) -> dict[tuple[int, ...], list[int]]:
+        found: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for i in range(total - size + 1):
+            found[tuple(ids[i : i + size].tolist())].append(i)
+        return found
+
+    if any(len(at) > 1 for at in places(2 * n).values()):
+        return True
+    return any(
+        len(at) >= often and len(set(gram)) > 1 and 3 * min(np.diff(at)) < total for gram, at in places(n).items()
+    )

@@ -1,0 +1,112 @@
+r"""Train Long, Think Short: a budget in the question that shrinks while training goes on.
+
+Source: Hammoud et al., arXiv 2508.08940. Paper text read.
+
+    R = l_c * c + l_l * R_len + l_f * R_fmt
+    B(t) = max(1, B0 * gamma^floor(t / T))            256, 179, 125, 87 in four equal parts of the run
+    R_len = L / B up to B, 1 - (L - B) / B up to 2B, 0 beyond; for wrong answers as well
+
+The prompt ends in "IMPORTANT: You should use exactly {B} tokens in your response." The tokens are absolute: they belong
+to the problems, and the limit they were used with is not stated. `final_budget` gives the paper's general form, gamma =
+(S_f / S_0)^(1/n). Its linear schedule and flat-band reward (ablations) are left out.
+
+The paper studies the weights (l_c, l_l) = (0.3, 0.6) and (0.6, 0.3); the default is the second, in which no wrong
+answer can outscore a right one. Implied, not read: l_f = 0.1, a largest R_len of 1, 0.5 for each half of R_fmt. R_fmt
+asks for one closed thought and one answer after it. The paper's template has <answer> tags; where the prompt names
+none, the box is the answer (ours), and a <think> that stands in the prompt counts.
+
+Edge cases: a prompt without a budget has no length term. An empty answer of length 1 gets 1 / B.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from nanolapo.config import Config
+from nanolapo.grader import last_boxed
+from nanolapo.methods.base import Method, SamplingPlan
+from nanolapo.problems import Problem
+from nanolapo.prompts import Guidance, curriculum_guidance
+from nanolapo.rollouts import Rollouts
+
+
+def triangle(lengths: np.ndarray, budgets: np.ndarray) -> np.ndarray:
+    """R_len, element by element: rises to 1 at the budget and falls back to 0 at twice the budget.
+
+    >>> triangle(np.array([50, 100, 150, 200, 300]), np.full(5, 100.0))
+    array([0.5, 1. , 0.5, 0. , 0. ])
+    """
+    return np.maximum(0.0, 1.0 - np.abs(lengths - budgets) / budgets)
+
+
+def format_score(text: str, answer_tags: bool) -> float:
+    r"""Half for one closed thought, half for one answer after it.
+
+    >>> [format_score(text, False) for text in (r"3 + 4. </think> \boxed{7}", r"</think> </think> \boxed{7}", "7")]
+    [1.0, 0.5, 0.0]
+    """
+    thought, closing, rest = text.rpartition("</think>")
+    closed = closing != "" and "</think>" not in thought and thought.count("<think>") <= 1 and "<think>" not in rest
+    if answer_tags:
+        answered = rest.count("<answer>") == rest.count("</answer>") == 1 and rest.find("<answer>") < rest.find(
+            "</answer>"
+        )
+    else:
+        answered = last_boxed(rest) is not None
+    return 0.5 * closed + 0.5 * answered
+
+
+@dataclass(frozen=True)
+class Options:
+    correct_weight: float = 0.6  # l_c
+    length_weight: float = 0.3  # l_l
+    format_weight: float = 0.1  # l_f
+    start_budget: int = 256  # B0, tokens
+    gamma: float = 0.7
+    decays: int = 3  # how often the budget shrinks, at equal distances
+    interval: int | None = None  # T, steps between two decays; None: train.steps / (decays + 1)
+    final_budget: int | None = None  # given: gamma is chosen so that the last part of the run has this budget
+
+
+class TrainLongThinkShort(Method):
+    """Exponential budget curriculum."""
+
+    Options = Options
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        words = (
+            config.prompt.template if config.prompt.style == "raw" else config.prompt.system + config.prompt.instruction
+        )
+        self.answer_tags = "<answer>" in words
+        self.step = 0
+
+    def budget(self, step: int) -> int:
+        """B(t), cut to an integer."""
+        o = self.options
+        decays = step // o.interval if o.interval else step * (o.decays + 1) // self.config.train.steps
+        gamma = o.gamma if o.final_budget is None else (o.final_budget / o.start_budget) ** (1 / o.decays)
+        return max(1, int(o.start_budget * gamma**decays + 1e-9))
+
+    def sampling(self, step: int) -> SamplingPlan:
+        self.step = step
+        return super().sampling(step)
+
+    def guidance(self, problem: Problem, rollout_index: int, step: int) -> Guidance:
+        return curriculum_guidance(self.budget(step))
+
+    def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:
+        o, budgets = self.options, rollouts.budgets_B
+        scores = np.array([format_score(text, self.answer_tags) for text in rollouts.texts])
+        verdict = rollouts.correct_B.astype(np.float64)
+        return {
+            "correct": verdict,
+            "correct_extra": (o.correct_weight - 1.0) * verdict,
+            "length": o.length_weight * np.nan_to_num(triangle(rollouts.lengths_B, budgets)),
+            "format": o.format_weight * scores,
+        }
+
+    def after_step(self, rollouts: Rollouts) -> dict[str, float]:
+        return {"budget/now": float(self.budget(self.step))}
