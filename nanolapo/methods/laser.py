@@ -18,7 +18,8 @@ Where paper and code differ: the least number of right answers of a bucket is ro
 longest answer of the training batch); one difficulty rule for training and monitoring (the code moves the borders by
 one). Only the code has the repetition rule, `refuse_repetition`; it is strict on long text.
 
-Edge cases: no right answer -> bucket hard, and only DE still gives a length signal. A cut answer mostly has no box and is badly formed.
+Edge cases: no right answer -> bucket hard, and only DE still gives a length signal. A cut answer mostly has no box and
+is badly formed.
 """
 
 from __future__ import annotations

@@ -1,0 +1,249 @@
+r"""LASER, LASER-D, LASER-DE: base score, targets by difficulty, the target search, the repetition detector.
+
+Run: python -m pytest tests/methods/test_laser.py
+"""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import make_config, make_problems, make_rows
+
+from nanolapo.methods.base import MonitorPlan
+from nanolapo.methods.laser import Laser, LaserD, LaserDE, adaptive_targets, difficulty
+from nanolapo.methods.tools import repetitive, speaks_of_thought, well_formed
+from nanolapo.rollouts import Rollouts
+
+GOOD, NO_BOX, NO_END, OPEN_BOX = r"x </think> \boxed{1}", "x </think> 1", r"x \boxed{1}", r"x </think> \boxed{1"
+
+
+def make(kind: type[Laser], limit: int = 16384, group_size: int = 4, prompts: int = 4, **options: object) -> Any:
+    rollout = {"max_new_tokens": limit, "group_size": group_size, "prompts_per_step": prompts}
+    return kind(make_config(rollout=rollout, method={"options": options}))
+
+
+def group(lengths: list[int], correct: list[bool], texts: list[str] | None = None, size: int = 0) -> Rollouts:
+    rollouts = make_rows(lengths, group_size=size or len(lengths), correct=correct)
+    rollouts.texts = texts or [GOOD] * len(lengths)
+    return rollouts
+
+
+# ---------------------------------------------------------------------------------------------------------- base score
+
+
+def test_base_score_and_bonus_by_hand():
+    """1 right, -0.5 wrong, -1 badly formed even when right; +0.5 for right within the target, the target included."""
+    method = make(Laser, target=100)
+    rollouts = group(
+        [100, 101, 50, 50, 50, 50, 50, 50],
+        [True, True, False, True, True, True, False, False],
+        [GOOD, GOOD, GOOD, GOOD, NO_BOX, NO_END, NO_BOX, OPEN_BOX],
+    )
+    parts = method.reward(rollouts)
+    assert sum(parts.values()).tolist() == [1.5, 1.0, -0.5, 1.5, -1.0, -1.0, -1.0, -1.0]
+    assert parts["correct"].tolist() == [1, 1, 0, 1, 1, 1, 0, 0]  # the plain verdict
+
+
+def test_think_tags_are_asked_for_where_the_prompt_names_them():
+    rollouts = group([5, 5], [True, True], [GOOD, NO_END])
+    plain = make_config(prompt={"template": "{question}"})
+    assert speaks_of_thought(make_config()) and not speaks_of_thought(plain)
+    assert not speaks_of_thought(make_config(prompt={"style": "chat"}))
+    assert speaks_of_thought(make_config(prompt={"style": "chat", "think_prefix": "<think>"}))
+    assert sum(Laser(plain).reward(rollouts).values()).tolist() == [1.5, 1.5]
+    assert sum(make(Laser, think_tags=False).reward(rollouts).values()).tolist() == [1.5, 1.5]
+    assert sum(make(Laser).reward(rollouts).values()).tolist() == [1.5, -1.0]
+    assert well_formed(rollouts, True).tolist() == [True, False]
+
+
+def test_lengths_scale_with_the_limit():
+    assert make(Laser).target == 8192 and make(LaserD).target == 4096
+    assert make(Laser, limit=256).target == 128
+    demo = make(LaserD, limit=256)  # a sixty-fourth: bound 64, interval 16
+    assert demo.candidates == list(range(64, 257, 16))
+    assert make(LaserD).candidates == list(range(4096, 16385, 1024))
+    assert make(LaserD, target=600).candidates == [600, *range(1024, 16385, 1024)]  # below I: the bound, then 1024, ...
+    assert make(LaserD, target=1024).candidates[:2] == [1024, 2048]
+
+
+# ---------------------------------------------------------------------------------------------------------- difficulty
+
+
+def test_difficulty_borders_are_exact_for_every_group_size():
+    for size in range(1, 25):
+        for right in range(size + 1):
+            rate = Fraction(right, size)
+            want = "easy" if rate >= Fraction(2, 3) else "medium" if rate >= Fraction(1, 3) else "hard"
+            assert difficulty(np.array([True] * right + [False] * (size - right))) == want
+
+
+def test_each_group_has_the_target_of_its_own_difficulty():
+    method = make(LaserD, group_size=3)
+    method.adaptive = {"easy": 10, "medium": 20, "hard": 30}
+    rollouts = group([15] * 9, [True] * 3 + [True, False, False] + [False] * 3, size=3)
+    assert method.targets(rollouts).tolist() == [10] * 3 + [20] * 3 + [30] * 3
+    assert sum(method.reward(rollouts).values()).tolist() == [1, 1, 1, 1.5, -0.5, -0.5, -0.5, -0.5, -0.5]
+
+
+# ------------------------------------------------------------------------------------------------------- target search
+
+
+def slow_search(lengths: np.ndarray, correct: np.ndarray, candidates: list[int], counts: tuple[int, int, int]) -> dict:
+    """METHODS.md section 3, steps 1 to 4, with exact fractions."""
+    pools: dict[str, list[int]] = {"easy": [], "medium": [], "hard": []}
+    for row, right in zip(lengths.tolist(), correct.tolist(), strict=True):
+        rate = Fraction(sum(right), len(right))
+        name = "easy" if rate >= Fraction(2, 3) else "medium" if rate >= Fraction(1, 3) else "hard"
+        pools[name] += row
+    found: dict[str, int | None] = {}
+    for (name, pool), count in zip(pools.items(), counts, strict=True):
+        found[name] = None
+        for candidate in sorted(candidates, reverse=True):
+            if pool and Fraction(sum(n <= candidate for n in pool), len(pool)) * count >= 1:
+                found[name] = candidate
+    return found
+
+
+def test_search_takes_the_smallest_length_with_one_expected_right_answer():
+    """K = 8: coverage 1/6 for easy, 1/3 for medium, everything for hard problems."""
+    easy = [100, 200, 300, 400, 500, 600, 700, 800]  # an eighth fits in 100, two eighths >= 1/6 in 200
+    medium = [100, 200, 300, 400, 500, 600, 700, 800]  # three eighths >= 1/3 fit in 300
+    lengths, correct = np.array([easy, medium, medium]), np.zeros((3, 8), dtype=bool)
+    correct[0, :6] = correct[1, :3] = True
+    candidates = list(range(50, 1001, 50))
+    assert adaptive_targets(lengths, correct, candidates) == {"easy": 200, "medium": 300, "hard": 800}
+    # The code's 5, 2, 1: coverage 1/5 and 1/2.
+    floored = adaptive_targets(lengths, correct, candidates, floor_counts=True)
+    assert floored == {"easy": 200, "medium": 400, "hard": 800}
+    assert adaptive_targets(lengths, correct, [50, 750]) == {"easy": 750, "medium": 750, "hard": None}
+
+
+def test_search_equals_a_slow_one():
+    rng = np.random.default_rng(0)
+    for size, ceil, floor in [(8, (6, 3, 1), (5, 2, 1)), (16, (11, 6, 1), (10, 5, 1)), (6, (4, 2, 1), (4, 2, 1))]:
+        for _ in range(40):
+            lengths = rng.integers(1, 300, (9, size))
+            correct = rng.random((9, size)) < rng.random((9, 1))
+            candidates = [20, *range(64, 257, 32)]
+            assert adaptive_targets(lengths, correct, candidates) == slow_search(lengths, correct, candidates, ceil)
+            floored = adaptive_targets(lengths, correct, candidates, floor_counts=True)
+            assert floored == slow_search(lengths, correct, candidates, floor)
+
+
+def test_monitor_runs_before_training_and_every_20_steps_on_the_same_problems():
+    method = make(LaserD, limit=256, group_size=8, prompts=32)
+    method.start(make_problems(350))
+    plans = {step: method.monitor(step) for step in range(41)}
+    assert [step for step, plan in plans.items() if plan] == [0, 20, 40]
+    plan = plans[0]
+    assert plan == plans[20] == MonitorPlan(plan.problem_indices, 8, 1.0, 256)
+    assert len(plan.problem_indices) == 125 == len(set(plan.problem_indices))  # 500 at 128 prompts a step
+    assert min(plan.problem_indices) >= 0 and max(plan.problem_indices) < 350
+    few = make(LaserD, monitor_problems=500)
+    few.start(make_problems(7))
+    assert few.monitor(0).problem_indices == tuple(range(7))
+
+
+def test_on_monitor_sets_the_targets_and_falls_back_to_the_limit():
+    method = make(LaserD, limit=256, group_size=3, target=16)
+    assert set(method.adaptive.values()) == {256}  # before the first search
+    logged = method.on_monitor(group([20, 40, 90, 10, 10, 10], [True] * 3 + [False] * 3, size=3))
+    # Easy: |C| = 2, half of {20, 40, 90} within 48. Hard: all of {10, 10, 10} within 16. Medium: no group.
+    assert method.adaptive == {"easy": 48, "medium": 256, "hard": 16}
+    assert logged == {"laser/target_easy": 48.0, "laser/target_medium": 256.0, "laser/target_hard": 16.0}
+    method.on_monitor(group([20, 40, 90], [False] * 3))  # targets can grow again
+    assert method.adaptive == {"easy": 256, "medium": 256, "hard": 96}
+
+
+def test_state_survives_json_and_gives_the_same_rewards():
+    method, again = (make(LaserD, limit=256, group_size=3, target=16) for _ in range(2))
+    method.on_monitor(group([20, 40, 90, 10, 10, 10], [True] * 3 + [False] * 3, size=3))
+    again.load_state_dict(json.loads(json.dumps(method.state_dict())))
+    rollouts = group([30, 50, 60], [True] * 3)
+    assert (
+        sum(again.reward(rollouts).values()).tolist() == sum(method.reward(rollouts).values()).tolist() == [1.5, 1, 1]
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ LASER-DE
+
+
+def test_DE_forgives_long_wrong_answers_that_are_well_formed_and_not_repetitive():
+    def rows(count: int) -> Rollouts:
+        rollouts = group([20] * count, [False] * count)
+        rollouts.response_ids = [np.arange(20) for _ in range(count)]  # no n-gram comes back
+        return rollouts
+
+    rollouts = rows(6)
+    rollouts.response_ids[1] = np.arange(10)  # not longer than the target
+    rollouts.response_ids[2] = np.tile([1, 2, 3, 4], 5)  # repetitive
+    rollouts.texts[3] = NO_BOX
+    rollouts.correct_B[4] = True  # right, but too long
+    rollouts.correct_B[5], rollouts.response_ids[5] = True, np.arange(5)
+    method = make(LaserDE, group_size=6)
+    method.adaptive = dict.fromkeys(method.adaptive, 10)
+    assert sum(method.reward(rollouts).values()).tolist() == [0, -0.5, -0.5, -1, 1, 1.5]
+    method = make(LaserDE, group_size=6, refuse_repetition=False)
+    method.adaptive = dict.fromkeys(method.adaptive, 10)
+    assert sum(method.reward(rollouts).values()).tolist() == [0, -0.5, 0, -1, 1, 1.5]
+    method = make(LaserD, group_size=6)
+    method.adaptive = dict.fromkeys(method.adaptive, 10)
+    assert sum(method.reward(rollouts).values()).tolist() == [-0.5, -0.5, -0.5, -1, 1, 1.5]
+
+
+def slow_repetitive(ids: list[int]) -> bool:
+    """METHODS.md's description by comparing all pairs of positions."""
+    total = len(ids)
+    n = 2 if total < 30 else 3 if total < 100 else 4
+    often = 2 if total < 200 else 3
+    for i in range(total - 2 * n + 1):
+        for j in range(i + 1, total - 2 * n + 1):
+            if ids[i : i + 2 * n] == ids[j : j + 2 * n]:
+                return True
+    for i in range(total - n + 1):
+        gram = ids[i : i + n]
+        if len(set(gram)) == 1:
+            continue
+        at = [j for j in range(total - n + 1) if ids[j : j + n] == gram]
+        near = any(b - a < total / 3 for a in at for b in at if a < b)
+        if len(at) >= often and near:
+            return True
+    return False
+
+
+def test_repetition_detector_by_hand():
+    fresh = list(range(1000, 1300))
+    assert (
+        not repetitive(np.array([], dtype=np.int64))
+        and not repetitive(np.array([5]))
+        and not repetitive(fresh_ids(300))
+    )
+    assert not repetitive(np.array([7, 7, 7]))  # one token over and over is no n-gram (3 tokens hold no 4-gram)
+    assert repetitive(np.array([7, 7, 7, 7, 7]))  # but a 4-gram of it comes back
+    near, far = [1, 2, *fresh[:2], 1, 2, *fresh[2:10]], [1, 2, *fresh[:9], 1, 2, *fresh[9:12]]
+    assert repetitive(np.array(near)) and not repetitive(np.array(far))  # 4 apart of 14; 11 apart of 16
+    long = [1, 2, 3, 4, *fresh[:20], 1, 2, 3, 4, *fresh[20:]]  # 300+ tokens: a 4-gram twice is not yet often
+    assert not repetitive(np.array(long)) and repetitive(np.array([*long, 1, 2, 3, 4]))
+    double = [*range(8), *fresh, *range(8)]  # an 8-gram twice, however far apart
+    assert repetitive(np.array(double)) and not repetitive(np.array([*range(7), *fresh, *range(7)]))
+
+
+def fresh_ids(count: int) -> np.ndarray:
+    return np.arange(count)
+
+
+@pytest.mark.parametrize(
+    ("total", "alphabet"), [(12, 6), (29, 14), (30, 6), (99, 20), (100, 9), (199, 14), (200, 8), (260, 8)]
+)
+def test_repetition_detector_equals_a_slow_one(total: int, alphabet: int):
+    rng = np.random.default_rng(total)
+    verdicts = []
+    for _ in range(30):
+        ids = rng.integers(0, alphabet, total)
+        verdicts.append(repetitive(ids))
+        assert verdicts[-1] == slow_repetitive(ids.tolist())
+    assert len(set(verdicts)) == 2, "the cases are all alike: they compare nothing"
