@@ -34,7 +34,7 @@ def best_groups(correct_PG: np.ndarray, share: float) -> np.ndarray:
     array([False,  True, False,  True])
     """
     num_groups = len(correct_PG)
-    num_best = max(1, math.ceil(share * num_groups - 1e-9))  # 0.7 * 10 is 7.000000000000001
+    num_best = max(1, math.ceil(share * num_groups - 1e-9))  # 0.28 * 25 is 7.000000000000001
     order = np.argsort(-correct_PG.sum(axis=1), kind="stable")
     best = np.zeros(num_groups, dtype=bool)
     best[order[:num_best]] = True

@@ -54,9 +54,9 @@ def calibrated_reward(lengths: np.ndarray, correct: np.ndarray) -> np.ndarray:
     >>> calibrated_reward(np.array([100.0, 200.0, 300.0, 400.0]), np.array([False, True, True, False])).round(4)
     array([0.    , 1.    , 0.3333, 0.    ])
     """
+    if not correct.any():
+        return np.zeros(len(lengths))
     errors = 1.0 - correct.mean()
-    if errors in (0.0, 1.0):
-        return correct.astype(np.float64)
     score = np.where(correct, np.minimum(0.0, calibrated_length(lengths, correct) - lengths), 0.0)
     weight = errors / (score.mean() - score[correct].min() + 1e-6)
     return correct + weight * score

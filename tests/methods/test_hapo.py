@@ -66,10 +66,10 @@ def test_history_is_read_before_and_written_after_the_rewards():
 def test_mean_mode_weighs_by_count():
     method = make(mode="mean")
     method.after_step(make_rows([10, 20, 30], group_size=3, correct=[True] * 3))
-    method.after_step(make_rows([100, 7, 7], group_size=3, correct=[True, False, False]))
-    assert method.history["demo:0"] == (40.0, 4)  # (10 + 20 + 30 + 100) / 4
+    method.after_step(make_rows([100, 40, 7], group_size=3, correct=[True, True, False]))
+    assert method.history["demo:0"] == (40.0, 5)  # (10 + 20 + 30 + 100 + 40) / 5
     method.after_step(make_rows([7, 7, 7], group_size=3, correct=[False] * 3))
-    assert method.history["demo:0"] == (40.0, 4)
+    assert method.history["demo:0"] == (40.0, 5)
 
 
 def test_cut_and_broken_answers_never_enter_the_history():
