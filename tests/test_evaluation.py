@@ -131,6 +131,9 @@ class FakeRanks:
     def __init__(self, index: int, count: int) -> None:
         self.index, self.count, self.is_main = index, count, index == 0
 
+    def engine(self, tensor_parallel: int) -> tuple[int, int]:
+        return self.index // tensor_parallel, self.count // tensor_parallel
+
     def any(self, flag: bool) -> bool:
         return flag
 

@@ -28,7 +28,6 @@ from torch import Tensor
 
 from nanolapo.config import Config
 from nanolapo.methods.base import Method, MonitorPlan
-from nanolapo.methods.tools import as_parts
 from nanolapo.problems import Problem
 from nanolapo.rollouts import Rollouts
 
@@ -99,11 +98,13 @@ class O1Pruner(Method):
 
     def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:
         lengths, correct = rollouts.by_group(rollouts.lengths_B), rollouts.by_group(rollouts.correct_B)
-        total = []
+        verdict, total, gain, weight = rollouts.correct_B.astype(np.float64), [], [], self.options.weight
         for g, own in enumerate(self.measure(rollouts)):
-            reference = self.reference.get(rollouts.problems[g].id, own)
-            total.append(harmonizing_reward(lengths[g], correct[g], *reference, self.options.weight))
-        return as_parts(rollouts, np.concatenate(total))
+            ref_length, ref_accuracy = self.reference.get(rollouts.problems[g].id, own)
+            total.append(harmonizing_reward(lengths[g], correct[g], ref_length, ref_accuracy, weight))
+            gain.append(weight * (correct[g] - ref_accuracy))
+        gain_B = np.concatenate(gain)
+        return {"correct": verdict, "correct_extra": gain_B - verdict, "length": np.concatenate(total) - gain_B}
 
     def advantage(self, rollouts: Rollouts, rewards_PG: Tensor) -> Tensor:
         rewards = rewards_PG.flatten().double().numpy()

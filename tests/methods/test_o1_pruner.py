@@ -57,6 +57,7 @@ def test_pre_pass_is_the_reference_of_all_later_steps():
         parts = method.reward(rollouts)
         np.testing.assert_allclose(sum(parts.values()), [1 + 1, -0.5 - 1, 0 + 2, 1 + 0])
         assert parts["correct"].tolist() == [1, 0, 1, 0]
+        np.testing.assert_allclose(parts["length"], [1, -0.5, 0, 1])
         method.after_step(rollouts)
     assert method.reference == {"demo:0": (200.0, 0.5), "demo:1": (50.0, 0.0)}
 
