@@ -54,16 +54,6 @@ class MonitorPlan:
 
 
 @dataclass(frozen=True)
-class MonitorPlan:
-    """A second, graded sampling before the step's own."""
-
-    problem_indices: tuple[int, ...]
-    group_size: int
-    temperature: float
-    max_new_tokens: int
-
-
-@dataclass(frozen=True)
 class LossInputs:
     """One micro-batch on its way to the loss; rows are padded to the right with zeros where mask_BT is 0."""
 
@@ -105,14 +95,6 @@ class Method:
         """What to sample. The first hook of every step."""
         r = self.config.rollout
         return SamplingPlan(r.prompts_per_step, r.group_size, r.temperature, r.max_new_tokens)
-
-    def monitor(self, step: int) -> MonitorPlan | None:
-        """What to sample and grade before this step's own sampling, if anything."""
-        return None
-
-    def on_monitor(self, rollouts: Rollouts) -> dict[str, float]:
-        """Look at what monitor asked for; returns numbers to log."""
-        return {}
 
     def guidance(self, problem: Problem, rollout_index: int, step: int) -> Guidance:
         """What is added to this rollout's prompt, and the budget it carries."""
