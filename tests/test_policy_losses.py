@@ -329,7 +329,7 @@ def test_B1_micro_batches_and_ranks_do_not_change_the_gradient(tied_model, case)
             config,
             rollouts,
             ADVANTAGES,
-            SimpleNamespace(index=i, count=2, gather=lambda value: [value], engine=lambda _: (i, 2)),
+            SimpleNamespace(index=i, count=2, gather=lambda value: [value], engine=lambda _, i=i: (i, 2)),
         )
         for i in range(2)
     ]
