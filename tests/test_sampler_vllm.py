@@ -301,7 +301,7 @@ def test_progress_counts_every_token_and_requests_are_checked(tied: tuple[VLLMSa
     assert same(samples, sampler.generate(requests, Decoding()))
 
 
-def test_a_generate_that_broke_off_is_not_continued(tied: tuple[VLLMSampler, PreTrainedModel]) -> None:
+def test_D6_a_generate_that_broke_off_is_not_continued(tied: tuple[VLLMSampler, PreTrainedModel]) -> None:
     """Otherwise the waiting rows of the first call would turn up in the answers of the second."""
     sampler, model = tied
 
@@ -328,7 +328,7 @@ def test_D7_F1_only_loopback_and_no_child_left(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
-def test_two_ranks(tmp_path: Path, tensor_parallel: int) -> None:
+def test_D8_two_ranks(tmp_path: Path, tensor_parallel: int) -> None:
     """Two engines that sample their own prompts, or one engine whose weights lie on both ranks; all are synced twice. The
     engines of this process, still alive, are not met (D8)."""
     folder = save(tiny_model(True), tmp_path)

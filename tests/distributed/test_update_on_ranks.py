@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from update_cases import CASES, Case, run_case
 
-DEPENDS_ON_RANKS = ("rank_imbalance", "rank_imbalance_sampled")
+DEPENDS_ON_RANKS = ("rank_imbalance", "rank_imbalance_sampled", "held_share")
 BY_NAME = {case.name: case for case in CASES}
 
 
@@ -95,6 +95,19 @@ def test_B17_nan_on_one_rank_skips_the_step_on_all(outcome, sharding):
     """update_cases.py has compared weights and optimizer state to the bit, on every rank."""
     got = of(outcome, sharding, BY_NAME["nan"])
     assert (float(got["updates 0"]), float(got["updates_bad 0"])) == (0, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("model", ["tied", "untied"])
+def test_B19_slices_where_promised_ties_kept_buffers_whole(outcome, request, sharding, model):
+    """A slice of 1/N on each rank under fsdp2 (rows are not cut, hence the 10 %), everything under ddp; head and embedding
+    are one tensor exactly where the model says so; rotary frequencies are those of a plainly loaded model."""
+    got = of(outcome, sharding, BY_NAME[f"{model}-token_mean"])
+    ranks = request.node.callspec.params["outcome"]
+    assert float(got["held_share"]) == (1.0 if sharding == "ddp" else pytest.approx(1 / ranks, rel=0.1))
+    assert float(got["head_is_embedding"]) == (model == "tied")
+    assert float(got["buffers"]) > 0 and float(got["buffers_that_differ"]) == 0
 
 
 @pytest.mark.slow

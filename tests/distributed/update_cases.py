@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny import make_config, make_rows
 
 from nanolapo.methods.base import LossInputs, Method
-from nanolapo.policy import Policy
+from nanolapo.policy import Policy, load_model
 from nanolapo.ranks import Ranks
 from nanolapo.sharding import whole
 from nanolapo.update import update_policy
@@ -82,7 +82,7 @@ def run_case(case: Case, folders: dict[str, str], sharding: str) -> tuple[dict[s
     torch.manual_seed(0)  # of LoRA's first matrices
     policy = Policy(config, ranks.device)
     start = {name: tensor.clone() for name, tensor in policy.named_weights()}
-    check_what_every_rank_holds(policy, folders[case.model])
+    logged = what_this_rank_holds(policy)
     seen: dict[str, Tensor] = {}
     steps = 0
 
@@ -94,7 +94,6 @@ def run_case(case: Case, folders: dict[str, str], sharding: str) -> tuple[dict[s
     policy.optimizer.register_step_pre_hook(keep_gradients)
     method = NanOnLastRank(config) if case.nan_on_last_rank else Method(config)
     rollouts = make_rows(case.lengths)
-    logged = {}
     for call in range(1 if case.nan_on_last_rank else 2):
         result = update_policy(
             policy,
@@ -112,20 +111,19 @@ def run_case(case: Case, folders: dict[str, str], sharding: str) -> tuple[dict[s
     return {name: tensor.contiguous() for name, tensor in seen.items()}, logged
 
 
-def check_what_every_rank_holds(policy: Policy, folder: str) -> None:
-    """Slices where slices are promised, buffers (rotary frequencies) equal to a plain model's, a tied head still tied."""
-    plain = Policy(replace(policy.config, model=replace(policy.config.model, sharding="ddp")), policy.device).model
+def what_this_rank_holds(policy: Policy) -> dict[str, float]:
+    """The share of all parameters that lies on this rank, whether head and embedding are one tensor, and how many buffers
+    (rotary frequencies) differ from those of a model that was simply loaded."""
+    plain = load_model(policy.config.model.path, policy.device)
     buffers = dict(policy.model.named_buffers())
-    for name, buffer in plain.named_buffers():
-        assert torch.equal(buffers[name], buffer), name
     head, embedding = policy.model.get_output_embeddings().weight, policy.model.get_input_embeddings().weight
-    assert (head is embedding) == bool(policy.model.config.tie_word_embeddings)
     held = sum(p.to_local().numel() if policy.sharded else p.numel() for p in policy.model.parameters())
-    total = sum(p.numel() for p in plain.parameters())
-    if policy.sharded:  # rows are not cut, so a slice may be a little larger than its share
-        assert held < 1.1 * total / dist.get_world_size(), (held, total)
-    else:
-        assert held == total
+    return {
+        "held_share": held / sum(p.numel() for p in policy.model.parameters()),
+        "head_is_embedding": float(head is embedding),
+        "buffers": float(len(buffers)),
+        "buffers_that_differ": float(sum(not torch.equal(buffers[n], b) for n, b in plain.named_buffers())),
+    }
 
 
 def everything(folders: dict[str, str]) -> Iterator[tuple[str, dict[str, Tensor], dict[str, float]]]:
