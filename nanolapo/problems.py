@@ -2,9 +2,8 @@
 
 A `SourceConfig` says where rows live and what their fields are called; `load_problems` turns rows into
 `Problem`s with ids that depend only on the source's name and the question. A row that cannot be used is never
-dropped in silence: it is reported with file and line, and too many of them stop the run. `batch_indices` and
-`round_indices` are the whole data order: pure functions of (seed, step), so ranks agree and resuming needs no
-saved position.
+dropped in silence: it is reported with file and line, and too many of them stop the run. In which order they come
+is order.py's matter.
 """
 
 from __future__ import annotations
@@ -19,8 +18,6 @@ from decimal import Decimal
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from nanolapo.config import SourceConfig, UserError
 
@@ -56,74 +53,6 @@ def load_problems(sources: Sequence[SourceConfig]) -> tuple[list[Problem], list[
     if not problems:
         raise UserError("data.sources: no problem left to work on; add a source")
     return list(problems.values()), report
-
-
-def batch_indices(num_problems: int, step: int, prompts_per_step: int, seed: int) -> list[int]:
-    """The problems of one step, as indices: a pure function, so any rank or resumed run finds the same ones.
-
-    Every epoch is a seeded permutation of all problems and may end inside a batch. What the open batch
-    already holds moves behind its end in the next permutation, so that no batch has a problem twice.
-
-    >>> [batch_indices(5, step, prompts_per_step=2, seed=0) for step in range(5)]
-    [[0, 1], [4, 3], [2, 0], [1, 2], [3, 4]]
-    """
-    if num_problems < 1 or prompts_per_step < 1:
-        raise ValueError(f"{num_problems=} and {prompts_per_step=} must be positive")
-    start = step * prompts_per_step
-    # Every few epochs an epoch begins with a batch, whatever came before: unroll from the last such epoch.
-    cycle = prompts_per_step // math.gcd(num_problems, prompts_per_step)
-    epoch = start // num_problems // cycle * cycle
-    start -= epoch * num_problems
-    stream: list[int] = []
-    while len(stream) < start + prompts_per_step:
-        order = list(range(num_problems))
-        random.Random(f"{seed}/{epoch}").shuffle(order)
-        num_open = len(stream) % prompts_per_step  # problems in the batch this epoch begins inside
-        if num_open:
-            held = set(stream[-num_open:])
-            head = [index for index in order if index not in held][: prompts_per_step - num_open]
-            taken = set(head)
-            order = head + [index for index in order if index not in taken]
-        stream += order
-        epoch += 1
-    return stream[start : start + prompts_per_step]
-
-
-def round_indices(
-    num_problems: int, step: int, round_number: int, prompts: int, seed: int, weights: np.ndarray | None = None
-) -> list[int]:
-    """The problems of one round of a step. Round 0 is the step's batch; dynamic sampling goes on with rounds 1, 2, ...
-
-    Epochs (no weights): round 0 follows batch_indices, whatever earlier steps needed; the further rounds of a step take
-    the problems outside its batch in an order of their own. Weights [problems]: all rounds draw by them. In both cases no
-    problem comes twice within a step, and a round is short, in the end empty, where the problems run out.
-
-    >>> [round_indices(5, step, round_number, prompts=2, seed=0) for step in (0, 1) for round_number in range(4)]
-    [[0, 1], [4, 3], [2], [], [4, 3], [1, 0], [2], []]
-    """
-    if weights is not None:
-        order = weighted_order(weights, f"{seed}/{step}")
-        assert len(weights) == num_problems, f"{len(weights)} weights for {num_problems} problems"
-        return order[round_number * prompts : (round_number + 1) * prompts]
-    batch = batch_indices(num_problems, step, prompts, seed)
-    if round_number == 0:
-        return batch
-    rest = sorted(set(range(num_problems)) - set(batch))
-    random.Random(f"{seed}/{step}/further rounds").shuffle(rest)
-    return rest[(round_number - 1) * prompts : round_number * prompts]
-
-
-def weighted_order(weights: np.ndarray, seed: str) -> list[int]:
-    """All problems of positive weight in the order of drawing one after the other, each time by the weights of those left.
-
-    Whoever waits an exponential time of rate w comes first with probability w / sum(w), and so on with the rest.
-    """
-    weights = np.asarray(weights, dtype=np.float64)
-    if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
-        raise ValueError("weights must be finite, not negative, and not all zero")
-    chance = random.Random(seed)
-    waits = [chance.expovariate(1.0) / weight if weight else math.inf for weight in weights.tolist()]
-    return [i for i in sorted(range(len(waits)), key=waits.__getitem__) if waits[i] < math.inf]
 
 
 # ---- one source ----

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from nanolapo.methods.base import MonitorPlan, SamplingPlan
 from nanolapo.metrics import Stopwatch
-from nanolapo.problems import round_indices
+from nanolapo.order import round_indices
 from nanolapo.rollouts import (
     Decoding,
     Request,

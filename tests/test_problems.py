@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from nanolapo.config import SourceConfig, UserError
-from nanolapo.problems import batch_indices, load_problems
+from nanolapo.order import batch_indices
+from nanolapo.problems import load_problems
 
 DATA = Path(__file__).parents[1] / "../shared/data"
 
@@ -409,7 +410,7 @@ def test_D3_batches_are_a_pure_function_of_seed_and_step(num_problems, prompts_p
 
 
 def test_D3_same_order_in_another_process():
-    code = "from nanolapo.problems import batch_indices; print([batch_indices(97, s, 32, 5) for s in range(9)])"
+    code = "from nanolapo.order import batch_indices; print([batch_indices(97, s, 32, 5) for s in range(9)])"
     run = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONHASHSEED": "77"},

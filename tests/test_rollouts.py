@@ -14,7 +14,7 @@ from tiny import VOCAB, make_config, make_problems, make_rows
 from nanolapo.grader import Grader
 from nanolapo.methods.base import Method
 from nanolapo.metrics import rollout_metrics
-from nanolapo.problems import batch_indices
+from nanolapo.order import batch_indices
 from nanolapo.rollouts import Request, Rollouts, Sample, join_ranks, make_rollouts, row_seed
 from nanolapo.sampling import grade
 

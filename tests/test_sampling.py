@@ -25,8 +25,8 @@ from nanolapo.alarms import MismatchError
 from nanolapo.config import Config
 from nanolapo.loop import train
 from nanolapo.methods.base import Method, MonitorPlan, SamplingPlan
+from nanolapo.order import batch_indices, round_indices, weighted_order
 from nanolapo.policy import Policy
-from nanolapo.problems import batch_indices, round_indices, weighted_order
 from nanolapo.rollouts import concatenate, take_groups
 
 ROOT = Path(__file__).parents[1]

@@ -28,7 +28,8 @@ from torch import Tensor
 from nanolapo.advantages import group_advantages
 from nanolapo.config import Config, UserError
 from nanolapo.methods.base import Method, MonitorPlan
-from nanolapo.problems import Problem, batch_indices
+from nanolapo.order import batch_indices
+from nanolapo.problems import Problem
 from nanolapo.rollouts import Rollouts
 
 

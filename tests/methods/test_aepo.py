@@ -14,7 +14,7 @@ from tiny import make_config, make_problems, make_rows
 
 from nanolapo.config import UserError
 from nanolapo.methods.aepo import Aepo, mean_entropy, pair_rows
-from nanolapo.problems import batch_indices
+from nanolapo.order import batch_indices
 from nanolapo.rollouts import Rollouts
 
 
