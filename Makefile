@@ -1,10 +1,11 @@
 # Everything a user or a developer types. `make demo` and `make test` set up what they need on a fresh machine.
 PYTHON ?= python3
 SEED ?= 0
+COUNT ?= 50
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet
 
-.PHONY: help install vllm demo demo-controls test lint format clean
+.PHONY: help install vllm demo demo-controls test faults lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -43,6 +44,9 @@ demo-controls: demo  ## the demo's two controls: a tight limit, and stage 1 cont
 
 test: vllm  ## every test that this machine can run, the real vLLM ones included
 	$(PY) -m pytest
+
+faults: vllm  ## break runs in 70 ways and resume them: docs/RELIABILITY.md (COUNT=50 random kills, SEED=0; an hour)
+	$(PY) tests/faults/run.py --count $(COUNT) --seed $(SEED)
 
 lint: install  ## ruff and mypy
 	.venv/bin/ruff check .
