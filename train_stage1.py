@@ -2,7 +2,7 @@
 
     python train_stage1.py configs/demo/stage1.yaml
     torchrun --nproc_per_node=8 train_stage1.py configs/deepscaler-1.5b/stage1.yaml
-    python train_stage1.py configs/demo/stage1.yaml method=configs/methods/accuracy-only.yaml
+    python train_stage1.py configs/demo/stage1.yaml method=configs/methods/laser-de.yaml run.name=laser-de
 
 Every problem is sampled without guidance. Right answers of typical length are rewarded most, and M(q), the median length
 of the right answers to problem q, is written down at every visit. Leaves model/ and length_map.json in the run directory:

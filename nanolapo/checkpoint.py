@@ -157,7 +157,7 @@ def load_checkpoint(folder: Path, policy: Policy, fingerprint: dict[str, Any], r
         return None
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     for key, now in fingerprint.items():
-        then = state["fingerprint"].get(key)
+        then = state["fingerprint"].get(key, now)  # a key that came with a later version says nothing
         if then != now:
             raise UserError(
                 f"{path} was written with {key}={then!r}, this run has {key}={now!r}: resume with the same settings, or "

@@ -26,7 +26,7 @@ def parse(description: str, default_method: str = "") -> tuple[Config, bool]:
     """Read `CONFIG.yaml [section.key=value ...] [--dry-run]`; returns (config, dry_run)."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="CONFIG.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value",
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value",
                         help="overrides one value; method=FILE.yaml lays a method's file over the config")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true",
                         help="check everything; print config, arithmetic, one prompt, cost; touch no weights")  # fmt: skip

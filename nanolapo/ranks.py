@@ -45,7 +45,8 @@ class Ranks:
         self.state = PartialState(cpu=not torch.cuda.is_available(), timeout=TENSOR_PATIENCE)
         self.index: int = self.state.process_index
         self.count: int = self.state.num_processes
-        self.device: torch.device = self.state.device
+        device = self.state.device  # accelerate says cpu:0 under torchrun, which not every library takes for the CPU
+        self.device = torch.device("cpu") if device.type == "cpu" else device
         self.is_main: bool = self.index == 0
         self.patient = dist.new_group(backend="gloo", timeout=PATIENCE) if self.count > 1 else None
 

@@ -112,6 +112,11 @@ def test_D13_another_run_is_refused(tmp_path, policy, key):
     assert same_tensors(weights_of(policy), before)
 
 
+def test_a_key_that_an_older_version_did_not_write_is_no_difference(tmp_path, policy):
+    save(tmp_path, 3, policy)
+    assert load_checkpoint(tmp_path, policy, FINGERPRINT | {"model.new_key": 1}, Ranks()) is not None
+
+
 def test_D13_another_architecture_is_refused(tmp_path, policy, untied_model):
     save(tmp_path, 3, policy)
     with pytest.raises(UserError, match="weights are of another model"):

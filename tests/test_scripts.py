@@ -189,6 +189,7 @@ BAD_INPUT = [
     (["lapo.fidelity=papre"], "did you mean 'paper'"),
     (["data.sources=[{name: x, path: missing.jsonl}]"], "missing.jsonl"),
     (["method.name=lapo:Discover"], "method.name='lapo:Discover'"),
+    (["rollout.group_size=1", "train.batch_size=8"], "rollout.group_size=1: an advantage compares"),
 ]
 
 
@@ -204,6 +205,11 @@ def test_stage2_refuses_a_map_of_other_problems(base: Path, tmp_path: Path) -> N
     other.write_text(json.dumps({"statistic": "median", "entries": {"demo:0000": 30.0}}))
     result = script("train_stage2.py", write_config(base, tmp_path), f"lapo.length_map={other}")
     assert result.returncode == 2 and "lacks 40 of the 40 problems" in result.stderr
+
+
+def test_stage1_refuses_the_settings_of_stage2(base: Path, tmp_path: Path) -> None:
+    result = script("train_stage1.py", write_config(base, tmp_path), "lapo.length_map=map.json", "--dry-run")
+    assert result.returncode == 2 and "did you mean train_stage2.py?" in result.stderr
 
 
 def test_resuming_with_other_settings_is_refused(base: Path, tmp_path: Path) -> None:

@@ -106,6 +106,8 @@ class Lapo(Method):
         self.decay = 100.0 * scale if c.decay is None else c.decay
         self.sigma = 120.0 * scale if c.sigma is None else c.sigma
         self.length_map = LengthMap(c.statistic)
+        if config.rollout.group_size < 2:
+            raise UserError("rollout.group_size=1: an advantage compares the answers of a group; use 2 or more")
 
     def state_dict(self) -> dict[str, Any]:
         return {"length_map": self.length_map.state_dict()}
@@ -136,6 +138,10 @@ class Lapo(Method):
 
 class Discovery(Lapo):
     """Stage 1: reward typical right lengths (Eq. 4-5), record M(q) (Eq. 3)."""
+
+    def start(self, problems: list[Problem]) -> None:
+        if self.config.lapo.length_map:
+            raise UserError("lapo.length_map is set, but stage 1 makes its own map: did you mean train_stage2.py?")
 
     def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:
         lengths, correct = rollouts.by_group(rollouts.lengths_B), rollouts.by_group(rollouts.correct_B)

@@ -52,6 +52,7 @@ CASES = [
     Case("kl", "untied", config={"loss": {"kl_coef": 0.5}}),
     Case("two-epochs", config={"train": {"inner_epochs": 2}}),
     Case("checkpointing", config={"model": {"gradient_checkpointing": True}}),
+    Case("offload", config={"model": {"offload_reference": True}, "loss": {"kl_coef": 0.5}}),
     Case("lora", config={"model": {"lora_rank": 4}, "loss": {"kl_coef": 0.5}}),
     Case("bfloat16", config={"model": {"dtype": "bfloat16"}}),
     Case("nan", nan_on_last_rank=True),
