@@ -67,26 +67,27 @@ def disable_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
-def load_model(path: str, device: torch.device) -> PreTrainedModel:
-    """Load a causal LM in float32 from a local folder or by hub name. Raises UserError naming model.path."""
+def load_model(path: str, device: torch.device, key: str = "model.path") -> PreTrainedModel:
+    """Load a causal LM in float32 from a local folder or by hub name. Raises UserError naming the config's key."""
     local = Path(path)
     if not path or (local.exists() and not (local / "config.json").exists()):
-        raise UserError(f"model.path={path!r}: no config.json there; give a Hugging Face model folder or a hub name")
+        raise UserError(f"{key}={path!r}: no config.json there; give a Hugging Face model folder or a hub name")
     try:  # safetensors only: a pickle file could run code
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
-        source = "cannot be loaded" if local.exists() else "no such local folder, and not to be had from the hub"
-        raise UserError(f"model.path={path!r}: {source} ({first})") from None
+        missing = "no such local folder, and not to be had from the hub; without a network give a local folder"
+        source = "cannot be loaded" if local.exists() else missing
+        raise UserError(f"{key}={path!r}: {source} ({first})") from None
     model, info = loaded
     if info["missing_keys"]:
-        raise UserError(f"model.path={path!r}: the files lack {len(info['missing_keys'])} weights of the model, such as "
+        raise UserError(f"{key}={path!r}: the files lack {len(info['missing_keys'])} weights of the model, such as "
                         f"{min(info['missing_keys'])}; fetch or save the model again")  # fmt: skip
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):  # log-probs come straight from the head
         if getattr(model.config, name, None) not in (None, 1.0):
-            raise UserError(f"model.path={path!r}: models that change their logits ({name}) are not supported")
+            raise UserError(f"{key}={path!r}: models that change their logits ({name}) are not supported")
     disable_dropout(model)
     return model.to(device)
 

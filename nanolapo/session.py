@@ -96,15 +96,17 @@ class Session:
     sampled_tokens: int = 0
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """Raises UserError naming model.path when there is no tokenizer."""
+def load_tokenizer(path: str, key: str = "model.path") -> PreTrainedTokenizerBase:
+    """Raises UserError naming the config's key when there is no tokenizer."""
     if path.count("/") > 1 and not Path(path).exists():  # no hub name has two
-        raise UserError(f"model.path={path!r}: no such folder; the run that writes it comes first")
+        raise UserError(f"{key}={path!r}: no such folder; the run that writes it comes first")
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # a damaged file may be anything: KeyError, TypeError, tokenizers' bare Exception
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"model.path={path!r}: no tokenizer to be had there ({first})") from None
+        raise UserError(
+            f"{key}={path!r}: no tokenizer to be had there ({first}); without a network give a local folder"
+        ) from None
 
 
 def load_data(config: Config, grader: Grader) -> Data:

@@ -38,7 +38,8 @@ def warm_start(config: Config) -> None:
     rng = random.Random(f"warm start {config.run.seed}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, config.model.dtype)
-    tokenizer, model = load_tokenizer(w.model), load_model(w.model, device)
+    key = "warm_start.model"
+    tokenizer, model = load_tokenizer(w.model, key), load_model(w.model, device, key)
     prompter, levels = Prompter(tokenizer, config.prompt), config.data.sources[0].levels or LEVELS
     optimizer = torch.optim.AdamW(model.parameters(), lr=w.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     batches: list[tuple[torch.Tensor, torch.Tensor]] = []

@@ -350,6 +350,14 @@ def test_other_errors_keep_their_traceback():
         cli.run(lambda: Path("/no/such/file").read_text())  # type: ignore[arg-type, return-value]
 
 
+def test_warm_start_names_its_own_key(tmp_path):
+    config = make_config(
+        "out", warm_start={"model": str(tmp_path)}, data={"sources": [{"name": "d", "path": "demo", "count": 3}]}
+    )
+    with pytest.raises(UserError, match="^warm_start.model="):
+        warm_start(config)
+
+
 def test_warm_start_without_sources_says_so():
     config = make_config("out", warm_start={"model": "x"})
     with pytest.raises(UserError, match="data source"):
