@@ -24,6 +24,8 @@ def outcome(request, tmp_path_factory, tied_model, untied_model) -> dict[str, Te
     assert result.returncode == 0, result.stderr[-3000:]
     files = [load_file(out / f"rank{rank}of{request.param}.safetensors") for rank in range(request.param)]
     for name, tensor in files[0].items():
+        if name.endswith("held_share"):  # slices need not be of one size
+            continue
         assert all(torch.equal(tensor, other[name]) or tensor.isnan().all() for other in files), name
     return files[0]
 
