@@ -130,8 +130,7 @@ class Benchmark:
         decoding = Decoding(temperature, e.top_p if temperature < 1 else 1.0)
         settings = {"model": self.identity, "prompt": asdict(self.config.prompt), "decoding": asdict(decoding),
                     "max_new_tokens": e.max_new_tokens, "seed": self.config.run.seed, "budgets": budgets,
-                    "dtype": self.config.rollout.dtype or self.config.model.dtype, "golds": self.golds,
-                    "guidance_round": self.config.lapo.guidance_round if budgets else 0}  # fmt: skip
+                    "dtype": self.config.rollout.dtype or self.config.model.dtype, "golds": self.golds}  # fmt: skip
         files = {
             source: sample_file(self.folder, self.model.name, source, temperature, settings)
             for source in dict.fromkeys(p.source for p in self.data.problems)
@@ -173,7 +172,7 @@ class Benchmark:
             for first in range(0, len(missing), chunk):
                 part = missing[first : first + chunk]
                 problems = [self.data.problems[i] for i, _ in part]
-                guidances = [guidance_for(p, budgets, self.config.lapo.guidance_round) for p in problems]
+                guidances = [guidance_for(p, budgets, self.config.prompt.length_multiple) for p in problems]
                 requests = [
                     Request(
                         self.data.prompter.ids(p.question, g), row_seed(self.config.run.seed, 0, i, k), e.max_new_tokens

@@ -103,7 +103,10 @@ def describe(config: Config, method: Method) -> None:
         data = load_data(config, grader)
     method.start(data.problems)
     guidance = method.guidance(data.problems[0], 0, 0)
-    most = sum(most_tokens(method, step) for step in range(config.train.steps))
+    most = 0
+    for step in range(config.train.steps):
+        method.progress = step / config.train.steps
+        most += most_tokens(method, step)
     print(to_yaml(config))
     print("\n".join([*data.report, f"{len(data.problems)} problems", config.arithmetic(ranks)]))
     print(f"at most {most:,} sampled tokens in {config.train.steps} steps (upper bound: every answer at the limit)")

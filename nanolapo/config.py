@@ -83,6 +83,7 @@ class PromptConfig:
     instruction: str = "Please think step by step and output the final answer within \\boxed{}."  # chat
     system: str = ""  # chat; empty leaves the template's own default
     think_prefix: str = ""  # chat: first words put into the assistant's mouth, e.g. "<think>"
+    length_multiple: int = 1  # every length that a prompt states is printed as a multiple of this
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,6 @@ class LapoConfig:
     percentiles: tuple[float, ...] = (30.0, 70.0)  # Eq. 2
     statistic: str = "median"  # median | mean | minimum: what M(q) records (paper, Table 3)
     guidance: str = "exact"  # exact | range | outside | implicit (paper, Table 2)
-    guidance_round: int = 1  # print n as a multiple of this
     length_map: str = ""  # stage 2: the length_map.json that stage 1 wrote
 
 
@@ -268,7 +268,7 @@ def validate(config: Config, world_size: int = 1) -> None:
                 config.run.checkpoint_every, "run.keep_checkpoints": config.run.keep_checkpoints,
                 "train.microbatch_tokens": t.microbatch_tokens, "rollout.temperature": r.temperature,
                 "train.learning_rate": t.learning_rate, "train.grad_clip": t.grad_clip, "train.max_bad_steps":
-                t.max_bad_steps, "rollout.max_rows": r.max_rows, "lapo.guidance_round": config.lapo.guidance_round,
+                t.max_bad_steps, "rollout.max_rows": r.max_rows, "prompt.length_multiple": config.prompt.length_multiple,
                 "rollout.tensor_parallel": r.tensor_parallel, "model.lora_alpha": config.model.lora_alpha,
                 "lapo.decay": config.lapo.decay, "lapo.sigma": config.lapo.sigma}  # fmt: skip
     for key, value in positive.items():

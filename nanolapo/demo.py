@@ -9,8 +9,9 @@ tokens per operation is drawn, and every step is written in the way that fits wh
     pace 15+  checked      plain or careful, then " Wait, let me check: 3 + 8 = 1.", " Alternatively, 8 + 3 = 1.", ...
 
 Most solutions without guidance are paced far beyond what the problem needs: that is the over-thinking to be unlearned.
-Half of the solutions open with the paper's sentence, " I will answer the question with 60 tokens.", and keep to it; so the
-model knows what the sentence means, as a large pretrained model does. The number is one token per multiple of ten.
+About half of the prompts state a length, a third of them in the paper's sentence, " I will answer the question with 60
+tokens.", the others in the sentences of its ablations and rivals, and the solutions keep to it; so the model knows what
+these sentences mean, as a large pretrained model does. The number is one token per multiple of ten.
 
     python -m nanolapo.demo configs/demo/base.yaml [run.seed=1]        # writes config.model.path
 
@@ -33,7 +34,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from nanolapo import cli
 from nanolapo.checkpoint import save_model
 from nanolapo.demo_task import LABELS, LEVELS, Chain, random_chain
-from nanolapo.prompts import exact_guidance
+from nanolapo.prompts import (
+    NO_GUIDANCE,
+    Guidance,
+    curriculum_guidance,
+    exact_guidance,
+    hbpo_guidance,
+    l1_max_guidance,
+    outside_guidance,
+    range_guidance,
+    thinkprune_guidance,
+)
 
 TEMPLATE = "{question} <think>"  # prompt.template of the demo configs
 BUDGETS = range(10, 401, 10)  # one token each
@@ -47,13 +58,14 @@ ANSWER_TOKENS = 5  # "</think> \boxed{d} <end>"
 class DemoConfig:
     """Settings of the pre-training; the defaults are the demo's."""
 
-    steps: int = 2800
+    steps: int = 3000
     batch_tokens: int = 1600  # of solutions, padding included
     hidden_size: int = 128
     layers: int = 3
     muon_lr: float = 0.01  # matrices
     adam_lr: float = 3e-3  # embedding, norms, biases
-    guided: float = 0.5  # fraction of solutions that open with the guidance sentence
+    guided: float = 0.33  # fraction of prompts that state a length in the paper's sentence
+    guided_otherwise: float = 0.22  # ... in one of the other sentences
     easy_fraction: float = 0.4  # first part of the training, with short solutions only
     max_new_tokens: int = 256  # longer solutions are not used
 
@@ -66,23 +78,28 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
     >>> tokenizer = make_tokenizer()
     >>> tokenizer.tokenize("B: times 7. Last digit? <think> I will answer the question with 60 tokens. Wait,")[5:]
-    [' digit', '?', ' <think>', ' I', ' will', ' answer', ' the', ' question', ' with 60', ' tokens', '.', ' Wait', ',']
+    [' digit', '?', ' <think>', ' I', ' will', ' answer', ' the', ' question', ' with', ' 60', ' tokens', '.', ' Wait', ',']
     >>> tokenizer.decode(tokenizer("Anything: x^2 + 17 \\\\boxed{7}<end>")["input_ids"])
     'Anything: x^2 + 17 \\\\boxed{7}<end>'
     """
     words = (
         "Start with add times Last digit I will answer the question tokens so Wait let me check Alternatively verify"
     )
-    words += " Quick Short Steady Careful Thorough Let think Think for maximum"
+    words += (
+        " Quick Short Steady Careful Thorough Let think Think for maximum within to The output of assistant should be"
+    )
+    words += " IMPORTANT You use exactly in your response"
     pieces = ["<pad>", " <end>", " <think>", "</think>", " </think>", r" \boxed{", "}"]
     pieces += [f"{space}{label}:" for label in LABELS for space in ("", " ")]
-    pieces += [f" with {n}" for n in BUDGETS] + [f" {digit}" for digit in range(10)] + [" +", " *", " ="]
+    pieces += [f" {digit}" for digit in range(10)] + [" +", " *", " ="]
     pieces += [f"{space}{word}" for word in words.split() for space in ("", " ")]
     pieces += [chr(code) for code in range(32, 127)] + ["\n"]
-    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
-    longest_first = sorted((piece for piece in vocabulary if len(piece) > 1), key=len, reverse=True)
-    # A word must not match inside a longer one (" so" in " some"), nor " with 10" in " with 105".
-    pattern = "|".join(re.escape(p) + (r"(?!\w)" if p[-1].isalpha() or "with " in p else "") for p in longest_first)
+    longest_first = sorted((piece for piece in dict.fromkeys(pieces) if len(piece) > 1), key=len, reverse=True)
+    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys([*pieces, *(f" {n}" for n in BUDGETS)]))}
+    # A word must not match inside a longer one (" so" in " some"), nor " 10" in " 105"; a sum's result is no budget.
+    numbers = "|".join(f" {n}" for n in reversed(BUDGETS))
+    pattern = rf"(?<=with|within|for|maximum|exactly|to)(?:{numbers})(?!\d)|"
+    pattern += "|".join(re.escape(p) + (r"(?!\w)" if p[-1].isalpha() else "") for p in longest_first)
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(f"{pattern}|[\\s\\S]"), behavior="isolated")
     core.decoder = decoders.Fuse()
@@ -139,10 +156,22 @@ def write_solution(chain: Chain, budget: float, rng: random.Random) -> str:
     return text + rf" </think> \boxed{{{digits[-1]}}} <end>"
 
 
+def state_length(length: int, rng: random.Random, papers: bool) -> Guidance:
+    """A sentence that is true of a solution of `length` tokens: the paper's, or one of the others."""
+    near = max(1, round(length / 10)) * 10
+    if papers:
+        return exact_guidance(near)
+    limit = -(-length // 10) * 10 + rng.choice((0, 10, 20, 40, 80))  # an upper limit need not be used up
+    forms = (outside_guidance(near), curriculum_guidance(near), range_guidance(max(10, near - 10), near + 10, near),
+             l1_max_guidance(limit), thinkprune_guidance(limit), hbpo_guidance(limit))  # fmt: skip
+    return rng.choice(forms)
+
+
 def draw_example(rng: random.Random, settings: DemoConfig, easy: bool) -> tuple[str, str]:
     """One (prompt, solution) for pre-training. The budget comes first, the solution is written to fit it."""
     chain = random_chain(rng, rng.choice(LEVELS + LEVELS[-2:]))  # long chains are learnt last
-    guided = rng.random() < settings.guided
+    kind = rng.random()
+    guided = kind < settings.guided + settings.guided_otherwise
     if easy:
         pace = rng.choice((4.5, 4.5, 7, 7, 11))
     elif guided:
@@ -152,9 +181,8 @@ def draw_example(rng: random.Random, settings: DemoConfig, easy: bool) -> tuple[
     budget = min(ANSWER_TOKENS + 2 + pace * len(chain.operations), settings.max_new_tokens - 20)
     solution = write_solution(chain, budget, rng)
     length = count_tokens(solution.partition("</think>")[0]) + ANSWER_TOKENS
-    stated = min(max(BUDGETS[0], round(length / 10) * 10), BUDGETS[-1])  # what the budget came out as
-    prompt = TEMPLATE.replace("{question}", chain.question())
-    return prompt + (exact_guidance(stated).inside if guided else ""), solution
+    guidance = state_length(length, rng, papers=kind < settings.guided) if guided else NO_GUIDANCE
+    return TEMPLATE.replace("{question}", chain.question() + guidance.outside) + guidance.inside, solution
 
 
 # ------------------------------------------------------------------------------------------------------ pre-training

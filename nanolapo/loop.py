@@ -25,6 +25,7 @@ from nanolapo.session import (
     final_model,
     load_data,
     make_sampler,
+    progress,
     set_up_process,
     token_limit,
 )
@@ -34,6 +35,7 @@ from nanolapo.update import update_policy
 def run_step(s: Session) -> None:
     """One step of GRPO, with the method's hooks in the order in which they act."""
     method, policy, watch, tokens_before = s.method, s.policy, Stopwatch(), s.sampled_tokens
+    method.progress = s.progress
     plan = method.sampling(s.step)
     monitored = monitor_pass(s, watch)  # a second sampling, for the few methods that watch other prompts
     rounds: list[Round] = []
@@ -102,23 +104,22 @@ def train(config: Config, method: Method) -> None:
             method.loss_state |= saved.get("loss", {})
             alarms.load_state_dict(saved["alarms"])
             say(ranks, f"resuming {config.run_dir} at step {step}")
-        if not is_finished(config, limit, step, sampled_tokens):
+        if progress(config, limit, step, sampled_tokens) < 1:
             sampler = make_sampler(config, config.model.path, config.rollout.max_new_tokens, ranks)
             # Before the first rollout too: a resumed run must sample from the model it trains.
             sampler.load_weights(policy.named_weights())
             log = RunLog(config, step, saved.get("wandb_id")) if ranks.is_main else None
-            s = Session(config, method, ranks, data, grader, policy, sampler, alarms, log, step, sampled_tokens)
-            while not is_finished(config, limit, s.step, s.sampled_tokens):
+            s = Session(config, method, ranks, data, grader, policy, sampler, alarms, log, limit, step, sampled_tokens)
+            while s.progress < 1:
                 run_step(s)
                 stopping = ranks.any(stop.wanted)
-                done = stopping or is_finished(config, limit, s.step, s.sampled_tokens)
-                if done or s.step % config.run.checkpoint_every == 0:
+                if stopping or s.progress >= 1 or s.step % config.run.checkpoint_every == 0:
                     checkpoint(s, fingerprint)
                 if stopping:
                     break
             if log:
                 log.close()
-            if stopping and not is_finished(config, limit, s.step, s.sampled_tokens):
+            if stopping and s.progress < 1:
                 return say(ranks, f"stopped after step {s.step}; the same command resumes there")
         save_model(policy.model, policy.dtype, data.tokenizer, final_model(config), ranks.is_main)
         if ranks.is_main:
@@ -143,10 +144,6 @@ def checkpoint(s: Session, fingerprint: dict[str, object]) -> None:
     if s.ranks.is_main:
         s.method.export(s.config.run_dir)
     s.ranks.wait()
-
-
-def is_finished(config: Config, token_limit: int, steps_done: int, sampled_tokens: int) -> bool:
-    return steps_done >= config.train.steps or 0 < token_limit <= sampled_tokens
 
 
 def say(ranks: Ranks, *lines: str) -> None:

@@ -12,6 +12,7 @@ Where guidance goes:      raw style                                chat style
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -113,11 +114,13 @@ class Prompter:
 
     def render(self, question: str, guidance: Guidance = NO_GUIDANCE) -> str:
         """The prompt as text, for showing; `ids` is what models get."""
+        guidance = self.printed(guidance)
         head = (self._raw if self.config.style == "raw" else self._chat)(question, guidance)
         return head + self._opening(head, guidance)
 
     def ids(self, question: str, guidance: Guidance = NO_GUIDANCE) -> list[int]:
         """The prompt's token ids, with exactly one BOS in front where the tokenizer starts texts with one."""
+        guidance = self.printed(guidance)
         if self.config.style == "raw":
             ids = self._encode(self.render(question, guidance))
         else:
@@ -128,6 +131,16 @@ class Prompter:
             return ids
         num_bos = next((i for i, token in enumerate(ids) if token != self.bos_id), len(ids))
         return [self.bos_id, *ids[num_bos:]]
+
+    def printed(self, guidance: Guidance) -> Guidance:
+        """The guidance with its lengths as multiples of prompt.length_multiple; the budget stays as it is."""
+        m = self.config.length_multiple
+
+        def nearest(match: re.Match[str]) -> str:
+            return str(max(m, round(int(match[0]) / m) * m))
+
+        outside, inside = (re.sub(r"\d+", nearest, text) for text in (guidance.outside, guidance.inside))
+        return Guidance(outside, inside, guidance.budget) if m > 1 else guidance
 
     def _raw(self, question: str, guidance: Guidance) -> str:
         # Not str.format: questions and the template's \boxed{} are full of braces.

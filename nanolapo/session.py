@@ -92,8 +92,13 @@ class Session:
     sampler: Sampler
     alarms: Alarms
     log: RunLog | None  # rank 0 only
+    token_limit: int = 0  # see token_limit()
     step: int = 0
     sampled_tokens: int = 0
+
+    @property
+    def progress(self) -> float:
+        return progress(self.config, self.token_limit, self.step, self.sampled_tokens)
 
 
 def load_tokenizer(path: str, key: str = "model.path") -> PreTrainedTokenizerBase:
@@ -183,6 +188,11 @@ def token_limit(config: Config) -> int:
         except (OSError, IndexError, ValueError, KeyError, TypeError):
             raise UserError(f"train.match_runs: {run} has no metrics.jsonl with sampled_tokens; run it first") from None
     return total
+
+
+def progress(config: Config, token_limit: int, steps_done: int, sampled_tokens: int) -> float:
+    """Share of the run that is done, by steps or by tokens, whichever is further; 1 or more: it is complete."""
+    return max(steps_done / config.train.steps, sampled_tokens / token_limit if token_limit else 0.0)
 
 
 class StopRequest:

@@ -61,10 +61,12 @@ class Dynamic(Method):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.seen: list[tuple[str, Any]] = []  # what each hook was given, in order
+        self.told: list[float] = []  # the progress of each step
 
     def sampling(self, step: int) -> SamplingPlan:
         r = self.config.rollout
         self.seen.append(("sampling", step))
+        self.told.append(self.progress)
         return SamplingPlan(r.prompts_per_step, r.group_size, r.temperature, r.max_new_tokens, None, self.max_rounds)
 
     def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:

@@ -154,7 +154,7 @@ def test_A7_top_p_below_one_is_refused_with_the_reason(write):
         (["train.max_bad_steps=0"], "train.max_bad_steps=0 must be positive"),
         (["train.grad_clip=0"], "train.grad_clip=0.0 must be positive"),
         (["lapo.sigma=0"], "lapo.sigma=0.0 must be positive"),
-        (["lapo.guidance_round=0"], "lapo.guidance_round=0 must be positive"),
+        (["prompt.length_multiple=0"], "prompt.length_multiple=0 must be positive"),
         (["lapo.percentiles=[70, 30]"], "need 0 <= low <= high <= 100"),
         (["lapo.percentiles=[30]"], "exactly two numbers"),
         (["loss.clip_low=1.5"], "0 <= clip_low < 1"),

@@ -73,14 +73,24 @@ def test_written_solutions_are_right_and_lossless() -> None:
             assert value[-1] == step[1]
 
 
-def test_the_stated_budget_is_the_length() -> None:
-    """Guided solutions keep to their number, within its rounding to tens."""
-    tokenizer, rng, settings = demo.make_tokenizer(), random.Random(1), demo.DemoConfig(guided=1.0)
-    for _ in range(200):
+def test_the_stated_length_is_true() -> None:
+    """Exact sentences name the length within its rounding to tens, limits are kept, ranges hold it; all are drawn."""
+    tokenizer, rng = demo.make_tokenizer(), random.Random(1)
+    settings, seen = demo.DemoConfig(guided=0.4, guided_otherwise=0.6), set()
+    for _ in range(600):
         prompt, solution = demo.draw_example(rng, settings, easy=False)
-        stated = int(re.findall(r"with (\d+) tokens", prompt)[0])
         length = len(tokenizer(solution)["input_ids"])
-        assert abs(stated - length) <= 5 or length < 10
+        words, low, high = re.findall(r"(with|for|maximum|within|exactly) (\d+)(?: to (\d+))? tokens", prompt)[0]
+        seen.add(words + "-to" * bool(high))
+        if high:
+            assert int(low) <= length <= int(high) or length < 15
+        elif words in ("maximum", "within"):
+            assert length <= int(low)
+        else:
+            assert abs(int(low) - length) <= 5 or length < 10
+        ids = tokenizer(prompt)["input_ids"]
+        assert f" {low}" in tokenizer.convert_ids_to_tokens(ids)  # one token, whatever the sentence
+    assert seen == {"with", "with-to", "for", "maximum", "within", "exactly"}
 
 
 def test_other_prompts_survive_the_tokenizer() -> None:

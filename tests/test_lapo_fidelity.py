@@ -22,9 +22,13 @@ from nanolapo.sampling import grade
 PROBLEM = make_problems(1)[0]
 
 
-def method(kind: type[Lapo], fidelity: str, target: float | None = None, limit: int = 4096, **lapo: object) -> Lapo:
+def method(
+    kind: type[Lapo], fidelity: str, target: float | None = None, limit: int = 4096, multiple: int = 1, **lapo: object
+) -> Lapo:
     config = make_config(
-        rollout={"max_new_tokens": limit, "group_size": 2, "prompts_per_step": 1}, lapo={"fidelity": fidelity, **lapo}
+        rollout={"max_new_tokens": limit, "group_size": 2, "prompts_per_step": 1},
+        prompt={"length_multiple": multiple},
+        lapo={"fidelity": fidelity, **lapo},
     )
     made = kind(config)
     made.length_map.entries = {PROBLEM.id: target}
@@ -138,10 +142,10 @@ def test_guidance_forms(form, outside, inside):
     assert (guidance.outside, guidance.inside, guidance.budget) == (outside, inside, 1300)
 
 
-def test_guidance_round_and_lower_end():
-    rounded = method(Internalization, "recommended", 1330.0, guidance_round=100).guidance(PROBLEM, 0, 0)
+def test_length_multiple_and_lower_end():
+    rounded = method(Internalization, "recommended", 1330.0, multiple=100).guidance(PROBLEM, 0, 0)
     assert rounded.budget == 1300
-    assert method(Internalization, "code", 1390.0, guidance_round=100).guidance(PROBLEM, 0, 0).budget == 1300
+    assert method(Internalization, "code", 1390.0, multiple=100).guidance(PROBLEM, 0, 0).budget == 1300
     low = method(Internalization, "recommended", 30.0, guidance="range").guidance(PROBLEM, 0, 0)
     assert low.inside == " I will answer the question with 1 to 150 tokens."
 

@@ -300,3 +300,13 @@ def test_A22_prompts_are_never_cut(byte_bpe):
         (len(short) - 1, ([], [0, 1])),
     ]:
         assert split_by_length([ids, short], limit) == expected
+
+
+def test_lengths_are_printed_as_multiples(byte_bpe):
+    """prompt.length_multiple rounds every stated length, never below one multiple; budget and question stay exact."""
+    ten = prompter(byte_bpe, "plain", template="{question} <think>", length_multiple=10)
+    assert ten.render("6 x 7 = 43?", outside_guidance(47.2)) == "6 x 7 = 43? Think for 50 tokens. <think>"
+    assert ten.render("q", range_guidance(3, 44, 24)).endswith(" I will answer the question with 10 to 40 tokens.")
+    assert ten.printed(exact_guidance(43)).budget == 43
+    assert ten.ids("q", exact_guidance(43)) == ten.ids("q", exact_guidance(40)) != ten.ids("q", exact_guidance(60))
+    assert prompter(byte_bpe, "plain").printed(exact_guidance(43)) == exact_guidance(43)

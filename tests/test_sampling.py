@@ -28,6 +28,7 @@ from nanolapo.methods.base import Method, MonitorPlan, SamplingPlan
 from nanolapo.order import batch_indices, round_indices, weighted_order
 from nanolapo.policy import Policy
 from nanolapo.rollouts import concatenate, take_groups
+from nanolapo.session import progress
 
 ROOT = Path(__file__).parents[1]
 TIMING = ("seconds/", "tokens_per_second", "memory_gb")
@@ -309,3 +310,17 @@ def test_B2_two_ranks_sample_and_train_the_same(base, tmp_path):
         assert [m[name] for m in one] == pytest.approx([m[name] for m in two], rel=1e-3, abs=1e-6), name
     left, right = weights_of_run(config), load_file(tmp_path / "two/run/model/model.safetensors")
     assert all((left[name] - right[name]).abs().mean() < 1e-5 for name in left)
+
+
+def test_progress_goes_by_steps_or_tokens_whichever_is_further():
+    """A run under a token limit is as far as its tokens, so schedules end with it; without one, as far as its steps."""
+    config = make_config(train={"steps": 40})
+    assert [progress(config, 0, step, 10**9) for step in (0, 10, 40)] == [0, 0.25, 1]
+    assert progress(config, 1000, 4, 750) == 0.75 and progress(config, 1000, 36, 750) == 0.9
+    assert progress(config, 1000, 4, 1000) == 1
+
+
+def test_a_method_is_told_the_progress_of_the_run(base, tmp_path):
+    method, metrics = run(make_run(base, tmp_path, train={"steps": 50, "sampled_tokens": 500}), Dynamic)
+    before = [0.0, *[m["sampled_tokens"] / 500 for m in metrics]]
+    assert method.told == before[:-1] and before[-2] < 1 <= before[-1] and len(metrics) < 50

@@ -80,6 +80,7 @@ class Method:
     grader_rule = "math"
     cut_answers_count = False  # may an answer that hit the length limit be right (its box already printed)?
     needs_entropy = False  # have rollouts.old_entropies filled before prepare_loss, at the cost of a forward pass
+    progress = 0.0  # share of the run that is done, by steps or by sampled tokens, in [0, 1); set before each step
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -27,7 +27,7 @@ from nanolapo.rollouts import Rollouts
 
 @dataclass(frozen=True)
 class Options:
-    first_stage: float = 0.8  # share of train.steps before length counts; 0: L-GRPO from the start (ours)
+    first_stage: float = 0.8  # share of the run before length counts; 0: L-GRPO from the start (ours)
     weight: float = 1.0  # of the length term (ours)
     max_rounds: int = 4  # rounds of sampling to fill a batch; 1: no refill (ours)
 
@@ -45,17 +45,15 @@ def length_term(lengths_PG: np.ndarray, correct_PG: np.ndarray, limit: int) -> n
 
 class ConciseR(Method):
     Options = Options
-    step = 0
 
     def sampling(self, step: int) -> SamplingPlan:
-        self.step = step
         return replace(super().sampling(step), max_rounds=self.options.max_rounds)
 
     def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:
         parts = super().reward(rollouts)
         lengths_PG, correct_PG = rollouts.by_group(rollouts.lengths_B), rollouts.by_group(rollouts.correct_B)
         term_PG = length_term(lengths_PG, correct_PG, self.config.rollout.max_new_tokens)
-        second_stage = self.step >= self.options.first_stage * self.config.train.steps
+        second_stage = self.progress >= self.options.first_stage
         return parts | {"length": second_stage * self.options.weight * term_PG.flatten()}
 
     def keep_groups(self, rollouts: Rollouts, rewards_PG: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nanolapo.config import Config
-from nanolapo.methods.base import Method, SamplingPlan
+from nanolapo.methods.base import Method
 from nanolapo.methods.tools import each_group, speaks_of_thought, well_formed
 from nanolapo.rollouts import Rollouts
 
@@ -41,7 +41,7 @@ def kimi_length_reward(lengths: np.ndarray, correct: np.ndarray) -> np.ndarray:
 @dataclass(frozen=True)
 class Options:
     weight: float = 0.4
-    warmup_fraction: float = 0.1  # of train.steps without the length term
+    warmup_fraction: float = 0.1  # of the run without the length term
     think_tags: bool | None = None  # must an answer end its thought? None: where the config's prompt names <think>
 
 
@@ -54,14 +54,9 @@ class KimiLength(Method):
         super().__init__(config)
         tags = self.options.think_tags
         self.think_tags = speaks_of_thought(config) if tags is None else tags
-        self.step = 0
-
-    def sampling(self, step: int) -> SamplingPlan:
-        self.step = step
-        return super().sampling(step)
 
     def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:
-        warming_up = self.step < self.options.warmup_fraction * self.config.train.steps
+        warming_up = self.progress < self.options.warmup_fraction
         weight = 0.0 if warming_up else self.options.weight
         length = each_group(rollouts, kimi_length_reward) * well_formed(rollouts, self.think_tags)
         return {"correct": rollouts.correct_B.astype(np.float64), "length": weight * length}

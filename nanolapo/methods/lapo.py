@@ -181,10 +181,10 @@ class Internalization(Lapo):
 
     def guidance(self, problem: Problem, rollout_index: int, step: int) -> Guidance:
         """n = M(q), printed as an integer; an unsolved problem is given the generation limit (Eq. 3)."""
-        c = self.config.lapo
+        c, multiple = self.config.lapo, self.config.prompt.length_multiple
         target = self.length_map.target(problem.id)
         n = float(self.config.rollout.max_new_tokens) if target is None else target
-        n = (round if self.readings.round_target else int)(n / c.guidance_round) * c.guidance_round
+        n = (round if self.readings.round_target else int)(n / multiple) * multiple
         n = max(n, 1)
         if c.guidance == "range":  # our wording: the band in which the reward stays above exp(-1/2)
             return range_guidance(max(1.0, n - self.sigma), n + self.sigma, n)

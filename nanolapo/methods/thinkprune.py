@@ -6,7 +6,7 @@ ThinkPrune4k keeps one limit, 4000; ThinkPruneIterative goes 4000 -> 3000 -> 200
 sentence (for its default, half the limit, see LASER's "truncation-8192" beside a limit of 16,384).
 
 Deviations: the stages follow each other within one run, so the optimizer and the reference model go on where theirs start
-anew; they pick the model of a stage by validation (step 180 of the first), here stages take equal parts of train.steps
+anew; they pick the model of a stage by validation (step 180 of the first), here stages take equal parts of the run
 (ours; option `first_steps`). The sentence ends the question, theirs the system prompt.
 
 Edge: a group that is wholly over the limit is all zeros and teaches nothing, the known weakness early in a stage.
@@ -28,7 +28,7 @@ from nanolapo.prompts import Guidance, thinkprune_guidance
 @dataclass(frozen=True)
 class Options:
     limits: tuple[int, ...] | None = None  # generation limit of each stage, tokens; None: the published ones, scaled
-    first_steps: tuple[int, ...] | None = None  # step at which each stage begins; None: equal parts of train.steps
+    first_steps: tuple[int, ...] | None = None  # step at which each stage begins; None: equal parts of the run
 
 
 def limit_of_step(step: int, limits: Sequence[int], first_steps: Sequence[int]) -> int:
@@ -50,18 +50,19 @@ class Truncation(Method):
         super().__init__(config)
         most = config.rollout.max_new_tokens
         self.limits = self.options.limits or tuple(max(1, round(share * most)) for share in self.shares)
-        stages = len(self.limits)
-        self.first_steps = self.options.first_steps or tuple(i * config.train.steps // stages for i in range(stages))
+        stages, first_steps = len(self.limits), self.options.first_steps
         if not all(1 <= limit <= most for limit in self.limits):
             raise UserError(f"method.options.limits={list(self.limits)}: give 1 to rollout.max_new_tokens={most}")
-        if len(self.first_steps) != stages or self.first_steps[0] or list(self.first_steps) != sorted(self.first_steps):
+        if first_steps and (len(first_steps) != stages or first_steps[0] or list(first_steps) != sorted(first_steps)):
             raise UserError(
-                f"method.options.first_steps={list(self.first_steps)}: give one step for each of the {stages} limits, "
+                f"method.options.first_steps={list(first_steps)}: give one step for each of the {stages} limits, "
                 "ascending, the first 0"
             )
 
     def limit(self, step: int) -> int:
-        return limit_of_step(step, self.limits, self.first_steps)
+        if self.options.first_steps:
+            return limit_of_step(step, self.limits, self.options.first_steps)
+        return self.limits[int(self.progress * len(self.limits) + 1e-9)]
 
     def sampling(self, step: int) -> SamplingPlan:
         return replace(super().sampling(step), max_new_tokens=self.limit(step))

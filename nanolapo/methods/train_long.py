@@ -66,7 +66,7 @@ class Options:
     start_budget: int = 256  # B0, tokens
     gamma: float = 0.7
     decays: int = 3  # how often the budget shrinks, at equal distances
-    interval: int | None = None  # T, steps between two decays; None: train.steps / (decays + 1)
+    interval: int | None = None  # T, steps between two decays; None: equal parts of the run
     final_budget: int | None = None  # given: gamma is chosen so that the last part of the run has this budget
 
 
@@ -86,7 +86,7 @@ class TrainLongThinkShort(Method):
     def budget(self, step: int) -> int:
         """B(t), cut to an integer."""
         o = self.options
-        decays = step // o.interval if o.interval else step * (o.decays + 1) // self.config.train.steps
+        decays = step // o.interval if o.interval else int(self.progress * (o.decays + 1) + 1e-9)
         gamma = o.gamma if o.final_budget is None else (o.final_budget / o.start_budget) ** (1 / o.decays)
         return max(1, int(o.start_budget * gamma**decays + 1e-9))
 

@@ -224,6 +224,7 @@ def test_conciser_length_counts_late_and_only_in_all_right_groups():
     method = build(ConciseR, 100, steps=10, first_stage=0.5, weight=2.0)
     rollouts = make_rows([10, 40, 10, 40, 10, 40], correct=[True, True, True, False, False, False])
     for step, first_group, kept in [(4, [1, 1], False), (5, [2.8, 2.2], True), (9, [2.8, 2.2], True)]:
+        method.progress = step / 10
         assert method.sampling(step).max_rounds == 4
         assert total(method, rollouts) == pytest.approx([*first_group, 1, 0, 0, 0])
         assert keep(method, rollouts) == [kept, True, False]
@@ -232,7 +233,6 @@ def test_conciser_length_counts_late_and_only_in_all_right_groups():
 
 def test_conciser_equal_lengths_and_immediate_start():
     method = build(ConciseR, 100, first_stage=0.0)
-    method.sampling(0)
     rollouts = make_rows([40, 40, 100, 1], correct=[True] * 4)
     assert total(method, rollouts) == pytest.approx([1.6, 1.6, 1.0, 1.99])
     assert keep(method, rollouts) == [False, True]

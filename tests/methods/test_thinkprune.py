@@ -17,7 +17,11 @@ def build(kind: type, limit: int = 4000, steps: int = 90, **options: object) -> 
 
 
 def limits(method: Truncation, steps: list[int]) -> list[int]:
-    return [method.sampling(step).max_new_tokens for step in steps]
+    found = []
+    for step in steps:
+        method.progress = step / method.config.train.steps
+        found.append(method.sampling(step).max_new_tokens)
+    return found
 
 
 def test_published_limits():
@@ -36,9 +40,9 @@ def test_limits_scale_with_the_recipe():
 
 
 def test_steps_that_do_not_divide():
-    """Ten steps in thirds begin at 0, 3 and 6; a run of one step stays within its only stage's limits."""
-    assert limits(build(ThinkPruneIterative, 4000, 10), list(range(10))) == [4000] * 3 + [3000] * 3 + [2000] * 4
-    assert limits(build(ThinkPruneIterative, 4000, 1), [0]) == [2000]  # all stages begin at step 0: the last one counts
+    """Ten steps in thirds begin at 0, 4 and 7, the first step that is past the third; one step has the first limit."""
+    assert limits(build(ThinkPruneIterative, 4000, 10), list(range(10))) == [4000] * 4 + [3000] * 3 + [2000] * 3
+    assert limits(build(ThinkPruneIterative, 4000, 1), [0]) == [4000]
 
 
 def test_own_limits_and_steps():
@@ -65,6 +69,7 @@ def test_the_prompt_says_the_stage_limit():
     problem = make_problems(1)[0]
     method = build(ThinkPruneIterative)
     for step, limit in [(0, 4000), (30, 3000), (89, 2000)]:
+        method.progress = step / 90
         guidance = method.guidance(problem, 0, step)
         assert guidance.outside == f" The output of the assistant should be within {limit} tokens."
         assert guidance.budget == limit and guidance.inside == ""

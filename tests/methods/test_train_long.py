@@ -12,26 +12,25 @@ from tiny import make_config, make_problems, make_rows
 from nanolapo.methods.train_long import TrainLongThinkShort, format_score, triangle
 
 
-def make(steps: int = 600, prompt: dict | None = None, **options: object) -> TrainLongThinkShort:
-    return TrainLongThinkShort(make_config(train={"steps": steps}, prompt=prompt or {}, method={"options": options}))
+def make(prompt: dict | None = None, **options: object) -> TrainLongThinkShort:
+    return TrainLongThinkShort(make_config(prompt=prompt or {}, method={"options": options}))
+
+
+def budgets_at(method: TrainLongThinkShort, steps: int, wanted: list[int]) -> list[int]:
+    """The budgets at these steps of a run of `steps`."""
+    found = []
+    for step in wanted:
+        method.progress = step / steps
+        found.append(method.budget(step))
+    return found
 
 
 def test_main_schedule():
     """256, 179, 125, 87 of 600 steps, 150 each; the same in four equal parts of any other run."""
-    method = make()
-    assert [method.budget(step) for step in (0, 149, 150, 299, 300, 449, 450, 599)] == [
-        256,
-        256,
-        179,
-        179,
-        125,
-        125,
-        87,
-        87,
-    ]
-    short = make(steps=40)
-    assert [short.budget(step) for step in range(0, 40, 5)] == [256, 256, 179, 179, 125, 125, 87, 87]
-    assert [make(steps=6).budget(step) for step in range(6)] == [256, 256, 179, 125, 125, 87]
+    four = [256, 256, 179, 179, 125, 125, 87, 87]
+    assert budgets_at(make(), 600, [0, 149, 150, 299, 300, 449, 450, 599]) == four
+    assert budgets_at(make(), 40, list(range(0, 40, 5))) == four
+    assert budgets_at(make(), 6, list(range(6))) == [256, 256, 179, 125, 125, 87]
 
 
 def test_general_schedule():
@@ -44,8 +43,8 @@ def test_general_schedule():
         1,
         1,
     ]
-    method = make(steps=300, start_budget=800, final_budget=200, decays=2)
-    assert [method.budget(step) for step in (0, 99, 100, 200, 299)] == [800, 800, 400, 200, 200]
+    method = make(start_budget=800, final_budget=200, decays=2)
+    assert budgets_at(method, 300, [0, 99, 100, 200, 299]) == [800, 800, 400, 200, 200]
 
 
 def test_triangle_by_hand():
@@ -115,6 +114,7 @@ def test_answer_tags_count_where_the_prompt_names_them():
 
 def test_prompt_carries_the_budget_of_the_step():
     method = make()
+    method.progress = 150 / 600
     method.sampling(150)
     guidance = method.guidance(make_problems(1)[0], 0, 150)
     assert (
@@ -127,5 +127,5 @@ def test_prompt_carries_the_budget_of_the_step():
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 41])
 def test_short_runs_stay_inside_the_schedule(steps: int):
-    budgets = [make(steps=steps).budget(step) for step in range(steps)]
+    budgets = budgets_at(make(), steps, list(range(steps)))
     assert budgets[0] == 256 and min(budgets) >= 87 and budgets == sorted(budgets, reverse=True)
