@@ -1,0 +1,198 @@
+"""The fair fight: every method from the same base, for the same number of sampled tokens, evaluated on the same samples.
+
+    python -m nanolapo.compare configs/demo/compare.yaml [--methods lapo,laser-de] [--seeds 0,1,2] [--jobs 2] [--dry-run]
+
+What is equal is what costs: tokens sampled, by all phases of a method together, a monitor pass or dropped groups included;
+steps, and tokens trained on, differ and are in the table. It goes on where it was stopped, and leaves results.md,
+results.json and pareto.png in runs/compare/RECIPE. `make compare` calls it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanolapo import cli
+from nanolapo.compare_table import summarize_methods, write_comparison
+from nanolapo.config import UserError
+from nanolapo.config_file import build, load_config, read_yaml
+from nanolapo.pipeline import Pipeline, Step, identity
+
+ROOT = Path(__file__).parents[1]
+METHODS = ROOT / "configs" / "methods"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One training run of a method."""
+
+    script: str = "train_stage1.py"
+    config: str = "stage1.yaml"  # of the recipe
+    method: str = ""  # file in configs/methods laid over it, without ending
+    share: float = 1.0  # of the tokens
+    overrides: tuple[str, ...] = ()  # section.key=value
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A recipe's compare.yaml."""
+
+    tokens: int  # sampled by every method
+    seeds: tuple[int, ...] = (0, 1, 2)
+    prepare: str = ""  # a module that makes the base model from base.yaml; empty: base.yaml names one that exists
+    overrides: tuple[str, ...] = ()  # for every training run
+    phases: dict[str, Any] | None = (
+        None  # method -> its list of Phase, where it is not one run with configs/methods/NAME
+    )
+
+
+def method_names(comparison: Comparison) -> list[str]:
+    """All there are: the files of configs/methods and what compare.yaml adds, sorted."""
+    return sorted({path.stem for path in METHODS.glob("*.yaml")} | set(comparison.phases or {}))
+
+
+def phases_of(comparison: Comparison, method: str) -> list[Phase]:
+    given = (comparison.phases or {}).get(method)
+    if given is None:
+        return [Phase(method=method)]
+    if not isinstance(given, list) or not given:
+        raise UserError(f"phases.{method} in compare.yaml: give a list of phases")
+    return [build(Phase, item, f"phases.{method}[{i}]") for i, item in enumerate(given)]
+
+
+@dataclass(frozen=True)
+class Runner:
+    """What the steps of one comparison share."""
+
+    recipe: Path  # folder of the recipe's configs
+    comparison: Comparison
+    folder: Path  # where everything goes
+    launcher: tuple[str, ...]  # in front of a script
+
+    def seed_overrides(self, seed: int) -> list[str]:
+        return [f"run.dir={self.folder / f'seed{seed}'}", f"run.seed={seed}"]
+
+    def prepare(self, seed: int) -> Step:
+        """Make the base model."""
+        path, overrides = self.recipe / "base.yaml", self.seed_overrides(seed)
+        config = load_config(path, overrides)
+        command = (sys.executable, "-m", self.comparison.prepare, str(path), *overrides)
+        return Step(
+            f"seed{seed}/base",
+            command,
+            identity(self.comparison.prepare, config),
+            output=Path(config.model.path) / "config.json",
+        )
+
+    def train(self, seed: int, method: str) -> list[Step]:
+        """The method's phases, one after the other."""
+        steps, needs = list[Step](), (f"seed{seed}/base",) if self.comparison.prepare else ()
+        for i, phase in enumerate(phases_of(self.comparison, method)):
+            tokens = round(phase.share * self.comparison.tokens)
+            overrides = [f"method={METHODS / phase.method}.yaml"] if phase.method else []
+            overrides += [*self.seed_overrides(seed), f"train.sampled_tokens={tokens}", f"run.name={method}"]
+            overrides += [*self.comparison.overrides, *phase.overrides]
+            config = load_config(self.recipe / phase.config, overrides)
+            command = (*self.launcher, str(ROOT / phase.script), str(self.recipe / phase.config), *overrides)
+            done = config.run_dir / "model" / "config.json"
+            name = f"seed{seed}/{method}" + (f"/phase{i}" if i < len(phases_of(self.comparison, method)) - 1 else "")
+            steps.append(Step(name, command, identity(phase.script, config), needs, done, config.run_dir))
+            needs = (name,)
+        return steps
+
+    def evaluate(self, seed: int, methods: Sequence[str]) -> Step:
+        """One evaluation of the base and all methods; samples that are there are not drawn again."""
+        path, overrides = self.recipe / "evaluate.yaml", self.seed_overrides(seed)
+        base = load_config(self.recipe / "base.yaml", overrides).model.path
+        folder = self.folder / f"seed{seed}"
+        models = [f"base={base}", *(f"{method}={folder / method / 'model'}" for method in methods)]
+        overrides += ["run.name=evaluate", f"evaluate.models={json.dumps(models)}", "evaluate.guidance_factors=[]"]
+        config = load_config(path, overrides)
+        command = (*self.launcher, str(ROOT / "evaluate.py"), str(path), *overrides)
+        needs = tuple(f"seed{seed}/{method}" for method in methods)
+        return Step(
+            f"seed{seed}/evaluate", command, identity("evaluate.py", config), needs, config.run_dir / "results.json"
+        )
+
+    def run_dirs(self, seed: int, method: str) -> list[Path]:
+        """The run directories of a method's phases."""
+        return [step.clear for step in self.train(seed, method) if step.clear]
+
+
+def make_steps(runner: Runner, seeds: Sequence[int], methods: Sequence[str]) -> list[Step]:
+    """Everything, seed by seed, so that a first table is there early."""
+    steps = []
+    for seed in seeds:
+        steps += [runner.prepare(seed)] if runner.comparison.prepare else []
+        for method in methods:
+            steps += runner.train(seed, method)
+        steps.append(runner.evaluate(seed, methods))
+    return steps
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, metavar="compare.yaml")
+    parser.add_argument("--methods", default="", help="names separated by commas or blanks; default: all")
+    parser.add_argument("--seeds", default="", help="numbers separated by commas or blanks; default: those of the file")
+    parser.add_argument("--tokens", type=int, help="sampled by every method; default: that of the file")
+    parser.add_argument("--jobs", type=int, default=1, help="training runs at a time")
+    parser.add_argument("--launcher", default=sys.executable, help='e.g. "torchrun --nproc_per_node=8"')
+    parser.add_argument("--out", type=Path, help="default: runs/compare/RECIPE")
+    parser.add_argument("--dry-run", action="store_true", help="check all configs and list the steps")
+    return parser.parse_args()
+
+
+def words(text: str) -> list[str]:
+    return text.replace(",", " ").split()
+
+
+def main() -> None:
+    given = parse_arguments()
+    comparison = build(Comparison, read_yaml(given.config), "")
+    if given.tokens:
+        comparison = build(Comparison, read_yaml(given.config) | {"tokens": given.tokens}, "")
+    known, recipe = method_names(comparison), given.config.parent
+    methods = words(given.methods) or known
+    if wrong := [name for name in methods if name not in known]:
+        raise UserError(f"--methods: no {', '.join(wrong)}; there are {', '.join(known)}")
+    try:
+        seeds = [int(word) for word in words(given.seeds)] or list(comparison.seeds)
+    except ValueError:
+        raise UserError(f"--seeds {given.seeds!r}: give whole numbers") from None
+    if given.jobs < 1:
+        raise UserError(f"--jobs {given.jobs}: at least 1")
+    folder = given.out or Path("runs") / "compare" / recipe.name
+    runner = Runner(recipe, comparison, folder, tuple(given.launcher.split()))
+    pipeline = Pipeline(make_steps(runner, seeds, methods), folder)
+    if given.dry_run:
+        for name in pipeline.steps:
+            print(f"{'done' if pipeline.is_done(name) else 'to do'}  {name}")
+        return
+    pipeline.run(jobs=given.jobs)
+    results = [json.loads((folder / f"seed{seed}" / "evaluate" / "results.json").read_text()) for seed in seeds]
+    costs = {method: [runner.run_dirs(seed, method) for seed in seeds] for method in methods}
+    rows = summarize_methods(results, costs, unverified(methods))
+    write_comparison(folder, rows, comparison.tokens, seeds)
+    print((folder / "results.md").read_text(encoding="utf-8"))
+
+
+def unverified(methods: Sequence[str]) -> set[str]:
+    """Methods whose file says that something of them is unverified."""
+    found = set()
+    for method in methods:
+        path = METHODS / f"{method}.yaml"
+        if path.exists() and "unverified" in path.read_text(encoding="utf-8").lower():
+            found.add(method)
+    return found
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    cli.run(main)
