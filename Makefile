@@ -1,11 +1,16 @@
 # Everything a user or a developer types. `make demo` and `make test` set up what they need on a fresh machine.
 PYTHON ?= python3
 SEED ?= 0
+RECIPE ?= demo
+METHODS ?=
+SEEDS ?=
+JOBS ?= 1
+LAUNCHER ?= $(PY)
 COUNT ?= 50
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet
 
-.PHONY: help install vllm demo demo-controls test faults lint format clean
+.PHONY: help install vllm demo demo-controls compare test faults lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -41,6 +46,10 @@ demo-controls: demo  ## the demo's two controls: a tight limit, and stage 1 cont
 	$(PY) train_stage1.py configs/demo/truncation.yaml run.seed=$(SEED)
 	$(PY) train_stage1.py configs/demo/stage1_continued.yaml run.seed=$(SEED)
 	$(PY) evaluate.py configs/demo/evaluate_controls.yaml run.seed=$(SEED)
+
+compare: install  ## every method on one recipe for equal sampled tokens (RECIPE=demo METHODS="" SEEDS="" JOBS=1): hours
+	$(PY) -m nanolapo.compare configs/$(RECIPE)/compare.yaml --methods "$(METHODS)" --seeds "$(SEEDS)" --jobs $(JOBS) \
+	  --launcher "$(LAUNCHER)"
 
 test: vllm  ## every test that this machine can run, the real vLLM ones included
 	$(PY) -m pytest

@@ -35,8 +35,8 @@ class Step:
 
 
 def identity(script: str, config: Config) -> str:
-    """Step.config for a script that reads a Config. Keys at their defaults are left out, so that a key which a later version
-    adds does not make everything anew."""
+    """Step.config for a script that reads a Config. Keys at their defaults are left out, so that a key which a later
+    version adds does not make everything anew."""
     return json.dumps([script, changed(config, Config())], sort_keys=True, default=str)
 
 
