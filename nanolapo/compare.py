@@ -22,9 +22,9 @@ from nanolapo import cli
 from nanolapo.compare_table import summarize_methods, write_comparison
 from nanolapo.config import UserError
 from nanolapo.config_file import build, load_config, read_yaml
-from nanolapo.pipeline import Pipeline, Step, identity
+from nanolapo.pipeline import Pipeline, Step
+from nanolapo.steps import ROOT, base_step, evaluation_step, seed_overrides, training_step, words
 
-ROOT = Path(__file__).parents[1]
 METHODS = ROOT / "configs" / "methods"
 
 
@@ -75,50 +75,34 @@ class Runner:
     folder: Path  # where everything goes
     launcher: tuple[str, ...]  # in front of a script
 
-    def seed_overrides(self, seed: int) -> list[str]:
-        return [f"run.dir={self.folder / f'seed{seed}'}", f"run.seed={seed}"]
-
     def prepare(self, seed: int) -> Step:
         """Make the base model."""
-        path, overrides = self.recipe / "base.yaml", self.seed_overrides(seed)
-        config = load_config(path, overrides)
-        command = (sys.executable, "-m", self.comparison.prepare, str(path), *overrides)
-        return Step(
-            f"seed{seed}/base",
-            command,
-            identity(self.comparison.prepare, config),
-            output=Path(config.model.path) / "config.json",
-        )
+        overrides = seed_overrides(self.folder, seed)
+        return base_step(f"seed{seed}/base", self.comparison.prepare, self.recipe / "base.yaml", overrides)
 
     def train(self, seed: int, method: str) -> list[Step]:
         """The method's phases, one after the other."""
         steps, needs = list[Step](), (f"seed{seed}/base",) if self.comparison.prepare else ()
-        for i, phase in enumerate(phases_of(self.comparison, method)):
+        phases = phases_of(self.comparison, method)
+        for i, phase in enumerate(phases):
             tokens = round(phase.share * self.comparison.tokens)
             overrides = [f"method={METHODS / phase.method}.yaml"] if phase.method else []
-            overrides += [*self.seed_overrides(seed), f"train.sampled_tokens={tokens}", f"run.name={method}"]
+            overrides += [*seed_overrides(self.folder, seed), f"train.sampled_tokens={tokens}", f"run.name={method}"]
             overrides += [*self.comparison.overrides, *phase.overrides]
-            config = load_config(self.recipe / phase.config, overrides)
-            command = (*self.launcher, str(ROOT / phase.script), str(self.recipe / phase.config), *overrides)
-            done = config.run_dir / "model" / "config.json"
-            name = f"seed{seed}/{method}" + (f"/phase{i}" if i < len(phases_of(self.comparison, method)) - 1 else "")
-            steps.append(Step(name, command, identity(phase.script, config), needs, done, config.run_dir))
+            name = f"seed{seed}/{method}" + (f"/phase{i}" if i < len(phases) - 1 else "")
+            path = self.recipe / phase.config
+            steps.append(training_step(name, phase.script, path, overrides, needs, self.launcher))
             needs = (name,)
         return steps
 
     def evaluate(self, seed: int, methods: Sequence[str]) -> Step:
         """One evaluation of the base and all methods; samples that are there are not drawn again."""
-        path, overrides = self.recipe / "evaluate.yaml", self.seed_overrides(seed)
+        overrides, folder = seed_overrides(self.folder, seed), self.folder / f"seed{seed}"
         base = load_config(self.recipe / "base.yaml", overrides).model.path
-        folder = self.folder / f"seed{seed}"
         models = [f"base={base}", *(f"{method}={folder / method / 'model'}" for method in methods)]
         overrides += ["run.name=evaluate", f"evaluate.models={json.dumps(models)}", "evaluate.guidance_factors=[]"]
-        config = load_config(path, overrides)
-        command = (*self.launcher, str(ROOT / "evaluate.py"), str(path), *overrides)
-        needs = tuple(f"seed{seed}/{method}" for method in methods)
-        return Step(
-            f"seed{seed}/evaluate", command, identity("evaluate.py", config), needs, config.run_dir / "results.json"
-        )
+        needs = [f"seed{seed}/{method}" for method in methods]
+        return evaluation_step(f"seed{seed}/evaluate", self.recipe / "evaluate.yaml", overrides, needs, self.launcher)
 
     def run_dirs(self, seed: int, method: str) -> list[Path]:
         """The run directories of a method's phases."""
@@ -147,10 +131,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="default: runs/compare/RECIPE")
     parser.add_argument("--dry-run", action="store_true", help="check all configs and list the steps")
     return parser.parse_args()
-
-
-def words(text: str) -> list[str]:
-    return text.replace(",", " ").split()
 
 
 def main() -> None:

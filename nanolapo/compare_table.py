@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from nanolapo.over_seeds import mean_rows, none_first
 from nanolapo.report import Row, number, read_metrics, table
 
 BASE = "base"
@@ -20,51 +21,15 @@ def summarize_methods(
 ) -> list[Row]:
     """One row per model, set and temperature from the seeds' results.json, best AES first within each.
 
-    run_dirs: method -> for each seed the run directories of its phases. Interval of the accuracy: 95 %, from drawing
-    problems only, the seeds' own intervals combined as those of independent means; what training again would change is in
-    `best` and `worst`, the seeds of highest and lowest AES.
+    run_dirs: method -> for each seed the run directories of its phases. See over_seeds.mean_row for the numbers.
     """
-    places = dict.fromkeys((r["set"], r["temperature"], r["model"]) for r in results[0]["rows"])
     rows = []
-    for source, temperature, model in places:
-        place = (source, temperature, model)
-        same = [r for one in results for r in one["rows"] if (r["set"], r["temperature"], r["model"]) == place]
-        row = {"set": source, "temperature": temperature, "model": model, "unverified": model in unverified}
-        row |= over_seeds(same) | costs(run_dirs.get(model, []))
-        rows.append(row)
+    for row in mean_rows(results):
+        model = row["model"]
+        rows.append(row | {"unverified": model in unverified} | costs(run_dirs.get(model, [])))
     mark_pareto(rows)
-    order = {place[:2]: i for i, place in enumerate(places)}
-    return sorted(rows, key=lambda r: (order[r["set"], r["temperature"]], -none_last(r["aes"])))
-
-
-def none_last(value: float | None) -> float:
-    return -math.inf if value is None else value
-
-
-def over_seeds(same: Sequence[Row]) -> Row:
-    """Means over the seeds' rows of one model, and its best and worst seed."""
-    found: Row = {key: float(np.mean([r[key] for r in same])) for key in ("accuracy", "tokens", "truncated")}
-    scores = [r["aes"] for r in same]
-    found["aes"] = float(np.mean(scores)) if None not in scores else None
-    if all(r.get("accuracy_interval") for r in same):
-        found["accuracy_interval"] = combined_interval([(r["accuracy"], *r["accuracy_interval"]) for r in same])
-    levels = list(same[0].get("by_level", {}))
-    found["tokens_by_level"] = {k: float(np.mean([r["by_level"][k]["tokens"] for r in same])) for k in levels}
-    ranked = sorted(same, key=lambda r: none_last(r["aes"]))
-    found["worst"], found["best"] = ({k: r[k] for k in ("accuracy", "tokens", "aes")} for r in (ranked[0], ranked[-1]))
-    return found
-
-
-def combined_interval(means_and_bounds: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
-    """The interval of the mean of independent means, from each one's own (mean, low, high): half-widths add in squares.
-
-    >>> [round(x, 3) for x in combined_interval([(0.5, 0.4, 0.6), (0.7, 0.6, 0.8)])]
-    [0.529, 0.671]
-    """
-    mean, n = float(np.mean([m for m, _, _ in means_and_bounds])), len(means_and_bounds)
-    below = math.sqrt(sum((m - low) ** 2 for m, low, _ in means_and_bounds)) / n
-    above = math.sqrt(sum((high - m) ** 2 for m, _, high in means_and_bounds)) / n
-    return mean - below, mean + above
+    order = {place: i for i, place in enumerate(dict.fromkeys((r["set"], r["temperature"]) for r in rows))}
+    return sorted(rows, key=lambda r: (order[r["set"], r["temperature"]], -none_first(r["aes"])))
 
 
 def costs(runs_of_seeds: Sequence[Sequence[Path]]) -> Row:
@@ -97,7 +62,7 @@ def mark_pareto(rows: Sequence[Row]) -> None:
 
 def comparison_table(rows: Sequence[Row]) -> str:
     """Markdown of one set and temperature; * marks the Pareto front, (u) a method that is partly unverified."""
-    levels = list(rows[0]["tokens_by_level"])
+    levels = list(rows[0].get("by_level", {}))
     shown = [levels[0], levels[len(levels) // 2], levels[-1]] if levels else []
     body = []
     for r in rows:
@@ -106,7 +71,7 @@ def comparison_table(rows: Sequence[Row]) -> str:
         body.append([
             r["model"] + " (u)" * r["unverified"] + " \\*" * r["pareto"],
             f"{r['accuracy']:.1%}", f"{number(low, '.1%')} to {number(high, '.1%')}", f"{r['tokens']:.1f}",
-            number(r["aes"], "+.2f"), " / ".join(f"{r['tokens_by_level'][k]:.0f}" for k in shown), *thousand,
+            number(r["aes"], "+.2f"), " / ".join(f"{r['by_level'][k]['tokens']:.0f}" for k in shown), *thousand,
             number(r.get("steps"), ".0f"), number(r.get("seconds"), ".0f"), seed_cell(r["best"]), seed_cell(r["worst"]),
         ])  # fmt: skip
     head = ["method", "pass@1", "95% interval", "tokens", "AES", f"tokens at level {' / '.join(shown)}", "sampled (k)",

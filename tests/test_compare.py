@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from round_methods import make_base
 
-from nanolapo.compare import METHODS, ROOT, Comparison, Runner, method_names, unverified
+from nanolapo.compare import METHODS, Comparison, Runner, method_names, unverified
 from nanolapo.compare_table import comparison_table, costs, mark_pareto, summarize_methods
 from nanolapo.config import UserError
 from nanolapo.config_file import build, read_yaml
+from nanolapo.steps import ROOT
 
 DEMO = ROOT / "configs" / "demo"
 
@@ -108,7 +109,7 @@ def test_rows_over_seeds_by_hand() -> None:
     assert (a["accuracy"], a["tokens"]) == (pytest.approx(0.8), 60) and a["aes"] == pytest.approx(0.35)
     half = 0.1 / np.sqrt(2)
     assert a["accuracy_interval"] == pytest.approx((0.8 - half, 0.8 + half))
-    assert a["tokens_by_level"] == {"1": 30, "10": 120}
+    assert a["by_level"] == {"1": {"accuracy": 1.0, "tokens": 30}, "10": {"accuracy": 0.5, "tokens": 120}}
     assert (a["best"]["tokens"], a["worst"]["tokens"]) == (50, 70) and a["worst"]["accuracy"] == 0.7
     assert [r["unverified"] for r in rows] == [False, False, True]
     text = comparison_table(rows)

@@ -1,0 +1,81 @@
+"""Several seeds of one evaluation as one: rows like those of results.json, each number a mean over the seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+Row = dict[str, Any]
+
+
+def mean_rows(results: Sequence[dict[str, Any]]) -> list[Row]:
+    """One row per set, temperature, model and guidance that all seeds' results.json have, in the order of the first."""
+    found = []
+    for first in results[0]["rows"]:
+        place = place_of(first)
+        same = [row for one in results for row in one["rows"] if place_of(row) == place]
+        if len(same) == len(results):
+            found.append(mean_row(same))
+    return found
+
+
+def place_of(row: Row) -> tuple[str, float, str, str]:
+    return row["set"], row["temperature"], row["model"], row["guidance"]
+
+
+def mean_row(same: Sequence[Row]) -> Row:
+    """The seeds' rows of one model as one row; also `best` and `worst`, the seeds of highest and lowest AES.
+
+    Intervals: 95 %, from drawing problems only, the seeds' own combined as those of independent means; what another
+    training would change is in best and worst.
+    """
+    first = same[0]
+    found: Row = {key: first[key] for key in ("model", "set", "temperature", "guidance")}
+    for key in ("accuracy", "tokens", "truncated", "aes", "tokens_correct", "length_level_correlation"):
+        values = [row.get(key) for row in same]
+        found[key] = None if None in values else float(np.mean(values))  # type: ignore[arg-type]
+    for key in ("problems", "samples"):
+        if key in first:
+            found[key] = sum(row[key] for row in same)
+    for key in ("accuracy", "tokens"):
+        bounds = [row.get(f"{key}_interval") for row in same]
+        if all(bounds):
+            found[f"{key}_interval"] = combined_interval([(row[key], *row[f"{key}_interval"]) for row in same])
+    for key in ("by_level", "keywords", "pass_at_k"):
+        if first.get(key):
+            found[key] = mean_of_nested([row[key] for row in same])
+    ranked = sorted(same, key=lambda row: none_first(row.get("aes")))
+    found["worst"], found["best"] = ({k: r[k] for k in ("accuracy", "tokens", "aes")} for r in (ranked[0], ranked[-1]))
+    return found
+
+
+def none_first(value: float | None) -> float:
+    return -math.inf if value is None else value
+
+
+def mean_of_nested(values: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean of equal mappings, leaf by leaf.
+
+    >>> mean_of_nested([{"1": {"tokens": 2}}, {"1": {"tokens": 4}}])
+    {'1': {'tokens': 3.0}}
+    """
+    found: dict[str, Any] = {}
+    for key, value in values[0].items():
+        others = [one[key] for one in values]
+        found[key] = mean_of_nested(others) if isinstance(value, dict) else float(np.mean(others))
+    return found
+
+
+def combined_interval(means_and_bounds: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
+    """The interval of the mean of independent means, from each one's own (mean, low, high): half-widths add in squares.
+
+    >>> [round(x, 3) for x in combined_interval([(0.5, 0.4, 0.6), (0.7, 0.6, 0.8)])]
+    [0.529, 0.671]
+    """
+    mean, n = float(np.mean([m for m, _, _ in means_and_bounds])), len(means_and_bounds)
+    below = math.sqrt(sum((m - low) ** 2 for m, low, _ in means_and_bounds)) / n
+    above = math.sqrt(sum((high - m) ** 2 for m, _, high in means_and_bounds)) / n
+    return mean - below, mean + above
