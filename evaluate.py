@@ -15,7 +15,8 @@ from nanolapo import cli
 
 def main() -> None:
     config, dry_run = cli.parse(__doc__, default_method="base:Method")
-    from nanolapo.benchmarking import describe, evaluate, parse_models, write_results
+    from nanolapo.benchmark_plan import describe, parse_models
+    from nanolapo.benchmarking import evaluate, write_results
     from nanolapo.ranks import Ranks
     from nanolapo.report import markdown, plots
 

@@ -38,6 +38,7 @@ class RunConfig:
     keep_checkpoints: int = 2
     print_every: int = 5  # steps between the printed good and bad rollout; 0 never
     log_rollouts: int = 64  # rollouts of each step kept with their text in rollouts.jsonl
+    export_every: int = 0  # also write the model after each so many steps, as models/step-NNNNNN; 0: only the final one
 
 
 @dataclass(frozen=True)
@@ -172,12 +173,17 @@ class WandbConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    models: tuple[str, ...] = ()  # "name=folder or hub name"; the first is the base of the AES column
+    # "name=folder or hub name"; the first is the base of the AES column. A run's models/ stands for all that it exported.
+    models: tuple[str, ...] = ()
+    prompts: dict[str, Any] = field(default_factory=dict)  # name: keys of `prompt` that are other for this model
     samples: int = 4  # per problem
     temperatures: tuple[float, ...] = (0.6,)
     top_p: float = 0.95  # for temperatures below 1; temperature 1 is sampled without top-p
     max_new_tokens: int = 32768
     guidance_factors: tuple[float, ...] = ()  # also the last model told to use this times its own mean length
+    # A length that has nothing to do with the problem, in the question ("outside:500") or in the thought ("inside:500")
+    instructions: tuple[str, ...] = ()
+    instructed: tuple[str, ...] = ()  # which models are given these instructions; empty: the last one
     bootstrap: int = 2000  # resamples of problems for the 95 % intervals
 
 
@@ -290,6 +296,10 @@ def validate(config: Config, world_size: int = 1) -> None:
         raise UserError(
             f"rollout.prompts_per_step={r.prompts_per_step} does not divide over {engines} samplers; each owns whole "
             f"groups, so use a multiple of {engines}"
+        )
+    if config.run.export_every < 0:
+        raise UserError(
+            f"run.export_every={config.run.export_every} must not be negative; 0 writes the final model only"
         )
     batch = t.batch_size or config.rollouts_per_step
     if batch < 0 or batch % r.group_size or config.rollouts_per_step % batch:

@@ -11,13 +11,15 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from nanolapo.config import Config
 
 KEYWORDS = {  # paper, Fig. 4: the first two groups fall with LAPO, the last two stay
     "self-correction": ("wait", "check", "verify", "mistake", "recheck"),
@@ -42,6 +44,14 @@ class Answer:
     budget: float | None = None  # length asked for in the prompt, if any
 
 
+def correctness(answer: Answer) -> float:
+    return float(answer.correct)
+
+
+def length(answer: Answer) -> float:
+    return float(answer.length)
+
+
 def read_answers(path: Path) -> list[Answer]:
     """All whole lines of a sample file; a half-written line (a kill, perhaps in mid-character) is left out."""
     if not path.exists():
@@ -57,7 +67,7 @@ def read_answers(path: Path) -> list[Answer]:
 
 def pass_at_1(answers: Sequence[Answer]) -> float:
     """Mean over problems of the share of right samples."""
-    return float(np.mean(list(per_problem(answers, lambda a: float(a.correct)).values())))
+    return float(np.mean(list(per_problem(answers, correctness).values())))
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -71,20 +81,40 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
-def per_problem(answers: Sequence[Answer], value: Any) -> dict[str, float]:
-    """Mean of value(answer) for each problem."""
+def pass_at_powers(answers: Sequence[Answer]) -> dict[str, float]:
+    """pass@1, @2, @4, ... up to the samples that every problem has: mean over problems."""
+    counts = [(len(verdicts), round(sum(verdicts))) for verdicts in group_by_problem(answers, correctness).values()]
+    most = min(n for n, _ in counts)
+    powers = [2**i for i in range(most.bit_length())]
+    return {str(k): float(np.mean([pass_at_k(n, c, k) for n, c in counts])) for k in powers}
+
+
+def group_by_problem(answers: Sequence[Answer], value: Callable[[Answer], float]) -> dict[str, list[float]]:
+    """value(answer) of each problem's answers."""
     groups: dict[str, list[float]] = defaultdict(list)
     for answer in answers:
         groups[answer.problem].append(value(answer))
-    return {problem: float(np.mean(values)) for problem, values in groups.items()}
+    return groups
+
+
+def per_problem(answers: Sequence[Answer], value: Callable[[Answer], float]) -> dict[str, float]:
+    """Mean of value(answer) for each problem."""
+    return {problem: float(np.mean(values)) for problem, values in group_by_problem(answers, value).items()}
 
 
 def bootstrap_interval(values: Sequence[float], resamples: int, seed: int = 0) -> tuple[float, float]:
     """95 % interval of the mean by resampling problems (samples of one problem are not independent)."""
-    array = np.asarray(values, dtype=np.float64)
+    return interval_of_average([values], resamples, seed)
+
+
+def interval_of_average(sets: Sequence[Sequence[float]], resamples: int, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the unweighted average over problem sets: each set's problems are resampled within it."""
     rng = np.random.default_rng(seed)
-    means = [array[rng.integers(0, len(array), len(array))].mean() for _ in range(resamples)]
-    low, high = np.percentile(means, [2.5, 97.5])
+    averages_R = np.zeros(resamples)
+    for values in sets:
+        array = np.asarray(values, dtype=np.float64)
+        averages_R += [array[rng.integers(0, len(array), len(array))].mean() for _ in range(resamples)]
+    low, high = np.percentile(averages_R / len(sets), [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -134,8 +164,8 @@ def keyword_counts(text: str) -> dict[str, int]:
 
 def summarize(answers: Sequence[Answer], resamples: int) -> dict[str, Any]:
     """Every number of one (model, set, temperature)."""
-    accuracy = list(per_problem(answers, lambda a: float(a.correct)).values())
-    tokens = list(per_problem(answers, lambda a: float(a.length)).values())
+    accuracy = list(per_problem(answers, correctness).values())
+    tokens = list(per_problem(answers, length).values())
     right = [a.length for a in answers if a.correct]
     counts = [keyword_counts(a.text) for a in answers]
     levels = sorted({a.level for a in answers if a.level is not None})
@@ -152,6 +182,7 @@ def summarize(answers: Sequence[Answer], resamples: int) -> dict[str, Any]:
         "samples": len(answers),
         "accuracy": float(np.mean(accuracy)),
         "accuracy_interval": bootstrap_interval(accuracy, resamples),
+        "pass_at_k": pass_at_powers(answers),
         "tokens": float(np.mean(tokens)),
         "tokens_interval": bootstrap_interval(tokens, resamples),
         "truncated": float(np.mean([not a.finished for a in answers])),
@@ -164,6 +195,36 @@ def summarize(answers: Sequence[Answer], resamples: int) -> dict[str, Any]:
         else None,
         "keywords": {group: float(np.mean([c[group] for c in counts])) for group in KEYWORDS},
     }
+
+
+def score_sets(
+    model: str, temperature: float, guidance: str, answers: Sequence[Answer], config: Config
+) -> list[dict[str, Any]]:
+    """One row per problem set, and their unweighted average where there are several (as the paper does)."""
+    by_source = defaultdict(list)
+    for answer in answers:
+        by_source[answer.source].append(answer)
+    resamples = config.evaluate.bootstrap
+    rows: list[dict[str, Any]] = [
+        {"model": model, "set": source, "temperature": temperature, "guidance": guidance} | summarize(found, resamples)
+        for source, found in by_source.items()
+    ]
+    if len(rows) > 1:
+        average: dict[str, Any] = {key: sum(row[key] for row in rows) for key in ("problems", "samples")}
+        average |= {key: float(np.mean([row[key] for row in rows])) for key in ("accuracy", "tokens", "truncated")}
+        for key, value in (("accuracy", correctness), ("tokens", length)):
+            sets = [list(per_problem(found, value).values()) for found in by_source.values()]
+            average[f"{key}_interval"] = interval_of_average(sets, resamples)
+        rows.append({"model": model, "set": "average", "temperature": temperature, "guidance": guidance} | average)
+    return rows
+
+
+def add_aes(rows: list[dict[str, Any]], base: str) -> None:
+    """Fill in each row's AES against the unguided base at the same set and temperature."""
+    bases = {(r["set"], r["temperature"]): r for r in rows if r["model"] == base and not r["guidance"]}
+    for row in rows:
+        reference = bases[row["set"], row["temperature"]]
+        row["aes"] = aes(row["accuracy"], row["tokens"], reference["accuracy"], reference["tokens"])
 
 
 def sample_file(folder: Path, model: str, source: str, temperature: float, settings: dict[str, Any]) -> Path:

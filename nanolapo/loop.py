@@ -22,6 +22,7 @@ from nanolapo.sampling import Round, join_rounds, monitor_pass, next_draw, sampl
 from nanolapo.session import (
     Session,
     StopRequest,
+    export_folder,
     final_model,
     load_data,
     make_sampler,
@@ -113,6 +114,10 @@ def train(config: Config, method: Method) -> None:
             while s.progress < 1:
                 run_step(s)
                 stopping = ranks.any(stop.wanted)
+                if config.run.export_every and s.step % config.run.export_every == 0:
+                    # Before the checkpoint: a kill in between repeats the steps, and with them the export.
+                    save_model(policy.model, policy.dtype, data.tokenizer, export_folder(config, s.step), ranks.is_main)
+                    ranks.wait()
                 if stopping or s.progress >= 1 or s.step % config.run.checkpoint_every == 0:
                     checkpoint(s, fingerprint)
                 if stopping:

@@ -52,6 +52,15 @@ def number(value: float | None, form: str) -> str:
     return "-" if value is None or math.isnan(value) else format(value, form)
 
 
+def without_nan(value: Any) -> Any:
+    """JSON has no NaN: an AES against a base without a right answer, and the like, is written as null."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def interval(bounds: Sequence[float] | None, form: str) -> str:
     return f"{bounds[0]:{form}} to {bounds[1]:{form}}" if bounds else "-"  # an average over sets has none
 

@@ -213,3 +213,8 @@ class StopRequest:
 def final_model(config: Config) -> Path:
     """Where the trained model is written, and what the next stage's model.path points to."""
     return config.run_dir / "model"
+
+
+def export_folder(config: Config, step: int) -> Path:
+    """Where run.export_every writes the model as it is after `step` steps."""
+    return config.run_dir / "models" / f"step-{step:06d}"
