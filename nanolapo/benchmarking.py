@@ -56,7 +56,7 @@ class Benchmark:
     def __init__(self, config: Config, model: Model, data: Data, grader: Grader, ranks: Ranks) -> None:
         self.config = replace(config, model=replace(config.model, path=model.path), prompt=model.prompt)
         self.model, self.data, self.grader, self.ranks = model, data, grader, ranks
-        self.folder = config.run_dir / "samples"
+        self.folder = Path(config.evaluate.samples_dir or config.run_dir / "samples")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.identity = model_identity(model.path)
         self.golds = sha256("\n".join(f"{p.id} {p.answer}" for p in data.problems).encode()).hexdigest()[:16]
@@ -168,6 +168,7 @@ def guidance_for(problem: Problem, asked: Pass, budgets: dict[str, float], multi
 
 
 def write_results(config: Config, results: dict[str, Any]) -> Path:
+    config.run_dir.mkdir(parents=True, exist_ok=True)  # samples may be kept elsewhere
     path = config.run_dir / "results.json"
     path.write_text(json.dumps(without_nan(results), indent=1, allow_nan=False), encoding="utf-8")
     return path

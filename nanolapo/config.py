@@ -185,6 +185,7 @@ class EvaluateConfig:
     instructions: tuple[str, ...] = ()
     instructed: tuple[str, ...] = ()  # which models are given these instructions; empty: the last one
     bootstrap: int = 2000  # resamples of problems for the 95 % intervals
+    samples_dir: str = ""  # where samples are kept; empty: samples/ of the run directory. Evaluations may share one
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def mean_row(same: Sequence[Row]) -> Row:
     training would change is in best and worst.
     """
     first = same[0]
-    found: Row = {key: first[key] for key in ("model", "set", "temperature", "guidance")}
+    found: Row = {key: first[key] for key in ("model", "set", "temperature", "guidance", "run", "step") if key in first}
     for key in ("accuracy", "tokens", "truncated", "aes", "tokens_correct", "length_level_correlation"):
         values = [row.get(key) for row in same]
         found[key] = None if None in values else float(np.mean(values))  # type: ignore[arg-type]
