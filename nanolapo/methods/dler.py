@@ -29,6 +29,7 @@ from nanolapo.advantages import MIN_SPREAD
 from nanolapo.config import Config, UserError
 from nanolapo.methods.base import Method, SamplingPlan
 from nanolapo.methods.dapo import mixed_groups
+from nanolapo.methods.tools import shorten
 from nanolapo.rollouts import Rollouts
 
 
@@ -107,12 +108,4 @@ class DaDler(Dler):
     def edit_rollouts(self, rollouts: Rollouts) -> None:
         pass_rates_P = rollouts.by_group(rollouts.correct_B).mean(axis=1)
         limits_P = np.where(pass_rates_P >= 0.5, self.short_target, self.target)
-        rows = np.nonzero(rollouts.lengths_B > np.repeat(limits_P, rollouts.group_size))[0].tolist()
-        for row in rows:
-            limit = limits_P[row // rollouts.group_size]
-            rollouts.response_ids[row] = rollouts.response_ids[row][:limit]
-            rollouts.sampler_logprobs[row] = rollouts.sampler_logprobs[row][:limit]
-            rollouts.finished_B[row] = False
-        if rows:
-            assert rollouts.regrade is not None, "the loop sets it"
-            rollouts.regrade(rollouts, rows)
+        shorten(rollouts, np.repeat(limits_P, rollouts.group_size))

@@ -1,4 +1,4 @@
-"""What several of the length-reward methods need: the scale of lengths, rewards group by group, the form of an answer."""
+"""What several methods need: the scale of lengths, rewards group by group, shorter answers, the form of an answer."""
 
 from __future__ import annotations
 
@@ -27,6 +27,19 @@ def as_parts(rollouts: Rollouts, total_B: np.ndarray) -> dict[str, np.ndarray]:
     """A total reward as the plain verdict and what the length added to it."""
     verdict_B = rollouts.correct_B.astype(np.float64)
     return {"correct": verdict_B, "length": total_B - verdict_B}
+
+
+def shorten(rollouts: Rollouts, limits_B: np.ndarray) -> int:
+    """Cut every answer that is longer than its limit in tokens, and grade what is left of it; returns how many."""
+    rows = np.nonzero(rollouts.lengths_B > limits_B)[0].tolist()
+    for row in rows:
+        rollouts.response_ids[row] = rollouts.response_ids[row][: limits_B[row]]
+        rollouts.sampler_logprobs[row] = rollouts.sampler_logprobs[row][: limits_B[row]]
+        rollouts.finished_B[row] = False
+    if rows:
+        assert rollouts.regrade is not None, "the loop sets it"
+        rollouts.regrade(rollouts, rows)
+    return len(rows)
 
 
 def speaks_of_thought(config: Config) -> bool:
