@@ -250,6 +250,11 @@ def loss_of_kind(
     raise ValueError(f"unknown policy loss {c.kind!r}")
 
 
+def acts_without_advantage(c: LossConfig) -> bool:
+    """Has the loss a term on tokens whose advantage is 0? (A KL term; what kl_cov and r2vpo put on the ratio.)"""
+    return c.kl_coef != 0 or c.kind in ("kl_cov", "r2vpo")
+
+
 def kl_penalty(logprobs_BT: Tensor, ref_logprobs_BT: Tensor, kind: str = "k3") -> Tensor:
     """Per-token estimate of KL(policy || reference) on sampled tokens, d = log p_ref - log p.
 

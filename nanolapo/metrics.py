@@ -50,8 +50,6 @@ def rollout_metrics(rollouts: Rollouts, parts: dict[str, np.ndarray]) -> dict[st
     rewards_PG = rollouts.by_group(sum(parts.values(), np.zeros(len(rollouts))))
     group_range = rewards_PG.max(axis=1) - rewards_PG.min(axis=1)
     unique = [len(set(map(bytes, group))) for group in batched(rollouts.response_ids, rollouts.group_size)]
-    sampled = np.concatenate([p for p, bad in zip(rollouts.sampler_logprobs, rollouts.broken_B, strict=True) if not bad]
-                             or [np.zeros(0)])  # fmt: skip
     metrics = {
         "reward": float(rewards_PG.mean()),
         "accuracy": float(correct.mean()),
@@ -65,7 +63,7 @@ def rollout_metrics(rollouts: Rollouts, parts: dict[str, np.ndarray]) -> dict[st
         "broken": float(rollouts.broken_B.mean()),
         "repetition": float(np.mean([repetition(ids) for ids in rollouts.response_ids])),
         "unique_per_group": float(np.mean(unique)) if rollouts.group_size > 1 else float("nan"),
-        "entropy": -float(sampled.mean()) if len(sampled) else float("nan"),  # E[-log p] of samples, per token
+        "entropy": rollouts.mean_entropy,
     }
     return metrics | {f"reward/{name}": float(values.mean()) for name, values in parts.items()}
 

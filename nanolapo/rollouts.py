@@ -97,6 +97,12 @@ class Rollouts:
     def group_B(self) -> np.ndarray:
         return np.arange(len(self)) // self.group_size
 
+    @property
+    def mean_entropy(self) -> float:
+        """E[-log p] over the sampled tokens of usable rows, nats per token: an unbiased estimate; nan without any."""
+        used = [p for p, broken in zip(self.sampler_logprobs, self.broken_B, strict=True) if not broken and len(p)]
+        return -float(np.concatenate(used).mean()) if used else float("nan")
+
     def by_group(self, values_B: np.ndarray) -> np.ndarray:
         """View a row array [B, ...] as [P, G, ...]."""
         return values_B.reshape(len(self.problems), self.group_size, *values_B.shape[1:])

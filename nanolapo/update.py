@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nanolapo.config import RunStopped
-from nanolapo.losses import BatchTotals, row_weights
+from nanolapo.losses import BatchTotals, acts_without_advantage, row_weights
 from nanolapo.methods.base import LossInputs, Method
 from nanolapo.microbatches import MicroBatch, make_microbatch, plan_microbatches
 from nanolapo.policy import Policy
@@ -118,8 +118,8 @@ def plan_batches(
 ) -> list[OptimizerBatch]:
     """Cut the step's rows into optimizer batches, and each into this rank's micro-batches.
 
-    A row whose advantage is zero gets no gradient unless a term without the advantage acts on it (KL, and what kl_cov and
-    r2vpo put on the ratio), so without one its forward pass is skipped; it still counts in the denominators.
+    A row whose advantage is zero gets no gradient unless the loss has a term without the advantage, so without one its
+    forward pass is skipped; it still counts in the denominators.
     """
     config = policy.config
     lengths_B = rollouts.lengths_B
@@ -131,7 +131,7 @@ def plan_batches(
         rows = np.arange(first, min(first + size, len(rollouts)))
         kept = rows[keep_B[rows]]
         totals = BatchTotals(int(lengths_B[kept].sum()), len(kept), config.rollout.max_new_tokens)
-        active = kept if config.loss.kl_coef or config.loss.kind in ("kl_cov", "r2vpo") else kept[signal_B[kept]]
+        active = kept if acts_without_advantage(config.loss) else kept[signal_B[kept]]
         active = active[lengths_B[active] > 0]
         plan = plan_microbatches(active.tolist(), sizes_B[active].tolist(), ranks.count, config.train.microbatch_tokens)
         mine = [rows_of_micro for rows_of_micro in plan[ranks.index] if rows_of_micro or policy.sharded]

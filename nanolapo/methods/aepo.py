@@ -1,23 +1,23 @@
 """AEPO: keep the entropy near a target (arXiv 2510.08141; read-me and code of 597358816/AEPO).
 
-Read-me: grad = grad_GRPO + alpha * E_{o ~ pi at T}[grad logp * R], T high while the entropy is below the target, else low.
-Code: every step a quarter of the prompts is also sampled at T (1.2 or 0.8); of these, answers with a group advantage above
-0.05 are kept, their advantage is set to 1, and they replace K answers of the batch: K = 60 of 2560, half of it while the
-entropy is above the target. No alpha. Target 0.5 nats (the read-me's result: 0.75). Followed here: the code.
+Read-me: grad = grad_GRPO + alpha * E_{o ~ pi at T}[grad logp * R]. Followed is the code, which has no alpha: every step a
+quarter of the prompts is also sampled at T, 1.2 while the entropy is below the target of 0.5 nats (the read-me's result:
+0.75), else 0.8; of these, answers with a group advantage above 0.05 are kept, their advantage is set to 1, and they replace
+K answers of the batch: K = 60 of 2560, half of it while the entropy is above the target.
 
-Deviations: theirs overwrites the first K rows of the batch, whatever their prompts; here an extra answer replaces one of
-its own prompt's (first come, first served), so that every row still belongs to its problem. Last step's mean entropy is
-estimated by -mean(logp) of its samples, which is unbiased and free. At step 0 there is no last entropy and no extra pass.
+Deviations: theirs overwrites the first K rows of the batch, here an extra answer replaces one of its own prompt's (first
+come, first served), so that every row still belongs to its problem. Last step's mean entropy is estimated by -mean(logp) of
+its samples, unbiased and free. At step 0 there is no last entropy and no extra pass.
 
 A replaced row keeps the verdict of the answer it replaced as reward, since its group was measured by it; its own is always
-"right", so the logged accuracy is up to K/B too high. Its recorded log-probs are of another temperature: old log-probs must
-come from the trainer (checked).
+"right", so the logged accuracy is up to K/B too high. Its log-probs are of another temperature: the trainer scores anew.
 
 Edge: no kept extra answer: plain GRPO. State: last entropy.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,26 +43,18 @@ class Options:
     replace: int | None = None  # K, answers; None: 60 of 2560
 
 
-def mean_entropy(sampler_logprobs: list[np.ndarray], broken_B: np.ndarray) -> float | None:
-    """E[-log p] over the sampled tokens, nats per token; None without any."""
-    kept = [logprobs for logprobs, broken in zip(sampler_logprobs, broken_B, strict=True) if not broken]
-    return -float(np.concatenate(kept).mean()) if sum(map(len, kept)) else None
-
-
 def pair_rows(group_of_extra: list[int], group_size: int, most: int) -> list[tuple[int, int]]:
     """(row of the batch, number of the extra answer) for at most `most` of them, each in its own group.
 
     >>> pair_rows([0, 0, 2], group_size=4, most=9)
     [(0, 0), (1, 1), (8, 2)]
     """
-    used: dict[int, int] = {}
-    pairs: list[tuple[int, int]] = []
+    used, pairs = Counter[int](), list[tuple[int, int]]()
     for extra, group in enumerate(group_of_extra):
-        place = used.get(group, 0)
-        if place < group_size and len(pairs) < most:
-            pairs.append((group * group_size + place, extra))
-            used[group] = place + 1
-    return pairs
+        if used[group] < group_size:
+            pairs.append((group * group_size + used[group], extra))
+            used[group] += 1
+    return pairs[:most]
 
 
 class Aepo(Method):
@@ -101,15 +93,15 @@ class Aepo(Method):
 
     def edit_rollouts(self, rollouts: Rollouts) -> None:
         self.verdict_B, self.replaced = rollouts.correct_B.copy(), []
-        self.next_entropy = mean_entropy(rollouts.sampler_logprobs, rollouts.broken_B)
+        self.next_entropy = rollouts.mean_entropy
         if self.extra is None:
             return
         extra, groups = self.extra, {p.id: g for g, p in enumerate(rollouts.problems)}
         verdicts_PG = torch.from_numpy(extra.by_group(extra.correct_B.astype(np.float64)))
         good_B = (group_advantages(verdicts_PG).flatten().numpy() > self.options.threshold) & ~extra.broken_B
-        ids = [extra.problems[row // extra.group_size].id for row in range(len(extra))]
-        rows = [row for row in np.nonzero(good_B)[0].tolist() if ids[row] in groups]
-        pairs = pair_rows([groups[ids[row]] for row in rows], rollouts.group_size, self.most_replaced(len(rollouts)))
+        group_B = np.repeat([groups.get(p.id, -1) for p in extra.problems], extra.group_size)
+        rows = np.nonzero(good_B & (group_B >= 0))[0]
+        pairs = pair_rows(group_B[rows].tolist(), rollouts.group_size, self.most_replaced(len(rollouts)))
         for row, number in pairs:
             rollouts.put_row(row, extra, rows[number])
         self.replaced = [row for row, _ in pairs]
@@ -124,7 +116,7 @@ class Aepo(Method):
 
     def after_step(self, rollouts: Rollouts) -> dict[str, float]:
         used = float("nan") if self.entropy is None else self.entropy
-        self.entropy = self.next_entropy
+        self.entropy = None if np.isnan(self.next_entropy) else self.next_entropy
         return {"aepo/last_entropy": used, "aepo/replaced": float(len(self.replaced))}
 
     def state_dict(self) -> dict[str, Any]:

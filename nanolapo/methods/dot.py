@@ -12,13 +12,13 @@ Length costs nothing, unless a problem is solved throughout and an answer to it 
     loss      KL-Cov, sequence mean (configs/methods/dot.yaml)
 
 With the unbiased std no answer lies more than (G - 1) / sqrt(G) of them above the mean: 2.47 for G = 8, 3.75 for 16. The
-published a = 3, at G = 32, would never cut anything for G <= 10 and is refused there. m and its 16 shrink in proportion
-where the limit is below the smaller of the published ones (4096; at 8192 m is 32 as well).
+published a = 3, with G = 32, would never cut anything for G <= 10 and is refused there. m and the 16 shrink with a limit
+below 4096, the smaller of the published ones.
 
-Deviations: problems are drawn anew in every step (each once within a step), since the order of epochs is made for steps of
-equal size. The last optimizer batch of a step may be small, train.batch_size rarely divides what is kept. KL-Cov's
-tokens are chosen once per step. Not stated, so ours: the population std of p. The upper bound that --dry-run prints
-assumes the first 1.5. As their verifier sees only text, an answer cut at the limit may be right.
+Deviations: problems are drawn anew in every step, each once within it: the order of epochs is made for steps of equal
+size. The last optimizer batch of a step may be small. KL-Cov's tokens are chosen once per step. Ours, not stated: the
+population std of p. As their verifier sees only text, an answer cut at the limit may be right. --dry-run's upper bound of
+sampled tokens assumes the first 1.5 throughout.
 
 Edge: no group right throughout: nothing is cut. Equal lengths: std 0, nothing is cut. State: the last 20 shares.
 """

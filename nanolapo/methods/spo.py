@@ -85,10 +85,8 @@ class Spo(Method):
     def monitor(self, step: int) -> MonitorPlan | None:
         if step or not self.options.first_samples:
             return None
-        plan = super().sampling(step)
-        return MonitorPlan(
-            tuple(range(len(self.ids))), self.options.first_samples, plan.temperature, plan.max_new_tokens
-        )
+        r, everyone = self.config.rollout, tuple(range(len(self.ids)))
+        return MonitorPlan(everyone, self.options.first_samples, r.temperature, r.max_new_tokens)
 
     def on_monitor(self, rollouts: Rollouts) -> dict[str, float]:
         for problem, correct_G in zip(rollouts.problems, rollouts.by_group(rollouts.correct_B), strict=True):
@@ -98,9 +96,8 @@ class Spo(Method):
     def sampling(self, step: int) -> SamplingPlan:
         values = np.array([self.value(problem_id) for problem_id in self.ids])
         weights = np.sqrt(values * (1 - values)) + self.options.floor
-        plan = super().sampling(step)
         num_prompts = self.config.rollouts_per_step
-        return replace(plan, num_prompts=num_prompts, group_size=1, weights=weights / weights.sum())
+        return replace(super().sampling(step), num_prompts=num_prompts, group_size=1, weights=weights / weights.sum())
 
     def advantage(self, rollouts: Rollouts, rewards_PG: Tensor) -> Tensor:
         values_P1 = torch.tensor([[self.value(p.id)] for p in rollouts.problems], dtype=rewards_PG.dtype)

@@ -13,7 +13,7 @@ import torch
 from tiny import make_config, make_problems, make_rows
 
 from nanolapo.config import UserError
-from nanolapo.methods.aepo import Aepo, mean_entropy, pair_rows
+from nanolapo.methods.aepo import Aepo, pair_rows
 from nanolapo.order import batch_indices
 from nanolapo.rollouts import Rollouts
 
@@ -138,8 +138,12 @@ def test_nothing_to_put_in_is_plain_grpo():
 
 def test_entropy_is_estimated_from_the_steps_own_samples():
     """-mean(logp) per token, before any row is replaced; broken rows do not count."""
-    assert mean_entropy([np.array([-1.0, -2.0]), np.array([-6.0]), np.array([-99.0])], np.array([0, 0, 1], bool)) == 3.0
-    assert mean_entropy([np.array([-1.0])], np.array([True])) is None
+    uneven = make_rows([2, 1, 1, 0], 4)
+    uneven.sampler_logprobs = [np.array(p) for p in ([-1.0, -2.0], [-6.0], [-99.0], [])]
+    uneven.broken_B[2] = True
+    assert uneven.mean_entropy == 3.0
+    uneven.broken_B[:] = True
+    assert np.isnan(uneven.mean_entropy)
     method = aepo(entropy=None, replace=4)
     method.on_monitor(extra_for([0], [True, False, False, False]))
     rollouts = own([False] * 16, logprob=-0.6)
@@ -147,6 +151,9 @@ def test_entropy_is_estimated_from_the_steps_own_samples():
     method.after_step(rollouts)
     assert method.entropy == pytest.approx(0.6)
     assert method.monitor(1).temperature == 0.8 and method.extra is None
+    method.edit_rollouts(uneven)  # nothing usable was sampled: as at step 0, no extra pass
+    method.after_step(uneven)
+    assert method.entropy is None and method.monitor(2) is None
 
 
 def test_an_extra_pass_is_used_once():

@@ -13,11 +13,13 @@ import pytest
 from tiny import make_config, make_problems, make_rows
 
 from nanolapo.config import UserError
-from nanolapo.methods.l1 import L1Exact, L1Max, exact_reward, max_reward
+from nanolapo.methods.l1 import L1Exact, exact_reward
+from nanolapo.methods.l1_max import L1Max, max_reward
 
 
-def make(kind: type[L1Exact], limit: int = 4096, seed: int = 0, **options: object) -> Any:
-    return kind(make_config(run={"seed": seed}, rollout={"max_new_tokens": limit}, method={"options": options}))
+def make(kind: type[L1Exact], limit: int = 4096, seed: int = 0, multiple: int = 1, **options: object) -> Any:
+    prompt, rollout = {"length_multiple": multiple}, {"max_new_tokens": limit}
+    return kind(make_config(run={"seed": seed}, prompt=prompt, rollout=rollout, method={"options": options}))
 
 
 def test_eq1_exact_by_hand():
@@ -59,6 +61,17 @@ def test_budgets_are_uniform_between_100_and_4000_and_fixed_by_seed_and_problem(
     redrawn = make(L1Exact, redraw=True)
     assert len({redrawn.guidance(problems[0], 0, step).budget for step in range(20)}) > 15
     assert redrawn.guidance(problems[0], 0, 3) == make(L1Exact, redraw=True).guidance(problems[0], 5, 3)
+
+
+@pytest.mark.parametrize("kind", [L1Exact, L1Max])
+def test_the_rewarded_length_is_the_printed_one(kind):
+    """Where prompts state multiples of ten only, as the demo's, a budget is one: at the demo's scale L1-Max falls from full
+    reward to none within 6 tokens, so a hidden rest of up to 5 could not be learned."""
+    method, exact = make(kind, limit=256, multiple=10), make(kind, limit=256)
+    for problem in make_problems(300):
+        guidance, unrounded = method.guidance(problem, 0, 0), exact.guidance(problem, 0, 0).budget
+        assert f" {guidance.budget:.0f} tokens." in guidance.outside and guidance.budget % 10 == 0
+        assert abs(guidance.budget - unrounded) <= 5 and guidance.budget >= 10
 
 
 def test_sentences_stand_outside_of_the_thought():

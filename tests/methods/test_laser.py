@@ -14,7 +14,8 @@ import pytest
 from tiny import make_config, make_problems, make_rows
 
 from nanolapo.methods.base import MonitorPlan
-from nanolapo.methods.laser import Laser, LaserD, LaserDE, adaptive_targets, difficulty
+from nanolapo.methods.laser import Laser
+from nanolapo.methods.laser_adaptive import LaserD, LaserDE, adaptive_targets, difficulty
 from nanolapo.methods.tools import repetitive, speaks_of_thought, well_formed
 from nanolapo.rollouts import Rollouts
 
