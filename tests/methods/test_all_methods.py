@@ -1,0 +1,92 @@
+"""What holds for every method: the loop does not know it, a YAML reaches it, every recipe takes it, its file stays small.
+
+Run: python -m pytest tests/methods/test_all_methods.py
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+from nanolapo.config import validate
+from nanolapo.config_file import load_config, read_yaml
+from nanolapo.methods import load_method
+from nanolapo.methods.base import Method
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted(path.stem for path in (ROOT / "nanolapo/methods").glob("*.py"))
+HELPERS = {"__init__", "base", "tools"}  # no methods, but for accuracy-only GRPO in base
+YAMLS = sorted((ROOT / "configs/methods").glob("*.yaml"))
+RECIPES = sorted(path.parent.name for path in (ROOT / "configs").glob("*/stage1.yaml"))
+UNVERIFIED = {"conciser", "dhpo", "grpo-lambda", "minpro", "palu", "r2vpo"}
+
+
+def classes(file: str) -> list[str]:
+    """The methods that a file defines."""
+    module = importlib.import_module(f"nanolapo.methods.{file}")
+    found = inspect.getmembers(module, inspect.isclass)
+    return [name for name, kind in found if issubclass(kind, Method) and kind.__module__ == module.__name__]
+
+
+def published_names() -> set[str]:
+    """As docs/METHODS.md calls them, in bold before the name of the YAML."""
+    page = (ROOT / "docs/METHODS.md").read_text(encoding="utf-8")
+    return set(re.findall(r"^- \*\*(.+?)\*\* `", page, re.MULTILINE))
+
+
+def names_of_methods() -> set[str]:
+    """Every spelling by which code could ask for a method. GRPO itself, which is what the loop does, is none."""
+    names = {name for file in FILES if file not in HELPERS for name in [file, *classes(file)]}
+    names |= {path.stem for path in YAMLS} | published_names()
+    return names - {"grpo", "GRPO", "accuracy-only", "Accuracy only"}
+
+
+@pytest.mark.parametrize("file", ["loop", "sampling", "update", "session"])
+def test_no_method_is_named_in_the_loop(file):
+    """Not in code, comment or text; `kl-cov` is also found as kl_cov, klcov and KL Cov."""
+    text = (ROOT / f"nanolapo/{file}.py").read_text(encoding="utf-8")
+    names = names_of_methods()
+    assert len(names) > 80, "the list of names is not what it should be"
+    for name in sorted(names):
+        spelling = r"[\W_]*".join(part for part in re.split(r"[^A-Za-z0-9]+", name) if part)
+        found = re.search(rf"(?<![A-Za-z0-9]){spelling}(?![A-Za-z0-9])", text, re.IGNORECASE)
+        assert not found, f"nanolapo/{file}.py names {name}: {found}"
+
+
+def test_every_file_is_reached():
+    """By a YAML; LAPO's two classes by the two scripts."""
+    named = {load_config(ROOT / "configs/demo/stage1.yaml", [f"method={path}"]).method.name for path in YAMLS}
+    for stage in (1, 2):
+        named |= set(re.findall(r'default_method="(.+?)"', (ROOT / f"train_stage{stage}.py").read_text()))
+    defined = {f"{file}:{name}" for file in FILES if file not in HELPERS - {"base"} for name in classes(file)}
+    assert named == defined - {"lapo:Lapo"}  # what the two stages share
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
+def test_every_yaml_builds_its_method_on_every_recipe(path, recipe):
+    config = load_config(ROOT / f"configs/{recipe}/stage1.yaml", [f"method={path}"])
+    validate(config, world_size=4)
+    method = load_method(config)
+    assert f"{type(method).__module__.split('.')[-1]}:{type(method).__name__}" == config.method.name
+    assert set(read_yaml(path)) <= {"method", "loss"}  # data, batch and steps are the recipe's
+
+
+def test_there_are_recipes_and_methods():
+    assert {"demo", "smollm2-135m", "deepscaler-1.5b", "deepseek-r1-1.5b"} <= set(RECIPES) and len(YAMLS) >= 43
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
+def test_a_yaml_says_in_its_comment_what_is_unverified(path):
+    comment = "".join(line for line in path.read_text().splitlines() if line.startswith("# "))
+    assert comment and ("unverified" in comment) == (path.stem in UNVERIFIED)
+
+
+def test_method_files_stay_small():
+    """One sitting each. LAPO is two stages and their readings, base is the hooks."""
+    lines = {file: len((ROOT / f"nanolapo/methods/{file}.py").read_text().splitlines()) for file in FILES}
+    assert {file for file, count in lines.items() if count > 130} <= {"lapo", "base"}
