@@ -15,10 +15,10 @@ With the unbiased std no answer lies more than (G - 1) / sqrt(G) of them above t
 published a = 3, with G = 32, would never cut anything for G <= 10 and is refused there. m and the 16 shrink with a limit
 below 4096, the smaller of the published ones.
 
-Deviations: problems are drawn anew in every step, each once within it: the order of epochs is made for steps of equal
-size. The last optimizer batch of a step may be small. KL-Cov's tokens are chosen once per step. Ours, not stated: the
-population std of p. As their verifier sees only text, an answer cut at the limit may be right. --dry-run's upper bound of
-sampled tokens assumes the first 1.5 throughout.
+Deviations: problems are drawn anew in every step, each once within it; the order of epochs takes steps to be of equal size
+and could bring the same problems twice running. The last optimizer batch of a step may be small. KL-Cov's tokens are chosen
+once per step. Ours, not stated: the population std of p. As their verifier sees only text, an answer cut at the limit may
+be right. The upper bound that --dry-run prints assumes the first 1.5 throughout.
 
 Edge: no group right throughout: nothing is cut. Equal lengths: std 0, nothing is cut. State: the last 20 shares.
 """

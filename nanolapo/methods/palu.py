@@ -75,9 +75,9 @@ class Palu(Method):
 
     def after_step(self, rollouts: Rollouts) -> dict[str, float]:
         o, lengths_PG = self.options, rollouts.by_group(rollouts.lengths_B)
-        solved_PG = rollouts.by_group(self.within_budget(rollouts))
+        solved_PG, before = rollouts.by_group(self.within_budget(rollouts)), dict(self.budgets)
         for problem, lengths, solved in zip(rollouts.problems, lengths_PG, solved_PG, strict=True):
-            budget = self.budgets.get(problem.id, self.limit)
+            budget = before.get(problem.id, self.limit)  # not moved twice where few problems come twice in a step
             self.budgets[problem.id] = next_budget(budget, lengths, solved, self.limit, o.pass_rate, o.tau)
         values = np.array(list(self.budgets.values()))
         return {

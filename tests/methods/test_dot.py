@@ -191,12 +191,20 @@ def test_the_plan_follows_the_last_twenty_steps():
 
 
 def test_each_problem_once_a_step_and_another_choice_every_step():
-    """Steps differ in size, so the order of epochs, which takes them to be equal, would visit some problems more often."""
-    plan = build(prompts=8).sampling(0)
-    draws = [round_indices(40, step, 0, plan.num_prompts, 0, plan.weights) for step in range(400)]
-    assert all(len(set(draw)) == 12 for draw in draws) and len({tuple(draw) for draw in draws}) == 400
-    visits = np.bincount(np.concatenate(draws), minlength=40)  # 120 expected, standard deviation 9.2
-    assert visits.min() > 120 - 4 * 9.2 and visits.max() < 120 + 4 * 9.2
+    """Steps differ in size. The order of epochs takes them to be equal: step 48 with 47 prompts would begin where step 47
+    with 48 did, and bring the same problems again."""
+    method = Dot(make_config(rollout={"prompts_per_step": 32, "group_size": 8}, method={"options": {"spread": 1.0}}))
+    method.start(make_problems(400))
+    draws = []
+    for step in range(400):
+        method.kept_shares = [] if step < 48 else [0.69]  # 48 prompts, then 47
+        plan = method.sampling(step)
+        draws.append(round_indices(400, step, 0, plan.num_prompts, 0, plan.weights))
+    assert (len(draws[47]), len(draws[48])) == (48, 47) and all(len(set(draw)) == len(draw) for draw in draws)
+    shared = [len(set(one) & set(other)) for one, other in zip(draws, draws[1:], strict=False)]
+    assert max(shared) < 20  # 5.6 expected
+    visits = np.bincount(np.concatenate(draws), minlength=400)  # 47 expected, standard deviation 6.4
+    assert visits.min() > 47 - 5 * 6.4 and visits.max() < 47 + 5 * 6.4
 
 
 def test_state_survives_json():

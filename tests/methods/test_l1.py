@@ -68,6 +68,7 @@ def test_the_rewarded_length_is_the_printed_one(kind):
     """Where prompts state multiples of ten only, as the demo's, a budget is one: at the demo's scale L1-Max falls from full
     reward to none within 6 tokens, so a hidden rest of up to 5 could not be learned."""
     method, exact = make(kind, limit=256, multiple=10), make(kind, limit=256)
+    assert min(make(kind, limit=64, multiple=10).budget(p.id, 0) for p in make_problems(300)) == 10  # from 2 tokens on
     for problem in make_problems(300):
         guidance, unrounded = method.guidance(problem, 0, 0), exact.guidance(problem, 0, 0).budget
         assert f" {guidance.budget:.0f} tokens." in guidance.outside and guidance.budget % 10 == 0

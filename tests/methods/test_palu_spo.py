@@ -67,6 +67,15 @@ def test_palu_over_three_visits():
     assert method.budgets == {"demo:0": 1000}
 
 
+def test_palu_problem_that_comes_twice_in_a_step_moves_once():
+    """Fewer problems than prompts: both groups start from the budget before the step; the later one's word counts."""
+    method = palu()
+    twice = make_rows([300, 400, 600, 900, 100, 200, 300, 400], 4, correct=[True] * 8)
+    twice.problems = [twice.problems[0]] * 2
+    method.after_step(twice)
+    assert method.budgets == {"demo:0": 1000 - (400 - 250)}
+
+
 def test_palu_wrong_and_cut_answers_never_help():
     method = palu(pass_rate=0.5)
     rollouts = make_rows([10, 20, 1000, 500], 4, correct=[True, True, False, False], finished=[1, 1, 0, 1])
