@@ -12,6 +12,7 @@ v = a / (a + b), read before this step's answer is counted:
 Deviations: rho is a constant, the published lower bound 0.875; theirs goes up to 0.96 the less the policy moved since the
 problem's last visit, which needs that visit's answer and its log-probs per problem. The paper divides the root in the
 sampling weight by a power of a + b; the code does not, nor do we. The paper's start has no + 0.5.
+The draw of step 0 comes before its first samples, so it is an even one.
 
 A step samples prompts_per_step x group_size problems once each, so that it costs what a step of a group method costs.
 Edge: all A equal: no gradient. An answer marked broken is not counted. State: (a, b) by problem id.
