@@ -1,0 +1,75 @@
+"""Tables and figures made from results: what they say, what they leave out, and that they need nothing that may be missing.
+
+Run: python -m pytest tests/test_report.py
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import runpy
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from tiny import make_answer, make_config
+
+from nanolapo import benchmarking
+from nanolapo.benchmarking import write_results
+from nanolapo.config import EvaluateConfig
+from nanolapo.evaluation import add_aes, score_sets
+from nanolapo.report import label, main_table, markdown, plots, read_metrics, table
+
+ROOT = Path(__file__).parents[1]
+
+
+def results(base_right: bool = True, level: int | None = None) -> dict:
+    config = make_config()
+    rows = []
+    for model, right in (("base", base_right), ("new", True)):
+        found = [make_answer(f"{s}{i}", 0, 5 + i, right, source=s, level=level) for s in "st" for i in range(3)]
+        rows += score_sets(model, 0.6, "", found, replace(config, evaluate=EvaluateConfig(bootstrap=10)))
+    add_aes(rows, "base")
+    return {"base": "base", "rows": rows}
+
+
+def test_tables():
+    assert table(["a", "b"], []) == "| a | b |\n| :-- | --: |"
+    assert label({"model": "m", "guidance": "2x own length"}) == "m, told 2x own length"
+    text = markdown(results(level=2))
+    assert text.count("### ") == 3 and "### average, temperature 0.6\n" in text and "level 2" in text
+    assert "| base | 100.0% | 100.0% to 100.0% | 6.0 |" in text and "| new | 100.0% | 100.0% to 100.0% | 6.0 |" in text
+
+
+def test_no_nan_in_tables_or_json(tmp_path):
+    """A base without a right answer has no AES."""
+    config = replace(make_config(), run=replace(make_config().run, dir=str(tmp_path), name="."))
+    bad = results(base_right=False)
+    assert math.isnan(bad["rows"][0]["aes"]) and "nan" not in markdown(bad) and "nan" not in main_table(bad["rows"])
+    path = write_results(config, bad)
+    rows = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["rows"]
+    assert rows[0]["aes"] is None and rows[0]["tokens"] == 6.0
+    assert "nan" not in markdown({"base": "base", "rows": rows})  # results.json makes the same tables
+
+
+def test_plots_need_neither_metrics_nor_levels(tmp_path):
+    written = [path.name for path in plots(results(), {"new": tmp_path / "nowhere"}, tmp_path)]
+    assert written == ["tradeoff.png", "length_by_level.png", "keywords.png"]
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "length": 9.0, "accuracy": 0.5}\n{"step": 1, "len')
+    assert read_metrics(tmp_path) == [{"step": 0, "length": 9.0, "accuracy": 0.5}]  # the run still writes
+    written = [path.name for path in plots(results(level=1), {"new": tmp_path}, tmp_path)]
+    assert written == ["training.png", "tradeoff.png", "length_by_level.png", "keywords.png"]
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_only_one_rank_writes_the_results(tmp_path, monkeypatch, main):
+    config = tmp_path / "c.yaml"
+    config.write_text(f"run: {{dir: {tmp_path}, name: e}}\nevaluate: {{models: [m=x]}}")
+    (tmp_path / "e").mkdir()
+    monkeypatch.setattr(benchmarking, "evaluate", lambda config: results())
+    monkeypatch.setattr("nanolapo.ranks.Ranks", lambda: SimpleNamespace(is_main=main))
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(config)])
+    runpy.run_path(str(ROOT / "evaluate.py"))["main"]()
+    assert ((tmp_path / "e/results.json").exists(), (tmp_path / "e/results.md").exists()) == (main, main)
