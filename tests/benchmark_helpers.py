@@ -10,7 +10,7 @@ from tiny import make_config
 
 from nanolapo.benchmark_plan import Model
 from nanolapo.benchmarking import Benchmark
-from nanolapo.config import Config, EvaluateConfig, SourceConfig
+from nanolapo.config import Config, EvaluateConfig, PromptConfig, SourceConfig
 from nanolapo.demo import make_tokenizer
 from nanolapo.grader import Grader
 from nanolapo.problems import Problem
@@ -59,11 +59,14 @@ def evaluation_config(folder: Path, samples: int = 3) -> Config:
     return replace(config, data=replace(config.data, sources=sources), evaluate=evaluate)
 
 
-def benchmark(config: Config, grader: Grader, index: int = 0, count: int = 1) -> Benchmark:
+def benchmark(
+    config: Config, grader: Grader, index: int = 0, count: int = 1, prompt: PromptConfig | None = None
+) -> Benchmark:
+    prompt = prompt or config.prompt
     tokenizer = make_tokenizer()
     problems = [Problem(f"{s}:{i}", f"q {i}", "1", None, s) for s in ("s", "t/u") for i in range(3)]
-    data = Data(problems, Prompter(tokenizer, config.prompt), tokenizer)
-    model = Model("m", "unused", config.prompt)
+    data = Data(problems, Prompter(tokenizer, prompt), tokenizer)
+    model = Model("m", "unused", prompt)
     runs = Benchmark(config, model, data, grader, FakeRanks(index, count))  # type: ignore[arg-type]
     runs.sampler = FakeSampler()  # type: ignore[assignment]
     return runs

@@ -124,6 +124,20 @@ def test_prompts_and_names_that_do_not_fit_are_refused(more, message):
         parse_models(plan(**more))
 
 
+def test_samples_of_another_prompt_are_not_taken(tmp_path):
+    """A prompt that evaluate.prompts changes makes other samples, though model, name and problems are the same."""
+    config = evaluation_config(tmp_path)
+    other = replace(config.prompt, template="Now: {question} <think>")
+    with Grader() as grader:
+        benchmark(config, grader).answers(0.6, Pass(), {})
+        again, changed = benchmark(config, grader), benchmark(config, grader, prompt=other)
+        for runs, asked in ((again, 0), (changed, 12)):
+            runs.answers(0.6, Pass(), {})
+            assert runs.sampler.asked == asked  # type: ignore[union-attr]
+        text = changed.data.tokenizer.decode(changed.sampler.prompts[0])  # type: ignore[union-attr]
+        assert text == "Now: q 0 <think>"
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("model")

@@ -20,7 +20,17 @@ from nanolapo import benchmarking
 from nanolapo.benchmarking import write_results
 from nanolapo.config import EvaluateConfig
 from nanolapo.evaluation import add_aes, score_sets
-from nanolapo.report import label, main_table, markdown, plots, read_metrics, table
+from nanolapo.report import (
+    difficulty_axis,
+    label,
+    main_table,
+    markdown,
+    plots,
+    read_metrics,
+    table,
+    tokens_at,
+    training_dynamics,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -61,6 +71,47 @@ def test_plots_need_neither_metrics_nor_levels(tmp_path):
     assert read_metrics(tmp_path) == [{"step": 0, "length": 9.0, "accuracy": 0.5}]  # the run still writes
     written = [path.name for path in plots(results(level=1), {"new": tmp_path}, tmp_path)]
     assert written == ["training.png", "tradeoff.png", "length_by_level.png", "keywords.png"]
+
+
+def test_pass_at_k_in_the_tables():
+    found = [make_answer("a", i, correct=i == 0) for i in range(4)] + [
+        make_answer("b", i, correct=True) for i in range(4)
+    ]
+    rows = score_sets("m", 0.6, "", found, make_config())
+    add_aes(rows, "m")
+    text = markdown({"base": "m", "rows": rows})
+    assert "| model | pass@1 | pass@2 | pass@4 |" in text and "| m | 62.5% | 75.0% | 100.0% |" in text
+
+
+def test_lengths_from_easy_to_hard():
+    """Fig. 3: MATH's levels first, then the competitions, the easiest for the base model first, whatever their order."""
+    rows = []
+    for model, factor in (("base", 10), ("new", 5)):
+        found = [make_answer(f"M{i}", 0, factor * (i + 1), source="MATH", level=i + 1) for i in range(5)]
+        for name, right, tokens in (("AIME", 1, 90), ("AMC", 3, 70), ("OB", 2, 80)):
+            found += [make_answer(f"{name}{i}", 0, factor * tokens, i < right, source=name) for i in range(4)]
+        rows += score_sets(model, 0.6, "", found, make_config())
+    places = difficulty_axis(rows, "base")
+    assert places == [*(("MATH", str(k)) for k in range(1, 6)), ("AMC", ""), ("OB", ""), ("AIME", "")]
+    assert [tokens_at(rows, "new", place) for place in places] == [5, 10, 15, 20, 25, 350, 400, 450]
+
+
+def exports() -> list[dict]:
+    rows = [{"model": "base", "tokens": 90.0, "accuracy": 0.5}]
+    for run, step, tokens in (("D", 10, 70.0), ("D", 5, 80.0), ("I", 5, 60.0)):
+        rows.append(
+            {"model": f"{run} step {step}", "run": run, "step": step, "tokens": tokens, "accuracy": tokens / 100}
+        )
+    return [row | {"set": "s", "temperature": 0.6, "guidance": ""} for row in rows]
+
+
+def test_training_dynamics_are_in_the_order_of_steps(tmp_path):
+    """Fig. 5: a curve for each run, and the base as where they came from; nothing without exports."""
+    curves = training_dynamics(exports(), "base")
+    assert curves == {"D": [(5, 80, 0.8), (10, 70, 0.7)], "I": [(5, 60, 0.6)], "base": [(0, 90, 0.5)]}
+    assert training_dynamics(exports()[:1], "base") == {}
+    written = plots({"base": "base", "rows": exports()}, {}, tmp_path)
+    assert [path.name for path in written] == ["dynamics.png", "tradeoff.png"]
 
 
 @pytest.mark.parametrize("main", [True, False])
