@@ -139,7 +139,10 @@ def training_dynamics(rows: Sequence[Row], base: str) -> dict[str, list[tuple[fl
 
 
 def plots(results: dict[str, Any], run_dirs: dict[str, Path], out: Path) -> list[Path]:
-    """The paper's figures 1, 3, 4 and 5 as far as the results have them, and the curves of the training runs."""
+    """The paper's figures 1, 3, 4 and 5 as far as the results have them, and the curves of the training runs.
+
+    The first row's model is the base.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -178,7 +181,7 @@ def plots(results: dict[str, Any], run_dirs: dict[str, Path], out: Path) -> list
     plain = [r for r in results["rows"] if r["temperature"] == first["temperature"] and not r["guidance"]]
     of_set = [r for r in plain if r["set"] == first["set"]]
     final = [r for r in of_set if r.get("step") is None]
-    if points := training_dynamics(of_set, results["base"]):  # Fig. 5
+    if points := training_dynamics(of_set, first["model"]):  # Fig. 5
         two_panels(points, (f"mean tokens, {first['set']}", f"accuracy, {first['set']}"), "dynamics.png")
 
     figure, axis = plt.subplots(figsize=(5.5, 3.6))  # Fig. 1
@@ -194,7 +197,7 @@ def plots(results: dict[str, Any], run_dirs: dict[str, Path], out: Path) -> list
     axis.set_title(f"accuracy (%), {plain[-1]['set']}")
     save(figure, "tradeoff.png")
 
-    places = difficulty_axis(plain, results["base"])
+    places = difficulty_axis(plain, first["model"])
     if len(places) > 1:  # Fig. 3
         figure, axis = plt.subplots(figsize=(max(5.5, 0.7 * len(places)), 3.6))
         for r in final:

@@ -99,7 +99,13 @@ def test_table_4_measures_against_the_same_model_without_an_instruction():
     assert short["paper_points_vs_base"] == pytest.approx(-0.3) and short["paper_set"] == "MATH-500"
     outside = line(made, "LAPO-I w/ Outside, Long(3500)")
     assert outside["paper_tokens_vs_base"] == pytest.approx(100 * (2821 / 2251 - 1))
-    assert "ours is" in markdown(made) and "w/ Outside, none" in markdown(made)
+    head, body = cells(made)
+    assert head[:3] == ["model", "ours", "set"] and body[1][:3] == [
+        "LAPO-I, Short(500)",
+        names["LAPO-I, Short(500)"],
+        "demo",
+    ]
+    assert body[2][1] == "-" and "ours is" in markdown(made) and "w/ Outside, none" in markdown(made)
 
 
 def test_one_list_of_rows_three_writers(tmp_path):
