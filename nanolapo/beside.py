@@ -123,16 +123,20 @@ def _theirs(score: Score, reference: Score) -> Row:
 
 
 def cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Heading and body of the printed table, as text; columns in which we have nothing are left out."""
+    """Heading and body of the printed table, as text; columns in which nothing stands are left out."""
 
     def cell(row: Row, key: str, form: str) -> str:
         text, bounds = number(row.get(key), form), row.get(f"{key}_interval")
         return f"{text} ({bounds[0]:{form}} to {bounds[1]:{form}})" if bounds else text
 
     shown = [column for column in COLUMNS if any(row.get(column[0]) is not None for row in comparison.rows)]
-    head = ["model", "set", *(heading for _, heading, _ in shown)]
+    names = ["model", "set"]
+    if any(row.get("ours") and row["set"] != row["paper_set"] for row in comparison.rows):
+        names = ["model", "ours", "set"]  # what stands for the paper's model in a miniature
+    head = [*names, *(heading for _, heading, _ in shown)]
     body = [
-        [row["model"], row["set"], *(cell(row, key, form) for key, _, form in shown)] for row in comparison.rows
+        [*(row[name] or "-" for name in names), *(cell(row, key, form) for key, _, form in shown)]
+        for row in comparison.rows
     ]  # fmt: skip
     return head, body
 
@@ -160,7 +164,8 @@ def latex(comparison: Comparison) -> str:
     head, body = cells(comparison)
     head, *body = [[_escape(text) for text in line] for line in (head, *body)]
     lines = [" & ".join(line) + r" \\" for line in (head, *body)]
-    columns = "ll" + "r" * (len(head) - 2)
+    texts = head.index("set") + 1
+    columns = "l" * texts + "r" * (len(head) - texts)
     start = [f"% {comparison.title}", *(f"% {note}" for note in comparison.notes), rf"\begin{{tabular}}{{{columns}}}"]
     return "\n".join([*start, r"\hline", lines[0], r"\hline", *lines[1:], r"\hline", r"\end{tabular}"])
 

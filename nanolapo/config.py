@@ -81,7 +81,8 @@ class DataConfig:
 class PromptConfig:
     style: str = "raw"  # raw: one string with {question}; chat: the tokenizer's own chat template
     template: str = PAPER_TEMPLATE  # raw
-    instruction: str = "Please think step by step and output the final answer within \\boxed{}."  # chat
+    # chat: what follows the question, or the whole user turn where it says {question}
+    instruction: str = "Please think step by step and output the final answer within \\boxed{}."
     system: str = ""  # chat; empty leaves the template's own default
     think_prefix: str = ""  # chat: first words put into the assistant's mouth, e.g. "<think>"
     length_multiple: int = 1  # every length that a prompt states is printed as a multiple of this

@@ -2,7 +2,8 @@
 
 Stage 1 overwrites an entry at every visit (Eq. 3; an unsolved visit resets it). Stage 2 refines it with the dual update of
 Eq. 8: unsolved problems take the new statistic, solved ones only ever move down to it. "Unsolved" is a flag, not the magic
-number 4096, so no target can be mistaken for it. The map is plain JSON on disk.
+number 4096, so no target can be mistaken for it. The right lengths behind every entry are kept as well: from them come the
+range of Eq. 2 and, without another stage 1, the other statistics of the paper's Table 3. The map is plain JSON on disk.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class LengthMap:
     def __init__(self, statistic: str = "median") -> None:
         self.statistic = statistic
         self.entries: dict[str, float | None] = {}  # None: visited, never (or at its last visit not) solved
+        self.lengths: dict[str, list[int]] = {}  # of a solved entry: the right lengths that it is the statistic of
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -50,19 +52,55 @@ class LengthMap:
 
     def update_discovery(self, problem_id: str, correct_lengths: Sequence[int] | np.ndarray) -> None:
         """Eq. 3: overwrite with the statistic of this visit's correct lengths; none correct means unsolved."""
-        self.entries[problem_id] = self.measure(correct_lengths) if len(correct_lengths) else None
+        self.entries[problem_id] = None
+        self.lengths.pop(problem_id, None)
+        if len(correct_lengths):
+            self._write_down(problem_id, correct_lengths)
 
     def update_internalization(self, problem_id: str, correct_lengths: Sequence[int] | np.ndarray) -> None:
         """Eq. 8, the dual update. No correct rollout leaves the entry as it is (the paper has no case for it)."""
         if not len(correct_lengths):
             self.entries.setdefault(problem_id, None)
             return
-        new, old = self.measure(correct_lengths), self.entries.get(problem_id)
-        self.entries[problem_id] = new if old is None else min(old, new)
+        old = self.entries.get(problem_id)
+        if old is None or self.measure(correct_lengths) < old:
+            self._write_down(problem_id, correct_lengths)
+
+    def _write_down(self, problem_id: str, correct_lengths: Sequence[int] | np.ndarray) -> None:
+        self.entries[problem_id] = self.measure(correct_lengths)
+        self.lengths[problem_id] = [int(length) for length in correct_lengths]
 
     def target(self, problem_id: str) -> float | None:
         """M(q) in tokens, or None where the problem is unsolved or unknown."""
         return self.entries.get(problem_id)
+
+    def typical_range(self, problem_id: str, percentiles: tuple[float, float]) -> tuple[float, float] | None:
+        """[L_min, L_max] of Eq. 2 in tokens, over the lengths behind the entry; None where there are none.
+
+        >>> m = LengthMap()
+        >>> m.update_discovery("q", [1000, 1200, 1300, 1500, 2000]); m.typical_range("q", (30, 70))
+        (1220.0, 1460.0)
+        """
+        if problem_id not in self.lengths:
+            return None
+        low, high = np.percentile(self.lengths[problem_id], percentiles)
+        return float(low), float(high)
+
+    def measured_by(self, statistic: str, path: str) -> LengthMap:
+        """The map that stage 1 would have written with another statistic: what it rewards does not depend on it.
+
+        Raises UserError when the lengths behind an entry are not known (a map of an older version).
+        """
+        unknown = [q for q, target in self.entries.items() if target is not None and q not in self.lengths]
+        if unknown:
+            raise UserError(
+                f"lapo.statistic={statistic!r}, but {path} records {self.statistic!r} without the lengths behind it: run "
+                "stage 1 again"
+            )
+        other = LengthMap(statistic)
+        for problem_id in self.entries:
+            other.update_discovery(problem_id, self.lengths.get(problem_id, []))
+        return other
 
     def check_covers(self, problem_ids: Sequence[str], path: str) -> None:
         """Stage 2 may only start from a map that knows its problems. Raises UserError saying how many are missing."""
@@ -75,10 +113,12 @@ class LengthMap:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"statistic": self.statistic, "entries": dict(sorted(self.entries.items()))}
+        entries, lengths = dict(sorted(self.entries.items())), dict(sorted(self.lengths.items()))
+        return {"statistic": self.statistic, "entries": entries, "lengths": lengths}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.statistic, self.entries = state["statistic"], dict(state["entries"])
+        self.lengths = dict(state.get("lengths", {}))  # maps and checkpoints of older versions have none
 
     def save(self, path: str | Path) -> None:
         """Write the JSON file in one rename, so that a kill at any moment leaves a whole file."""
@@ -100,6 +140,9 @@ class LengthMap:
                 raise ValueError(f"unknown statistic {state['statistic']!r}")
             if not all(v is None or (type(v) in (int, float) and 0 < v < np.inf) for v in state["entries"].values()):
                 raise ValueError("a target is not a positive number or null")
+            for lengths in state.get("lengths", {}).values():
+                if not lengths or not all(type(length) is int and length > 0 for length in lengths):
+                    raise ValueError("a length is not a positive number of tokens")
             length_map.load_state_dict(state)
         except (FileNotFoundError, IsADirectoryError):
             raise UserError(f"lapo.length_map={path}: no such file; stage 1 writes it as length_map.json") from None

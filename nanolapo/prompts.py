@@ -147,8 +147,12 @@ class Prompter:
         return self.config.template.replace("{question}", question + guidance.outside)
 
     def _messages(self, question: str, guidance: Guidance) -> list[dict[str, str]]:
-        instruction = f" {self.config.instruction}" if self.config.instruction else ""
-        user = {"role": "user", "content": question + instruction + guidance.outside}
+        instruction = self.config.instruction
+        if "{question}" in instruction:
+            turn = instruction.replace("{question}", question)
+        else:
+            turn = f"{question} {instruction}" if instruction else question
+        user = {"role": "user", "content": turn + guidance.outside}
         return [{"role": "system", "content": self.config.system}, user] if self.config.system else [user]
 
     def _chat(self, question: str, guidance: Guidance) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nanolapo.evaluation import KEYWORDS
+from nanolapo.evaluation import KEYWORDS, rank_correlation
 
 Row = dict[str, Any]
 
@@ -18,8 +18,10 @@ def markdown(results: dict[str, Any]) -> str:
     parts = []
     for name, temperature in dict.fromkeys((r["set"], r["temperature"]) for r in results["rows"]):
         rows = [r for r in results["rows"] if (r["set"], r["temperature"]) == (name, temperature)]
-        n = f", {rows[0]['samples'] // rows[0]['problems']} samples a problem" if "samples" in rows[0] else ""
+        n = f", {rows[0]['samples'] // rows[0]['problems']} samples a problem" if name != "average" else ""
         parts.append(f"### {name}, temperature {temperature:g}{n}\n\n{main_table(rows)}")
+        if len(rows[0].get("pass_at_k", {})) > 1:
+            parts.append(f"Right at least once in k samples:\n\n{pass_at_k_table(rows)}")
         if rows[0].get("by_level"):
             parts.append(f"Accuracy % / tokens by level:\n\n{level_table(rows)}")
         if rows[0].get("keywords"):
@@ -62,7 +64,7 @@ def without_nan(value: Any) -> Any:
 
 
 def interval(bounds: Sequence[float] | None, form: str) -> str:
-    return f"{bounds[0]:{form}} to {bounds[1]:{form}}" if bounds else "-"  # an average over sets has none
+    return f"{bounds[0]:{form}} to {bounds[1]:{form}}" if bounds else "-"
 
 
 def main_table(rows: Sequence[Row]) -> str:
@@ -74,6 +76,12 @@ def main_table(rows: Sequence[Row]) -> str:
             number(r.get("tokens_correct"), ".1f"), f"{r['truncated']:.1%}", number(r["aes"], "+.2f"),
         ])  # fmt: skip
     return table(["model", "pass@1", "95% interval", "tokens", "95% interval", "tokens when right", "cut", "AES"], body)
+
+
+def pass_at_k_table(rows: Sequence[Row]) -> str:
+    powers = list(rows[0]["pass_at_k"])
+    body = [[label(r), *(f"{r['pass_at_k'][k]:.1%}" for k in powers)] for r in rows]
+    return table(["model", *(f"pass@{k}" for k in powers)], body)
 
 
 def level_table(rows: Sequence[Row]) -> str:
@@ -97,8 +105,44 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.split("\n") if line]
 
 
+def difficulty_axis(rows: Sequence[Row], base: str) -> list[tuple[str, str]]:
+    """(set, level) from easy to hard: the levels of sets that have several, then the other sets, by the base's accuracy.
+
+    >>> math = {"model": "b", "set": "MATH", "by_level": {"1": {}, "2": {}}}
+    >>> rest = [{"model": "b", "set": name, "by_level": {}, "accuracy": a} for name, a in (("AIME", 0.3), ("AMC", 0.7))]
+    >>> difficulty_axis([*rest, math, {"model": "b", "set": "average"}], "b")
+    [('MATH', '1'), ('MATH', '2'), ('AMC', ''), ('AIME', '')]
+    """
+    of_base = [r for r in rows if r["model"] == base and r["set"] != "average"]
+    leveled = [r for r in of_base if len(r.get("by_level", {})) > 1]
+    single = sorted((r for r in of_base if r not in leveled), key=lambda r: -float(r["accuracy"]))
+    return [(r["set"], level) for r in leveled for level in r["by_level"]] + [(r["set"], "") for r in single]
+
+
+def tokens_at(rows: Sequence[Row], model: str, place: tuple[str, str]) -> float:
+    """Mean tokens of one model at one place of the difficulty axis."""
+    row = next(r for r in rows if (r["model"], r["set"]) == (model, place[0]))
+    return float(row["by_level"][place[1]]["tokens"] if place[1] else row["tokens"])
+
+
+def training_dynamics(rows: Sequence[Row], base: str) -> dict[str, list[tuple[float, float, float]]]:
+    """Fig. 5: (step, tokens, accuracy) of the models each run has exported; the base model is one point, at step 0.
+
+    `rows`: unguided, of one set and temperature. Empty where nothing was exported.
+    """
+    exported = sorted((r for r in rows if r.get("step") is not None), key=lambda r: int(r["step"]))
+    curves: dict[str, list[tuple[float, float, float]]] = {}
+    for r in exported:
+        curves.setdefault(r["run"], []).append((r["step"], r["tokens"], r["accuracy"]))
+    start = [(0.0, float(r["tokens"]), float(r["accuracy"])) for r in rows if r["model"] == base]
+    return curves | {base: start} if curves else {}
+
+
 def plots(results: dict[str, Any], run_dirs: dict[str, Path], out: Path) -> list[Path]:
-    """Length and accuracy over training steps, length against level, keyword groups by model."""
+    """The paper's figures 1, 3, 4 and 5 as far as the results have them, and the curves of the training runs.
+
+    The first row's model is the base.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -112,38 +156,70 @@ def plots(results: dict[str, Any], run_dirs: dict[str, Path], out: Path) -> list
         plt.close(figure)
         written.append(out / name)
 
-    curves = {name: read_metrics(folder) for name, folder in run_dirs.items()}
-    if any(curves.values()):
+    def two_panels(curves: dict[str, list[tuple[float, float, float]]], titles: tuple[str, str], name: str) -> None:
+        """Curves of (step, left, right); a curve of one point is drawn as a level line (the base model)."""
         figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
-        for name, lines in curves.items():
-            if lines:
-                steps = [line["step"] for line in lines]
-                axes[0].plot(steps, [line["length"] for line in lines], label=name)
-                axes[1].plot(steps, [line["accuracy"] for line in lines], label=name)
-        for axis, title in zip(axes, ("mean length of rollouts (tokens)", "accuracy of rollouts"), strict=True):
+        for i, (axis, title) in enumerate(zip(axes, titles, strict=True), start=1):
+            for curve, points in curves.items():
+                if len(points) == 1:
+                    axis.axhline(points[0][i], label=curve, color="grey", linestyle="--")
+                else:
+                    axis.plot(
+                        [p[0] for p in points], [p[i] for p in points], label=curve, marker="." * (len(points) < 30)
+                    )
             axis.set_xlabel("step")
             axis.set_title(title)
         axes[0].legend(fontsize=8)
-        save(figure, "training.png")
+        save(figure, name)
+
+    logs = {name: read_metrics(folder) for name, folder in run_dirs.items()}
+    curves = {name: [(x["step"], x["length"], x["accuracy"]) for x in lines] for name, lines in logs.items() if lines}
+    if curves:
+        two_panels(curves, ("mean length of rollouts (tokens)", "accuracy of rollouts"), "training.png")
 
     first = results["rows"][0]
-    rows = [r for r in results["rows"] if (r["set"], r["temperature"]) == (first["set"], first["temperature"])]
-    plain = [r for r in rows if not r["guidance"]]
-    if first.get("by_level"):
-        figure, axis = plt.subplots(figsize=(5.5, 3.6))
-        for r in plain:
-            axis.plot(list(r["by_level"]), [v["tokens"] for v in r["by_level"].values()], marker="o", label=r["model"])
-        axis.set_xlabel("level")
-        axis.set_title("mean length by level (tokens)")
-        axis.legend(fontsize=8)
+    plain = [r for r in results["rows"] if r["temperature"] == first["temperature"] and not r["guidance"]]
+    of_set = [r for r in plain if r["set"] == first["set"]]
+    final = [r for r in of_set if r.get("step") is None]
+    if points := training_dynamics(of_set, first["model"]):  # Fig. 5
+        two_panels(points, (f"mean tokens, {first['set']}", f"accuracy, {first['set']}"), "dynamics.png")
+
+    figure, axis = plt.subplots(figsize=(5.5, 3.6))  # Fig. 1
+    overall = [
+        r for r in plain if r["set"] == plain[-1]["set"] and r.get("step") is None
+    ]  # the average, where there is one
+    for r in overall:
+        axis.scatter(r["tokens"], 100 * r["accuracy"])
+        axis.annotate(
+            r["model"], (r["tokens"], 100 * r["accuracy"]), fontsize=7, xytext=(3, 3), textcoords="offset points"
+        )
+    axis.set_xlabel("mean tokens")
+    axis.set_title(f"accuracy (%), {plain[-1]['set']}")
+    save(figure, "tradeoff.png")
+
+    places = difficulty_axis(plain, first["model"])
+    if len(places) > 1:  # Fig. 3
+        figure, axis = plt.subplots(figsize=(max(5.5, 0.7 * len(places)), 3.6))
+        for r in final:
+            tokens = [tokens_at(plain, r["model"], place) for place in places]
+            rho = rank_correlation(range(len(places)), tokens)
+            axis.plot(
+                range(len(places)), tokens, marker="o", label=f"{r['model']} (rank correlation {number(rho, '.2f')})"
+            )
+        one_set = len({name for name, _ in places}) == 1
+        ticks = [level if one_set else f"{name} {level}".strip() for name, level in places]
+        axis.set_xticks(range(len(places)), ticks, rotation=0 if one_set else 30, fontsize=8)
+        axis.set_xlabel("level" if one_set else "from easy to hard")
+        axis.set_title("mean tokens by difficulty")
+        axis.legend(fontsize=7)
         save(figure, "length_by_level.png")
 
-    if first.get("keywords"):
+    if first.get("keywords"):  # Fig. 4
         figure, axis = plt.subplots(figsize=(7, 3.6))
-        width = 0.8 / len(plain)
-        for i, r in enumerate(plain):
-            places = [g + i * width for g in range(len(KEYWORDS))]
-            axis.bar(places, [r["keywords"][g] for g in KEYWORDS], width, label=r["model"])
+        width = 0.8 / len(final)
+        for i, r in enumerate(final):
+            middles = [g + i * width for g in range(len(KEYWORDS))]
+            axis.bar(middles, [r["keywords"][g] for g in KEYWORDS], width, label=r["model"])
         axis.set_xticks([g + 0.4 - width / 2 for g in range(len(KEYWORDS))], list(KEYWORDS))
         axis.set_title("words per answer")
         axis.legend(fontsize=8)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import itertools
-import json
 import math
 import runpy
 import sys
@@ -16,39 +15,38 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import make_config
+from benchmark_helpers import FakeRanks, benchmark, evaluation_config
+from tiny import make_answer, make_config
 
-from nanolapo import benchmarking, cli
-from nanolapo.benchmarking import Benchmark, Model, add_aes, model_identity, parse_models, score_sets, write_results
-from nanolapo.config import Config, EvaluateConfig, PromptConfig, RunStopped, SourceConfig, UserError
+from nanolapo import cli
+from nanolapo.benchmark_plan import Pass, parse_models
+from nanolapo.benchmarking import model_identity
+from nanolapo.config import EvaluateConfig, PromptConfig, RunStopped, UserError
 from nanolapo.demo import DemoConfig, make_model, make_tokenizer
 from nanolapo.evaluation import (
-    Answer,
     aes,
     bootstrap_interval,
+    interval_of_average,
     keyword_counts,
     pass_at_1,
     pass_at_k,
+    pass_at_powers,
     rank_correlation,
     read_answers,
     sample_file,
+    score_sets,
     summarize,
 )
 from nanolapo.grader import Grader
 from nanolapo.metrics import append
-from nanolapo.problems import Problem
 from nanolapo.prompts import Prompter
-from nanolapo.report import label, main_table, markdown, plots, read_metrics, table
-from nanolapo.rollouts import Decoding, Sample
 from nanolapo.session import Data, load_tokenizer, make_sampler
 from nanolapo.warm_start import warm_start
 
 ROOT = Path(__file__).parents[1]
 
 
-def answer(problem: str = "a", index: int = 0, length: int = 10, correct: bool = True, **more: object) -> Answer:
-    return Answer(**{"problem": problem, "source": "s", "level": None, "index": index, "length": length,
-                     "correct": correct, "finished": True, "text": "", **more})  # type: ignore[arg-type]  # fmt: skip
+SETS = (("a1", 10), ("a2", 20), ("b1", 25))  # problem (its first letter is its set), length
 
 
 # ---- numbers ----
@@ -65,9 +63,28 @@ def test_pass_at_k_is_the_share_of_k_subsets_with_a_right_one(num_samples):
 
 
 def test_pass_at_1_weighs_problems_alike():
-    answers = [answer("a", i, correct=i == 0) for i in range(4)] + [answer("b", i, correct=True) for i in range(2)]
+    answers = [make_answer("a", i, correct=i == 0) for i in range(4)] + [
+        make_answer("b", i, correct=True) for i in range(2)
+    ]
     assert pass_at_1(answers) == (0.25 + 1.0) / 2
     assert pass_at_1(answers) == np.mean([pass_at_k(4, 1, 1), pass_at_k(2, 2, 1)])
+
+
+def test_pass_at_powers_of_two_on_problems_of_unequal_luck():
+    """By brute force over all subsets, problem by problem; k stops at the samples that every problem has."""
+    right = {"a": (4, 0), "b": (4, 1), "c": (4, 3), "d": (6, 2)}  # problem: (samples, right ones)
+    answers = [make_answer(q, i, correct=i < c) for q, (n, c) in right.items() for i in range(n)]
+    made = pass_at_powers(answers)
+    assert list(made) == ["1", "2", "4"]
+    for k, value in made.items():
+        brute = [
+            np.mean([any(i < c for i in chosen) for chosen in itertools.combinations(range(n), int(k))])
+            for n, c in right.values()
+        ]
+        assert value == pytest.approx(np.mean(brute))
+    assert made["1"] == pytest.approx(pass_at_1(answers))
+    assert summarize(answers, 10)["pass_at_k"] == made
+    assert pass_at_powers(answers[:1]) == {"1": 0.0}
 
 
 def test_aes_worked_values():
@@ -87,6 +104,21 @@ def test_bootstrap_interval_on_known_cases():
     assert bootstrap_interval(coin, 100) == bootstrap_interval(coin, 100)  # seeded
 
 
+def test_the_interval_of_an_average_over_sets_resamples_within_each():
+    """Two sets of coins, 400 and 100: the average's standard error is sqrt(0.025^2 + 0.05^2) / 2."""
+    error = math.sqrt(0.025**2 + 0.05**2) / 2
+    low, high = interval_of_average([[0.0, 1.0] * 200, [0.0, 1.0] * 50], 4000)
+    assert (low, high) == (pytest.approx(0.5 - 1.96 * error, abs=0.004), pytest.approx(0.5 + 1.96 * error, abs=0.004))
+    assert interval_of_average([[0.0] * 9, [1.0] * 3], 50) == (0.5, 0.5)  # each set counts once, whatever its size
+    rows = score_sets("m", 0.6, "", [make_answer(q, source=q[0], length=n) for q, n in SETS], make_config())
+    assert [(row["set"], row["problems"], row["samples"]) for row in rows] == [
+        ("a", 2, 2),
+        ("b", 1, 1),
+        ("average", 3, 3),
+    ]
+    assert rows[2]["tokens"] == 20 and rows[2]["tokens_interval"] == (17.5, 22.5)  # half of 10 to 20, half of 25
+
+
 def test_rank_correlation_with_ties_by_hand():
     # x ranks 0.5 0.5 2 3, y ranks 0 1 2.5 2.5; centred -1 -1 .5 1.5 and -1.5 -.5 1 1: 4 / sqrt(4.5 * 4.5)
     assert rank_correlation([1, 1, 2, 3], [10, 20, 30, 30]) == pytest.approx(4 / 4.5)
@@ -100,7 +132,7 @@ def test_keywords_are_whole_words_and_counted_once():
 
 
 def test_summary_without_levels_or_right_answers():
-    row = summarize([answer("a", i, 4 + i, correct=False, finished=i > 0) for i in range(2)], 10)
+    row = summarize([make_answer("a", i, 4 + i, correct=False, finished=i > 0) for i in range(2)], 10)
     assert (row["accuracy"], row["tokens"], row["truncated"], row["tokens_correct"]) == (0.0, 4.5, 0.5, None)
     assert row["by_level"] == {} and row["length_level_correlation"] is None
 
@@ -110,12 +142,12 @@ def test_summary_without_levels_or_right_answers():
 
 def test_torn_lines_are_left_out_even_inside_a_character(tmp_path):
     path = tmp_path / "x.jsonl"
-    append(path, [asdict(answer(index=0, text="für"))])
+    append(path, [asdict(make_answer(index=0, text="für"))])
     whole = path.read_bytes()
     for cut in range(1, len(whole) - 1):  # a kill after any byte of the second line
         path.write_bytes(whole + whole[:cut])
         assert [a.index for a in read_answers(path)] == [0]
-        append(path, [asdict(answer(index=1))])
+        append(path, [asdict(make_answer(index=1))])
         assert [a.index for a in read_answers(path)] == [0, 1]
 
 
@@ -125,73 +157,26 @@ def test_names_with_slashes_and_brackets_make_one_file(tmp_path):
     assert sample_file(tmp_path, "LAPO-D continued", "demo", 0.6, {}).name.startswith("LAPO-D continued--demo--T0.6--")
 
 
-class FakeRanks:
-    """One rank of `count` after the other, in one process."""
-
-    def __init__(self, index: int, count: int) -> None:
-        self.index, self.count, self.is_main = index, count, index == 0
-
-    def engine(self, tensor_parallel: int) -> tuple[int, int]:
-        return self.index // tensor_parallel, self.count // tensor_parallel
-
-    def any(self, flag: bool) -> bool:
-        return flag
-
-    def wait(self) -> None: ...
-
-
-class FakeSampler:
-    """Says every token once per seed; remembers how much it was asked for."""
-
-    def __init__(self) -> None:
-        self.asked = 0
-        self.closed = False
-
-    def generate(self, requests, decoding: Decoding, progress=None) -> list[Sample]:
-        self.asked += len(requests)
-        ids = [np.arange(5, 8 + request.seed % 3) for request in requests]
-        return [Sample(i, np.zeros(len(i), dtype=np.float32), True) for i in ids]
-
-    def close(self) -> None:
-        self.closed = True
-
-
-def evaluation_config(folder: Path, samples: int = 3) -> Config:
-    config = make_config("unused", run={"dir": str(folder), "name": "e"}, rollout={"max_rows": 2})
-    sources = (SourceConfig("s", "demo", samples=1), SourceConfig("t/u", "demo"))
-    evaluate = EvaluateConfig(models=("m=unused",), samples=samples, bootstrap=10, max_new_tokens=8)
-    return replace(config, data=replace(config.data, sources=sources), evaluate=evaluate)
-
-
-def benchmark(config: Config, grader: Grader, index: int = 0, count: int = 1) -> Benchmark:
-    tokenizer = make_tokenizer()
-    problems = [Problem(f"{s}:{i}", f"q {i}", "1", None, s) for s in ("s", "t/u") for i in range(3)]
-    data = Data(problems, Prompter(tokenizer, config.prompt), tokenizer)
-    runs = Benchmark(config, Model("m", "unused"), data, grader, FakeRanks(index, count))  # type: ignore[arg-type]
-    runs.sampler = FakeSampler()  # type: ignore[assignment]
-    return runs
-
-
 def test_ranks_share_the_work_and_a_lost_line_is_sampled_again(tmp_path):
     with Grader() as grader:
         alone = benchmark(evaluation_config(tmp_path / "alone"), grader)
-        want = alone.answers(0.6, {})
+        want = alone.answers(0.6, Pass(), {})
         assert len(want) == 3 * 1 + 3 * 3 == alone.sampler.asked  # type: ignore[union-attr]
 
         config = evaluation_config(tmp_path / "two")
         first, second = benchmark(config, grader, 0, 2), benchmark(config, grader, 1, 2)
         with pytest.raises(KeyError):  # rank 1's half is not there yet: in earnest it would wait for it
-            first.answers(0.6, {})
+            first.answers(0.6, Pass(), {})
         second.ranks = FakeRanks(0, 1)  # type: ignore[assignment]
-        assert second.answers(0.6, {}) == want
+        assert second.answers(0.6, Pass(), {}) == want
         assert first.sampler.asked + second.sampler.asked == len(want)  # type: ignore[union-attr]
 
         files = sorted((tmp_path / "two/e/samples").glob("*.jsonl"))
         files[0].write_bytes(files[0].read_bytes()[:-9])
         append(files[1], [asdict(read_answers(files[1])[0])])  # a sample that is there twice counts once
         again = benchmark(config, grader)
-        assert again.answers(0.6, {}) == want and again.sampler.asked == 1  # type: ignore[union-attr]
-        assert again.answers(0.6, {"s:0": 4.0})[0].budget == 4  # other prompts: nothing is reused
+        assert again.answers(0.6, Pass(), {}) == want and again.sampler.asked == 1  # type: ignore[union-attr]
+        assert again.answers(0.6, Pass("told"), {"s:0": 4.0})[0].budget == 4  # other prompts: nothing is reused
         sampler = again.sampler
         again.close()
         assert sampler.closed and again.sampler is None  # type: ignore[union-attr]
@@ -202,7 +187,7 @@ def test_a_grader_that_fails_stops_the_evaluation_and_keeps_no_verdict(tmp_path)
         runs = benchmark(evaluation_config(tmp_path), grader)
         grader.total, grader.errors = 400, 100
         with pytest.raises(RunStopped, match="the grader failed on 2"):
-            runs.answers(0.6, {})
+            runs.answers(0.6, Pass(), {})
     assert not list(runs.folder.iterdir())
 
 
@@ -211,59 +196,6 @@ def test_a_model_trained_anew_is_another_model(tmp_path):
     before = model_identity(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"two")
     assert model_identity(str(tmp_path)) != before and model_identity("org/name") == "org/name"
-
-
-# ---- tables, plots, files ----
-
-
-def results(base_right: bool = True, level: int | None = None) -> dict:
-    config = make_config()
-    rows = []
-    for model, right in (("base", base_right), ("new", True)):
-        found = [answer(f"{s}{i}", 0, 5 + i, right, source=s, level=level) for s in "st" for i in range(3)]
-        rows += score_sets(model, 0.6, "", found, replace(config, evaluate=EvaluateConfig(bootstrap=10)))
-    add_aes(rows, "base")
-    return {"base": "base", "rows": rows}
-
-
-def test_tables():
-    assert table(["a", "b"], []) == "| a | b |\n| :-- | --: |"
-    assert label({"model": "m", "guidance": "2x own length"}) == "m, told 2x own length"
-    text = markdown(results(level=2))
-    assert text.count("### ") == 3 and "### average, temperature 0.6\n" in text and "level 2" in text
-    assert "| base | 100.0% | 100.0% to 100.0% | 6.0 |" in text and "| new | 100.0% | - | 6.0 | - |" in text
-
-
-def test_no_nan_in_tables_or_json(tmp_path):
-    """A base without a right answer has no AES, an average has no interval."""
-    config = replace(make_config(), run=replace(make_config().run, dir=str(tmp_path), name="."))
-    bad = results(base_right=False)
-    assert math.isnan(bad["rows"][0]["aes"]) and "nan" not in markdown(bad) and "nan" not in main_table(bad["rows"])
-    path = write_results(config, bad)
-    rows = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["rows"]
-    assert rows[0]["aes"] is None and rows[0]["tokens"] == 6.0
-    assert "nan" not in markdown({"base": "base", "rows": rows})  # results.json makes the same tables
-
-
-def test_plots_need_neither_metrics_nor_levels(tmp_path):
-    written = [path.name for path in plots(results(), {"new": tmp_path / "nowhere"}, tmp_path)]
-    assert written == ["keywords.png"]
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "length": 9.0, "accuracy": 0.5}\n{"step": 1, "len')
-    assert read_metrics(tmp_path) == [{"step": 0, "length": 9.0, "accuracy": 0.5}]  # the run still writes
-    written = [path.name for path in plots(results(level=1), {"new": tmp_path}, tmp_path)]
-    assert written == ["training.png", "length_by_level.png", "keywords.png"]
-
-
-@pytest.mark.parametrize("main", [True, False])
-def test_only_one_rank_writes_the_results(tmp_path, monkeypatch, main):
-    config = tmp_path / "c.yaml"
-    config.write_text(f"run: {{dir: {tmp_path}, name: e}}\nevaluate: {{models: [m=x]}}")
-    (tmp_path / "e").mkdir()
-    monkeypatch.setattr(benchmarking, "evaluate", lambda config: results())
-    monkeypatch.setattr("nanolapo.ranks.Ranks", lambda: FakeRanks(0 if main else 1, 2))
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(config)])
-    runpy.run_path(str(ROOT / "evaluate.py"))["main"]()
-    assert ((tmp_path / "e/results.json").exists(), (tmp_path / "e/results.md").exists()) == (main, main)
 
 
 # ---- what users do ----

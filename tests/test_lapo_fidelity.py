@@ -17,9 +17,11 @@ from nanolapo.config import UserError
 from nanolapo.grader import Grader
 from nanolapo.lengths import LengthMap
 from nanolapo.methods.lapo import READINGS, Discovery, Internalization, Lapo, Readings
+from nanolapo.prompts import Guidance
 from nanolapo.sampling import grade
 
 PROBLEM = make_problems(1)[0]
+WORKED = [1000, 1200, 1300, 1500, 2000]  # P30 1220, P70 1460, median 1300, mean 1400
 
 
 def method(
@@ -162,13 +164,70 @@ def test_state_of_a_method_survives_a_checkpoint():
     assert second.length_map.entries == first.length_map.entries == {PROBLEM.id: 750.0}
 
 
-def test_stage2_refuses_a_map_of_another_statistic(tmp_path):
-    """Table 3: a map of medians must not quietly become the start of a `minimum` run."""
+def test_range_is_the_one_that_stage_1_found():
+    """Table 2, Range: P30 and P70 (Eq. 2) of the right lengths behind M(q); the reward aims at M(q) all the same."""
+    stage1 = method(Discovery, "recommended")
+    stage1.after_step(make_rows([*WORKED, 9], group_size=6, correct=[True] * 5 + [False]))
+    stage2 = method(Internalization, "recommended", guidance="range")
+    stage2.load_state_dict(stage1.state_dict())
+    guidance = stage2.guidance(PROBLEM, 0, 0)
+    assert guidance.inside == " I will answer the question with 1220 to 1460 tokens." and guidance.budget == 1300
+    stage2.after_step(make_rows([2000, 3000], correct=[True] * 2))  # Eq. 8: not shorter, nothing moves
+    assert stage2.guidance(PROBLEM, 0, 0) == guidance
+    stage2.after_step(make_rows([700, 800], correct=[True] * 2))
+    assert stage2.guidance(PROBLEM, 0, 0).inside == " I will answer the question with 730 to 770 tokens."
+    wide = method(Internalization, "recommended", guidance="range", percentiles=[0, 100])
+    wide.load_state_dict(stage1.state_dict())
+    assert "with 1000 to 2000 tokens" in wide.guidance(PROBLEM, 0, 0).inside
+
+
+@pytest.mark.parametrize(("statistic", "n"), [("median", 1300), ("mean", 1400), ("minimum", 1000)])
+def test_statistic_in_both_stages(statistic, n):
+    """Table 3: the statistic is what M(q) records, what the prompt states, the centre of Eq. 7, what Eq. 8 compares."""
+    stage1 = method(Discovery, "recommended", statistic=statistic)
+    rollouts = make_rows(WORKED, group_size=5, correct=[True] * 5)
+    medians = method(Discovery, "recommended").reward(rollouts)["length"]
+    np.testing.assert_array_equal(stage1.reward(rollouts)["length"], medians)  # stage 1's reward has no n in it
+    stage1.after_step(rollouts)
+    stage2 = method(Internalization, "recommended", statistic=statistic)
+    stage2.load_state_dict(stage1.state_dict())
+    assert stage2.guidance(PROBLEM, 0, 0).inside == f" I will answer the question with {n} tokens."
+    reward = stage2.reward(pair([n, n + 120], budget=n))["length"]
+    assert reward == pytest.approx([0.8, 0.8 * math.exp(-0.5)])
+    stage2.after_step(make_rows([600, 900, 1200], group_size=3, correct=[True] * 3))
+    assert stage2.length_map.target(PROBLEM.id) == {"median": 900, "mean": 900, "minimum": 600}[statistic]
+    unsolved = method(Internalization, "recommended", None, statistic=statistic)
+    group = make_rows([1000, 1240, 1900], group_size=3, correct=[True] * 3, budgets=[4096.0] * 3)
+    center = {"median": 1240, "mean": 1380, "minimum": 1000}[statistic]  # of the group: there is no M(q) yet
+    by_hand = [0.8 * math.exp(-((length - center) ** 2) / (2 * 120**2)) for length in (1000, 1240, 1900)]
+    assert unsolved.reward(group)["length"] == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize("form", ["exact", "range", "outside", "implicit"])
+def test_the_guidance_form_changes_nothing_but_words(form):
+    """Table 2: stage 1 states nothing under any of them; in stage 2 rewards and Eq. 8 do not know the form."""
+    assert method(Discovery, "recommended", 1300.0, guidance=form).guidance(PROBLEM, 0, 0) == Guidance()
+    stage2 = method(Internalization, "recommended", 1300.0, guidance=form)
+    rollouts = pair([1300, 1180], budget=stage2.guidance(PROBLEM, 0, 0).budget)
+    assert stage2.reward(rollouts)["length"] == pytest.approx([0.8, 0.8 * math.exp(-0.5)])
+    stage2.after_step(rollouts)
+    assert stage2.length_map.target(PROBLEM.id) == 1240
+
+
+def test_stage2_turns_a_map_into_another_statistic_or_refuses(tmp_path):
+    """Table 3 needs no second stage 1; but a map of an older version, without the lengths, must not quietly be taken."""
     recorded = LengthMap("median")
-    recorded.update_discovery(PROBLEM.id, [10])
+    recorded.update_discovery(PROBLEM.id, WORKED)
     recorded.save(tmp_path / "map.json")
     config = make_config(lapo={"statistic": "minimum", "length_map": str(tmp_path / "map.json")})
-    with pytest.raises(UserError, match="lapo.statistic='minimum'.*'median'"):
+    stage2 = Internalization(config)
+    stage2.start([PROBLEM])
+    assert stage2.length_map.target(PROBLEM.id) == 1000 and stage2.length_map.statistic == "minimum"
+    stage2.after_step(make_rows([1100, 900], correct=[True] * 2))
+    assert stage2.length_map.target(PROBLEM.id) == 900
+    recorded.lengths = {}
+    recorded.save(tmp_path / "map.json")
+    with pytest.raises(UserError, match="lapo.statistic='minimum'.*'median' without"):
         Internalization(config).start([PROBLEM])
 
 

@@ -33,6 +33,40 @@ def test_unsolved_and_unknown_have_no_target():
     assert length_map.entries == {"seen": None, "also seen": None} and len(length_map) == 2
 
 
+def test_the_lengths_behind_an_entry_are_those_it_was_measured_on():
+    """The last visit's in stage 1, the shortest group's in stage 2, none where nothing is solved."""
+    length_map = LengthMap()
+    length_map.update_discovery("q", [5, 9, 7])
+    length_map.update_discovery("q", [50, 90])
+    assert length_map.lengths == {"q": [50, 90]} and length_map.typical_range("q", (0, 50)) == (50, 70)
+    length_map.update_internalization("q", [80, 80])
+    length_map.update_internalization("q", [])
+    assert length_map.lengths == {"q": [50, 90]}
+    length_map.update_internalization("q", [60, 40])
+    assert length_map.lengths == {"q": [60, 40]} and length_map.target("q") == 50
+    length_map.update_discovery("q", [])
+    assert length_map.lengths == {} and length_map.typical_range("q", (30, 70)) is None
+
+
+@pytest.mark.parametrize(("statistic", "value"), [("median", 250.0), ("mean", 400.0), ("minimum", 100.0)])
+def test_a_map_measured_by_another_statistic(statistic, value):
+    recorded = LengthMap("mean")
+    recorded.update_discovery("q", [1000, 100, 200, 300])
+    recorded.update_discovery("unsolved", [])
+    other = recorded.measured_by(statistic, "map.json")
+    assert other.statistic == statistic and other.entries == {"q": value, "unsolved": None}
+    assert recorded.entries["q"] == 400.0
+
+
+def test_maps_of_older_versions_have_no_lengths(tmp_path):
+    path = tmp_path / "length_map.json"
+    path.write_text('{"statistic": "median", "entries": {"q": 13.0, "u": null}}')
+    loaded = LengthMap.load(path)
+    assert loaded.target("q") == 13 and loaded.typical_range("q", (30, 70)) is None
+    with pytest.raises(UserError, match="map.json records 'median' without the lengths.*run stage 1 again"):
+        loaded.measured_by("mean", str(path))
+
+
 def test_a_target_equal_to_the_limit_is_still_solved():
     """The code's sentinel 4096 confuses the two: a solved problem at 4096 must not move up."""
     length_map = LengthMap()
@@ -68,6 +102,10 @@ def test_saved_and_loaded_map_is_the_same(tmp_path):
         '{"statistic": "median", "entries": {"q": Infinity}}',
         '{"statistic": ["median"], "entries": {}}',
         '{"statistic": "median", "entries": ["q"]}',
+        '{"statistic": "median", "entries": {"q": 13}, "lengths": {"q": []}}',
+        '{"statistic": "median", "entries": {"q": 13}, "lengths": {"q": [13, 0]}}',
+        '{"statistic": "median", "entries": {"q": 13}, "lengths": {"q": [12.5]}}',
+        '{"statistic": "median", "entries": {"q": 13}, "lengths": {"q": 13}}',
     ],
 )
 def test_damaged_file_is_one_line_naming_it(tmp_path, text):

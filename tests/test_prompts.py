@@ -152,6 +152,15 @@ def test_E2_a_missing_budget_is_never_a_number(budget):
             guidance(budget)
 
 
+def test_the_prompts_of_released_rivals(byte_bpe):
+    """Thinkless puts its instruction before the question, AutoThink three dots into the thought that the template opens."""
+    thinkless = prompter(byte_bpe, "qwen3", instruction="Box {}.\n{question}")
+    user = "<|im_start|>user\nBox {}.\n2+{2}? Think for 7 tokens.<|im_end|>\n"
+    assert thinkless.render("2+{2}?", outside_guidance(7)) == f"{user}<|im_start|>assistant\n"
+    usual, autothink = (prompter(byte_bpe, "r1", think_prefix=prefix) for prefix in ("", "<think>\n...\n"))
+    assert usual.render("2+2?").endswith("<think>\n") and autothink.render("2+2?") == usual.render("2+2?") + "...\n"
+
+
 def test_where_guidance_goes(byte_bpe):
     guidance = Guidance(outside=" OUT.", inside=" IN.", budget=7)
     raw = prompter(byte_bpe, "plain", template="Q: {question} Box it. A: <think>")

@@ -51,14 +51,14 @@ def test_a_table_needs_its_own_runs_only() -> None:
     pipeline = Pipeline(runner.steps(0) + runner.steps(1), Path("unused"))
     needed = pipeline.closure(runner.wanted("table3", [1]))
     assert {name.removeprefix("seed1/") for name in needed} == {
-        "base", "stage1", "stage2", "mean1", "mean2", "minimum1", "minimum2", "statistic"
+        "base", "stage1", "stage2", "mean", "minimum", "statistic"
     }  # fmt: skip
     with pytest.raises(UserError, match="--step table9: there are table1, table2"):
         runner.wanted("table9", [0])
 
 
 def test_ablations_change_their_key_and_nothing_else() -> None:
-    """The stage 2 runs of Table 2 differ in lapo.guidance alone, those of Table 3 in the statistic and what follows."""
+    """Stage 2 of Table 2 differs in lapo.guidance alone, of Table 3 in the statistic, of Table 6 in the data."""
     configs = {step.name: json.loads(step.config)[1] for step in runner_of("demo").steps(0) if step.clear}
     reference = configs["seed0/stage2"]
     for name in ("range", "outside", "implicit"):
@@ -67,10 +67,14 @@ def test_ablations_change_their_key_and_nothing_else() -> None:
         same = [key for key in reference if key not in ("lapo", "run")]
         assert [other[key] for key in same] == [reference[key] for key in same]
     for name in ("mean", "minimum"):
-        first, second = configs[f"seed0/{name}1"], configs[f"seed0/{name}2"]
-        assert first["lapo"]["statistic"] == second["lapo"]["statistic"] == name
-        assert second["model"]["path"].endswith(f"seed0/{name}1/model")
-        assert second["lapo"]["length_map"].endswith(f"seed0/{name}1/length_map.json")
+        other = configs[f"seed0/{name}"]
+        assert other["lapo"] == reference["lapo"] | {"statistic": name}
+        assert other["model"] == reference["model"]  # the one stage 1: what it rewards does not depend on the statistic
+    for name in ("short", "long"):
+        first, second = configs[f"seed0/stage1_{name}"], configs[f"seed0/stage2_{name}"]
+        assert first["data"] == second["data"] != reference["data"]
+        assert second["train"] == reference["train"] and second["model"]["path"].endswith(f"seed0/stage1_{name}/model")
+        assert second["lapo"]["length_map"].endswith(f"seed0/stage1_{name}/length_map.json")
 
 
 # ------------------------------------------------------------------------------------------------------------ a real run

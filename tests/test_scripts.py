@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from nanolapo.demo import DemoConfig, pretrain
@@ -24,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 TIMING = ("seconds/", "tokens_per_second", "memory_gb")  # the only numbers that may differ between equal runs
 
 CONFIG = """
-run: {{dir: {dir}, name: run, threads: 1, checkpoint_every: 2, print_every: 0}}
+run: {{dir: {dir}, name: run, threads: 1, checkpoint_every: 2, print_every: 0, export_every: 2}}
 model: {{path: {base}, dtype: float32}}
 data: {{sources: [{{name: demo, path: demo, count: 40, seed: 1, levels: [1, 2]}}]}}
 prompt: {{template: "{{question}} <think>"}}
@@ -104,6 +105,16 @@ def test_kill_9_and_resume_gives_the_uninterrupted_run_bit_for_bit(base: Path, t
     assert any((one[k] != start[k]).any() for k in one), "the run changed nothing"
     maps = [(tmp_path / x / "runs/run/length_map.json").read_text() for x in "ab"]
     assert maps[0] == maps[1]
+    exports = [exported(tmp_path / x / "runs/run") for x in "ab"]
+    assert list(exports[0]) == list(exports[1]) == ["step-000002", "step-000004", "step-000006"]
+    assert all((exports[0][step][k] == exports[1][step][k]).all() for step in exports[0] for k in one)
+    assert all((exports[0]["step-000006"][k] == one[k]).all() for k in one)
+    assert any((exports[0]["step-000002"][k] != one[k]).any() for k in one)
+
+
+def exported(run: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """The weights of every model in run/models, by folder name."""
+    return {f.name: load_file(f / "model.safetensors") for f in sorted((run / "models").iterdir())}
 
 
 @pytest.mark.slow
@@ -178,6 +189,48 @@ def test_stage2_starts_from_stage1_and_evaluate_makes_the_table(base: Path, tmp_
     again = json.loads((tmp_path / "runs/evaluate/results.json").read_text())["rows"]
     assert again == numbers  # nothing lost, nothing sampled twice
     assert all(file.read_bytes() == before[file] for file in files if file != victim)
+
+
+@pytest.mark.slow
+def test_kill_9_of_an_evaluation_loses_and_repeats_nothing(base: Path, tmp_path: Path) -> None:
+    """Killed between chunks of samples, again and again: what was on disk stays as it is, the rest is drawn once."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    # chunks of 8 answers; a fixed instruction is one more pass
+    asked = ("run.name=e", "rollout.max_rows=2", "evaluate.instructions=[outside:20]")
+    whole = script("evaluate.py", write_config(base, tmp_path / "a"), *asked)
+    assert whole.returncode == 0, whole.stderr
+    samples, config = tmp_path / "b/runs/e/samples", write_config(base, tmp_path / "b")
+    on_disk: dict[str, bytes] = {}
+    for answers in (20, 250):  # of 320: 4 passes of 40 problems x 2
+        killed = subprocess.Popen(
+            [sys.executable, str(ROOT / "evaluate.py"), str(config), *asked],
+            stdout=subprocess.DEVNULL,
+            env=environment(),
+        )
+        while sum(file.read_bytes().count(b"\n") for file in samples.glob("*.jsonl")) < answers:
+            assert killed.poll() is None, "it ended before the kill"
+            time.sleep(0.01)
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+        now = {file.name: file.read_bytes() for file in samples.glob("*.jsonl")}
+        assert all(now[name].startswith(before) for name, before in on_disk.items())
+        on_disk = {name: content[: content.rfind(b"\n") + 1] for name, content in now.items()}
+    assert not (tmp_path / "b/runs/e/results.json").exists()
+    resumed = script("evaluate.py", config, *asked)
+    assert resumed.returncode == 0, resumed.stderr
+
+    results = [json.loads((tmp_path / x / "runs/e/results.json").read_text()) for x in "ab"]
+    assert results[0] == results[1]
+    assert [(row["model"], row["guidance"]) for row in results[0]["rows"]] == [
+        ("base", ""), ("same", ""), ("same", "1x own length"), ("same", "20 tokens, outside")
+    ]  # fmt: skip
+    files = {file.name: file.read_bytes() for file in samples.glob("*.jsonl")}
+    assert all(files[name].startswith(before) for name, before in on_disk.items())
+    for name, content in files.items():
+        answers = [json.loads(line) for line in content.splitlines() if line.startswith(b"{") and line.endswith(b"}")]
+        drawn = [(answer["problem"], answer["index"]) for answer in answers]
+        assert len(drawn) == len(set(drawn)) == 80, name
 
 
 BAD_INPUT = [

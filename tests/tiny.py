@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Co
 
 from nanolapo.config import Config
 from nanolapo.config_file import build
+from nanolapo.evaluation import Answer
 from nanolapo.methods.base import Method
 from nanolapo.microbatches import make_microbatch
 from nanolapo.policy import Policy
@@ -54,6 +55,12 @@ def make_config(model_path: str | Path = "", **sections: dict[str, Any]) -> Conf
     for name, section in sections.items():
         values[name] = values.get(name, {}) | section
     return build(Config, values, "")
+
+
+def make_answer(problem: str = "a", index: int = 0, length: int = 10, correct: bool = True, **more: Any) -> Answer:
+    """A graded sample of an evaluation, of set "s" without a level."""
+    rest = {"source": "s", "level": None, "finished": True, "text": ""} | more
+    return Answer(problem=problem, index=index, length=length, correct=correct, **rest)
 
 
 def make_problems(count: int) -> list[Problem]:

@@ -171,7 +171,7 @@ class Internalization(Lapo):
         self.length_map = LengthMap.load(path)
         recorded, wanted = self.length_map.statistic, self.config.lapo.statistic
         if recorded != wanted:
-            raise UserError(f"lapo.statistic={wanted!r}, but {path} records {recorded!r}: give stage 1 and 2 the same")
+            self.length_map = self.length_map.measured_by(wanted, path)
         self.length_map.check_covers([p.id for p in problems], path)
 
     def sampling(self, step: int) -> SamplingPlan:
@@ -186,8 +186,12 @@ class Internalization(Lapo):
         n = float(self.config.rollout.max_new_tokens) if target is None else target
         n = (round if self.readings.round_target else int)(n / multiple) * multiple
         n = max(n, 1)
-        if c.guidance == "range":  # our wording: the band in which the reward stays above exp(-1/2)
-            return range_guidance(max(1.0, n - self.sigma), n + self.sigma, n)
+        if (
+            c.guidance == "range"
+        ):  # that of Eq. 2. Unsolved, there is none: the band in which the reward is above exp(-1/2)
+            known = self.length_map.typical_range(problem.id, (c.percentiles[0], c.percentiles[1]))
+            low, high = known or (max(1.0, n - self.sigma), n + self.sigma)
+            return range_guidance(low, high, n)
         return {"exact": exact_guidance, "outside": outside_guidance, "implicit": implicit_guidance}[c.guidance](n)
 
     def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:
@@ -197,7 +201,7 @@ class Internalization(Lapo):
         for g, problem in enumerate(rollouts.problems):
             target = budgets[g][0]  # the number in the prompt: M(q) before this step's update
             if self.length_map.target(problem.id) is None and self.readings.unsolved_center == "group_median":
-                target = np.median(lengths[g][correct[g]]) if correct[g].any() else np.nan
+                target = self.length_map.measure(lengths[g][correct[g]]) if correct[g].any() else np.nan
             if np.isnan(target):  # a prompt without a budget has no length term (never: a budget of 0)
                 total.append(correct[g].astype(np.float64))
             else:

@@ -28,7 +28,7 @@ from tiny import make_config, make_rows
 
 import nanolapo.ranks
 from nanolapo.alarms import Alarms
-from nanolapo.checkpoint import load_checkpoint, optimizer_tensors, save_checkpoint
+from nanolapo.checkpoint import load_checkpoint, optimizer_tensors, save_checkpoint, save_model
 from nanolapo.config import PromptConfig, SourceConfig
 from nanolapo.demo import TEMPLATE, make_tokenizer
 from nanolapo.grader import Grader
@@ -95,7 +95,8 @@ def step_up_to_advantages(model: str, ranks: Ranks) -> dict[str, Any]:
 
 
 def train_and_resume(model: str, out: Path, sharding: str, ranks: Ranks) -> None:
-    """Six updates in one go, and three, a checkpoint, and three more by another policy; both end states to files."""
+    """Six updates in one go, with the model exported half-way, and three, a checkpoint, and three more by another policy;
+    both end states to files."""
     config = make_config(model, model={"sharding": sharding}, train={"learning_rate": 1e-3, "warmup_fraction": 0.01})
     keep = torch.ones(4, dtype=torch.bool).numpy()
 
@@ -109,7 +110,9 @@ def train_and_resume(model: str, out: Path, sharding: str, ranks: Ranks) -> None
 
     whole, first, second = (Policy(config, ranks.device) for _ in range(3))
     folder = out / f"checkpoints-{sharding}"
-    steps(whole, range(6))
+    steps(whole, range(3))
+    save_model(whole.model, torch.float32, make_tokenizer(), out / f"models-{sharding}/step-000003", ranks.is_main)
+    steps(whole, range(3, 6))
     steps(first, range(3))
     state: dict[str, Any] = {"fingerprint": {}}
     save_checkpoint(folder, 3, first, state, 2, ranks.is_main)

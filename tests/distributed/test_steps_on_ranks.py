@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from step_cases import RUNAWAY
 from tiny import CPU, make_config, same_tensors
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from nanolapo.checkpoint import load_checkpoint, optimizer_tensors
 from nanolapo.demo_task import parse_question
@@ -109,6 +110,19 @@ def test_D13_another_number_of_ranks_can_go_on(outcome, tied_model, ranks, shard
     assert state is not None and state["step"] == 1100
     three = load_file(folder / f"three-{sharding}-rank0.safetensors")
     assert same_tensors({n: p.detach() for n, p in policy.trained.items()} | optimizer_tensors(policy), three)
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_model_exported_on_the_way(outcome, ranks, sharding):
+    """run.export_every: whole weights of that step, on any number of ranks. That training goes on as if nothing had been
+    is test_D2's matter: the run that exported equals the one that did not."""
+    folder = outcome(ranks)
+    model = AutoModelForCausalLM.from_pretrained(folder / f"models-{sharding}/step-000003", dtype=torch.float32)
+    three = load_file(folder / f"three-{sharding}-rank0.safetensors")
+    weights = {name: tensor for name, tensor in three.items() if ":" not in name}
+    assert weights.keys() == dict(model.named_parameters()).keys()
+    assert same_tensors(weights, {name: p.detach() for name, p in model.named_parameters()})
 
 
 @pytest.mark.parametrize("ranks", RANKS)

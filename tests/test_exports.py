@@ -1,0 +1,87 @@
+"""run.export_every: models of the way, whole, once, and none missing after a crash at the worst moment.
+
+Run: python -m pytest tests/test_exports.py        Bit-equal after a real kill -9: test_scripts.py; on ranks: distributed/.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import make_config
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nanolapo import loop
+from nanolapo.checkpoint import save_model
+from nanolapo.config import Config, UserError, validate
+from nanolapo.demo import DemoConfig, make_model, make_tokenizer
+from nanolapo.methods.base import Method
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "model"
+    torch.manual_seed(0)
+    save_model(
+        make_model(make_tokenizer(), DemoConfig(hidden_size=32, layers=1)), torch.float32, make_tokenizer(), folder
+    )
+    return folder
+
+
+def run(base: Path, folder: Path, every: int, steps: int = 5) -> Config:
+    """Train an untrained model for a few steps; it solves nothing, so its weights stay as they are."""
+    config = make_config(
+        base,
+        run={"dir": str(folder), "name": "r", "checkpoint_every": 2, "export_every": every, "print_every": 0},
+        data={"sources": [{"name": "demo", "path": "demo", "count": 4, "levels": [1]}]},
+        prompt={"template": "{question} <think>"},
+        rollout={"prompts_per_step": 2, "group_size": 2, "max_new_tokens": 6, "engine": "torch"},
+        train={"steps": steps},
+    )
+    loop.train(config, Method(config))
+    return config
+
+
+def names(config: Config) -> list[str]:
+    return sorted(path.name for path in (config.run_dir / "models").iterdir())
+
+
+def test_a_model_at_every_multiple(base, tmp_path):
+    config = run(base, tmp_path, every=2)
+    assert names(config) == ["step-000002", "step-000004"] and (config.run_dir / "model").is_dir()
+    for name in names(config):
+        folder = config.run_dir / "models" / name
+        weights = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+        first = dict(AutoModelForCausalLM.from_pretrained(base).named_parameters())
+        assert weights.keys() == first.keys() and all(torch.equal(weights[k], first[k]) for k in first)
+        assert len(AutoTokenizer.from_pretrained(folder)) == len(make_tokenizer())
+
+
+def test_none_by_default(base, tmp_path):
+    config = run(base, tmp_path, every=0, steps=1)
+    assert not (config.run_dir / "models").exists()
+    with pytest.raises(UserError, match="run.export_every=-1 must not be negative"):
+        validate(replace(config, run=replace(config.run, export_every=-1)))
+
+
+def test_a_crash_in_an_export_leaves_no_gap(base, tmp_path, monkeypatch):
+    """Steps 2 and 4 are also checkpoints. Had the checkpoint come first, the resumed run would pass the export by."""
+    written = []
+
+    def breaks_once(*arguments):
+        written.append(arguments[3].name)
+        if written == ["step-000002", "step-000004"]:
+            arguments[3].with_name("step-000004.tmp").mkdir()  # what a kill leaves
+            raise KeyboardInterrupt
+        save_model(*arguments)
+
+    monkeypatch.setattr(loop, "save_model", breaks_once)
+    with pytest.raises(KeyboardInterrupt):
+        run(base, tmp_path, every=2)
+    config = run(base, tmp_path, every=2)
+    assert names(config) == ["step-000002", "step-000004"]
+    assert written == ["step-000002", "step-000004", "step-000004", "model"]
+    again = run(base, tmp_path, every=2)  # a finished run writes its final model again, and nothing else
+    assert written[4:] == ["model"] and names(again) == names(config)
