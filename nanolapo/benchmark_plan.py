@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from nanolapo.checkpoint import NAME
-from nanolapo.config import CHOICES, Config, PromptConfig, UserError
+from nanolapo.config import Config, PromptConfig, UserError
+from nanolapo.config_checks import CHOICES
 from nanolapo.config_file import build, overlay, to_yaml
 from nanolapo.grader import Grader
 from nanolapo.session import Data, load_data

@@ -15,7 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from nanolapo.config import Config, RunStopped, UserError, validate
+from nanolapo.config import Config, RunStopped, UserError
+from nanolapo.config_checks import validate
 from nanolapo.config_file import load_config, to_yaml
 
 if TYPE_CHECKING:  # torch is only imported once the config is known to be good

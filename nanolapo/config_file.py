@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from nanolapo.config import Config, UserError, validate
+from nanolapo.config import Config, UserError
+from nanolapo.config_checks import validate
 
 REFERENCE = re.compile(r"\$\{(\w+)\.(\w+)\}")
 T = TypeVar("T")

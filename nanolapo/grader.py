@@ -17,7 +17,6 @@ from __future__ import annotations
 import atexit
 import json
 import os
-import re
 import selectors
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from functools import cache
 from pathlib import Path
 
 from nanolapo.answers import equal, hostile, normalise, number
+from nanolapo.boxes import boxed_answer, exact_first_boxed
 from nanolapo.config import RunStopped
 
 Question = tuple[str, str]  # normalised answer, normalised gold: what a worker is asked
@@ -36,79 +36,7 @@ MAX_ERROR_RATE = 0.05  # more errors than this, over at least MIN_ANSWERS, and t
 MIN_ANSWERS = 200
 ATTEMPTS = 3  # for a question whose worker died; one that was late gets no second try
 STARTUP_S = 120.0  # importing sympy takes a second, on a crowded machine many
-BOX_TOKEN = re.compile(r"\\+boxed\s*\{|\\.|[{}]", re.DOTALL)
-WORD_OR_COMMAND = re.compile(r"\\(?:text|mathrm|q?quad)(?![a-zA-Z])|\\[^a-zA-Z]|[^A-Za-z]+")
-ALTERNATIVE = {"or", "either", "alternatively", "maybe", "perhaps", "possibly", "otherwise"}
 CANARY = r"\boxed{-7919.0625}"  # no gold may accept this
-
-
-def _boxes(text: str) -> list[tuple[int, int, str | None]]:
-    """(start, end, content) of the outermost boxes in order; content None where the box is never closed."""
-    stack: list[int | None] = []  # starts of open boxes, None for plain braces
-    starts: dict[int, int] = {}
-    closed: list[tuple[int, int, str | None]] = []
-    for token in BOX_TOKEN.finditer(text):
-        if token[0].endswith("{") and "boxed" in token[0]:
-            stack.append(token.start())
-            starts[token.start()] = token.end()
-        elif token[0] == "{":
-            stack.append(None)
-        elif token[0] == "}" and stack:
-            start = stack.pop()
-            if start is not None:
-                while closed and closed[-1][0] > start:  # a box inside this box
-                    closed.pop()
-                closed.append((start, token.end(), text[starts[start] : token.start()]))
-    return sorted(closed + [(start, len(text), None) for start in stack if start is not None])
-
-
-def last_boxed(text: str) -> str | None:
-    r"""The content of the last box; None when there is none, or when it is empty or unterminated.
-
-    >>> last_boxed(r"\boxed{1} so \boxed{\frac{1}{2}}"), last_boxed(r"\boxed{\boxed{5}}"), last_boxed(r"\boxed{1} \boxed{2")
-    ('\\frac{1}{2}', '5', None)
-    """
-    boxes = _boxes(text)
-    return _content(boxes[-1][2]) if boxes else None
-
-
-def _content(box: str | None) -> str | None:
-    while box is not None and (inner := _boxes(box)) and (inner[0][0], inner[0][1]) == (0, len(box)):
-        box = inner[0][2]
-    return re.sub(r"\\+boxed\s*\{", "{", box).strip() or None if box is not None else None
-
-
-def _joined(between: str) -> bool:
-    """Are two boxes with this text between them alternatives or parts of one list?"""
-    if len(between) > 100:
-        return False
-    words = WORD_OR_COMMAND.sub(" ", between).lower().split()
-    return all(len(w) == 1 or w in ("and", "or") for w in words) or (len(words) <= 8 and bool(ALTERNATIVE & {*words}))
-
-
-def _answer(completion: str, require_think_close: bool) -> str | None:
-    """The boxed answer of a completion, joined boxes as one comma list."""
-    head, closing, tail = completion.rpartition("</think>")
-    if require_think_close and not closing:
-        return None
-    boxes = _boxes(tail)
-    answer = _content(boxes[-1][2]) if boxes else None
-    if answer is None:
-        return None
-    parts = [answer]
-    for before, after in zip(boxes[-2::-1], boxes[:0:-1], strict=True):
-        part = _content(before[2])
-        if part is None or len(parts) > 200 or not _joined(tail[before[1] : after[0]]):
-            break
-        if part not in parts:
-            parts.insert(0, part)
-    return ", ".join(parts)
-
-
-def exact_first_boxed(completion: str, gold: str) -> bool:
-    r"""The reference LAPO code's rule: text from the first \boxed{ to the first } equals the gold exactly."""
-    match = re.search(r"\\boxed\{(.*?)\}", completion)
-    return match is not None and match[1] == gold
 
 
 class _Undecided(Exception):
@@ -121,7 +49,7 @@ def _undecided(answer: str, gold: str) -> bool:
 
 def _decide(completion: str, gold: str, require_think_close: bool = False) -> bool | Question:
     """The verdict where it needs no algebra, otherwise the question for a worker."""
-    answer = _answer(completion, require_think_close)
+    answer = boxed_answer(completion, require_think_close)
     if answer is None or not gold.strip():
         return False
     if answer == gold.strip():

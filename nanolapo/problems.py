@@ -8,18 +8,17 @@ is order.py's matter.
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 from nanolapo.config import SourceConfig, UserError
+from nanolapo.problem_files import BadRow, read_rows, source_key
 
 NUM_SHOWN = 10  # bad rows listed before "..."
 LETTERS = "ABCDEFGHIJ"
@@ -34,10 +33,6 @@ class Problem:
     answer: str
     level: int | None  # difficulty where the source states one (MATH: 1 to 5)
     source: str
-
-
-class BadRow(ValueError):
-    """Why one row cannot be used."""
 
 
 def load_problems(sources: Sequence[SourceConfig]) -> tuple[list[Problem], list[str]]:
@@ -58,13 +53,8 @@ def load_problems(sources: Sequence[SourceConfig]) -> tuple[list[Problem], list[
 # ---- one source ----
 
 
-def _key(source: SourceConfig) -> str:
-    """Where error messages send the user."""
-    return f"data.sources[{source.name}]"
-
-
 def _check(source: SourceConfig) -> None:
-    key = _key(source)
+    key = source_key(source)
     if not source.name or not source.path:
         raise UserError("data.sources: a source needs a name and a path (hub name, FILE.jsonl or demo)")
     if source.count < 0:
@@ -83,7 +73,7 @@ def _load_source(source: SourceConfig) -> tuple[list[Problem], list[str]]:
     problems: dict[str, Problem] = {}
     bad: dict[str, list[int]] = {}  # reason -> line numbers
     num_rows = num_bad = 0
-    for number, row in _rows(source):
+    for number, row in read_rows(source):
         num_rows += 1
         try:
             problem = _problem(row, source)
@@ -96,11 +86,11 @@ def _load_source(source: SourceConfig) -> tuple[list[Problem], list[str]]:
     if num_bad > source.max_bad_fraction * num_rows:
         raise UserError(
             f"{source.path}: {num_bad} of {num_rows} rows cannot be used ({'; '.join(listing)}): mend them, "
-            f"check the field names of {_key(source)}, or raise its max_bad_fraction "
+            f"check the field names of {source_key(source)}, or raise its max_bad_fraction "
             f"({source.max_bad_fraction:g})"
         )
     if not problems:
-        raise UserError(f"{_key(source)}.path: {source.path} has no rows; give one that has")
+        raise UserError(f"{source_key(source)}.path: {source.path} has no rows; give one that has")
     kept = _choose(list(problems.values()), source)
     summary = f"{source.name}: {len(kept)} problems of {num_rows} rows from {source.path}"
     num_repeated = num_rows - num_bad - len(problems)
@@ -130,7 +120,7 @@ def _demo_problems(source: SourceConfig) -> list[Problem]:
     try:
         made = make_problems(source.count, source.seed, source.levels)
     except ValueError as error:
-        raise UserError(f"{_key(source)}: {error}; change its count or levels") from error
+        raise UserError(f"{source_key(source)}: {error}; change its count or levels") from error
     return [_make(source.name, question, answer, level) for question, answer, level in made]
 
 
@@ -149,14 +139,14 @@ def _choose(problems: list[Problem], source: SourceConfig) -> list[Problem]:
         problems = [problem for problem in problems if problem.level in source.levels]
         if not problems:
             raise UserError(
-                f"{_key(source)}.levels {list(source.levels)}: no row of {source.path} has one of them in "
+                f"{source_key(source)}.levels {list(source.levels)}: no row of {source.path} has one of them in "
                 f"its field {source.level!r}; check levels, and the field's name (key level)"
             )
     if source.count == 0:
         return problems
     if source.count > len(problems):
         raise UserError(
-            f"{_key(source)}.count is {source.count}, but there are only {len(problems)} problems; "
+            f"{source_key(source)}.count is {source.count}, but there are only {len(problems)} problems; "
             "lower it, or give 0 for all"
         )
     ranked = sorted(problems, key=lambda problem: sha256(f"{source.seed}/{problem.id}".encode()).digest())
@@ -165,43 +155,6 @@ def _choose(problems: list[Problem], source: SourceConfig) -> list[Problem]:
 
 
 # ---- rows ----
-
-
-def _rows(source: SourceConfig) -> Iterator[tuple[int, Any]]:
-    """(line number, row) of a source; a line that is not JSON comes as the BadRow that says why."""
-    if source.path.endswith(".jsonl"):
-        yield from _jsonl_rows(source)
-        return
-    import datasets  # heavy, and not needed for local files
-
-    try:
-        rows = datasets.load_dataset(source.path, source.subset or None, split=source.split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{_key(source)}: cannot load {source.path!r} from the Hugging Face hub ({reason}); check path, "
-            "subset, split and network (gated sets need HF_TOKEN), or give a local .jsonl file as path"
-        ) from error
-    yield from enumerate(rows, start=1)
-
-
-def _jsonl_rows(source: SourceConfig) -> Iterator[tuple[int, Any]]:
-    try:
-        content = Path(source.path).read_bytes()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"{_key(source)}.path: cannot read {source.path} ({reason})") from error
-    # Split bytes, not text: str.splitlines also cuts at characters that JSON allows inside a string.
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode())
-        except UnicodeDecodeError:
-            row = BadRow("not UTF-8")
-        except (ValueError, RecursionError) as error:
-            row = BadRow(f"not JSON ({error})")
-        yield number, row
 
 
 def _problem(row: Any, source: SourceConfig) -> Problem:

@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nanolapo.alarms import Alarms
-from nanolapo.config import Config, UserError, validate
+from nanolapo.config import Config, UserError
+from nanolapo.config_checks import validate
 from nanolapo.grader import Grader
 from nanolapo.methods.base import Method
 from nanolapo.metrics import RunLog

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from nanolapo.grader import Grader, exact_first_boxed, grade, last_boxed
+from nanolapo.boxes import exact_first_boxed, last_boxed
+from nanolapo.grader import Grader, grade
 
 DATA = Path(__file__).parents[1] / "../shared/data"  # the developers' copy of the public sets; absent in a clone
 BUILT_IN_GOLDS = r"""204|27.0|-3|\frac{14}{3}|\left( 3, \frac{\pi}{2} \right)|p - q|\text{Evelyn}|\text{(C)}

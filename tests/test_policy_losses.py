@@ -17,7 +17,8 @@ from test_update import assert_close
 from tiny import CPU, make_config, make_rows, score_rows
 from transformers import AutoModelForCausalLM
 
-from nanolapo.config import Config, LossConfig, UserError, validate
+from nanolapo.config import Config, LossConfig, UserError
+from nanolapo.config_checks import validate
 from nanolapo.config_file import load_config
 from nanolapo.losses import high_covariance, next_lam, policy_loss
 from nanolapo.methods.base import LossInputs, Method
@@ -219,7 +220,7 @@ def test_value_and_gradient_for_any_split(case, per_token, seed):
 
 
 def test_every_kind_is_covered():
-    from nanolapo.config import CHOICES
+    from nanolapo.config_checks import CHOICES
 
     assert {case["kind"] for case in CASES} == set(CHOICES["loss.kind"])
 

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nanolapo.boxes import last_boxed
 from nanolapo.config import Config
-from nanolapo.grader import last_boxed
 from nanolapo.methods.base import Method, SamplingPlan
 from nanolapo.problems import Problem
 from nanolapo.prompts import Guidance, curriculum_guidance
