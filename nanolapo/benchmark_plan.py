@@ -8,7 +8,8 @@ nothing to do with the problem (evaluate.instructions: the conflicting instructi
 from __future__ import annotations
 
 import difflib
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nanolapo.checkpoint import NAME
@@ -16,7 +17,8 @@ from nanolapo.config import Config, PromptConfig, UserError
 from nanolapo.config_checks import CHOICES
 from nanolapo.config_file import build, overlay, to_yaml
 from nanolapo.grader import Grader
-from nanolapo.session import Data, load_data
+from nanolapo.prompts import Prompter
+from nanolapo.session import Data, fit_prompts, gradable_problems, load_tokenizer
 
 PLACES = ("inside", "outside")  # of the thought
 
@@ -114,9 +116,11 @@ def passes(config: Config, model: Model, is_last: bool) -> list[Pass]:
     return [Pass(), *told]
 
 
-def load_set(config: Config, model: Model, grader: Grader) -> Data:
-    """The problems as this model's tokenizer reads them."""
-    return load_data(replace(config, model=replace(config.model, path=model.path), prompt=model.prompt), grader)
+def load_sets(config: Config, models: Sequence[Model], grader: Grader) -> list[Data]:
+    """The problems as each model's tokenizer reads them; they are read, and their golds checked, once for all models."""
+    prompters = [Prompter(load_tokenizer(m.path, f"evaluate.models: {m.name}"), m.prompt) for m in models]
+    problems, report = gradable_problems(config, grader)
+    return [fit_prompts(config, prompter, problems, report) for prompter in prompters]
 
 
 def wanted_samples(config: Config, data: Data) -> list[tuple[int, int]]:
@@ -129,7 +133,7 @@ def describe(config: Config) -> None:
     """--dry-run: check every model's tokenizer and all data; print the config, how much to sample, and the prompts."""
     models, e = parse_models(config), config.evaluate
     with Grader() as grader:
-        loaded = [load_set(config, model, grader) for model in models]
+        loaded = load_sets(config, models, grader)
     print(to_yaml(config))
     most = 0
     for model, data in zip(models, loaded, strict=True):

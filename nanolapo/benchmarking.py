@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nanolapo.benchmark_plan import Model, Pass, load_set, parse_models, passes, wanted_samples
+from nanolapo.benchmark_plan import Model, Pass, load_sets, parse_models, passes, wanted_samples
 from nanolapo.config import Config
 from nanolapo.evaluation import Answer, add_aes, per_problem, read_answers, sample_file, score_sets
 from nanolapo.grader import Grader
@@ -33,8 +33,8 @@ def evaluate(config: Config) -> dict[str, Any]:
     ranks, models = set_up_process(config), parse_models(config)
     rows: list[dict[str, Any]] = []
     with Grader() as grader:
-        loaded = [(m, load_set(config, m, grader)) for m in models]  # a missing folder must not show hours later
-        for model, data in loaded:
+        loaded = load_sets(config, models, grader)  # of all models: a missing folder must not show hours later
+        for model, data in zip(models, loaded, strict=True):
             runs = Benchmark(config, model, data, grader, ranks)
             if ranks.is_main:
                 print(*data.report, f"evaluating {model.name} on {len(data.problems)} problems", sep="\n", flush=True)

@@ -43,9 +43,11 @@ DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errn
 ECHO_DELAY_S = 60
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], keeps_progress: bool = True) -> None:
     """Call a script's main. A UserError or a disk that cannot be written is one line and exit code 2; a run that must not
-    go on one line and exit code 3; Ctrl-C one line and 130; any other error keeps its traceback."""
+    go on one line and exit code 3; Ctrl-C one line and 130; any other error keeps its traceback.
+
+    keeps_progress: does the script take up what it had done before it was interrupted, or start again?"""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
@@ -55,7 +57,8 @@ def run(main: Callable[[], None]) -> None:
     except RunStopped as error:
         end(f"stopped: {error}", 3)
     except KeyboardInterrupt:
-        end("interrupted; the same command goes on from what was saved", 130)
+        left = "goes on from what was saved" if keeps_progress else "starts again: nothing was saved"
+        end(f"interrupted; the same command {left}", 130)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in DISK:
             where = f"{error.filename}: " if error.filename else ""

@@ -102,9 +102,19 @@ class Session:
         return progress(self.config, self.token_limit, self.step, self.sampled_tokens)
 
 
+def must_be_local(path: str) -> bool:
+    """Can this path be no hub name (organisation/name)? It has more slashes, or begins with a folder that is here.
+
+    >>> [must_be_local(path) for path in ("runs/base", "./base", "../base", "/base", "a/b/c", "someone/base", "base")]
+    [True, True, True, True, True, False, False]
+    """
+    first, slash, _ = path.partition("/")
+    return path.count("/") > 1 or (bool(slash) and (first == "runs" or Path(first).is_dir()))
+
+
 def load_tokenizer(path: str, key: str = "model.path") -> PreTrainedTokenizerBase:
     """Raises UserError naming the config's key when there is no tokenizer."""
-    if path.count("/") > 1 and not Path(path).exists():  # no hub name has two
+    if must_be_local(path) and not Path(path).exists():  # the hub would be asked for a minute without a network
         raise UserError(f"{key}={path!r}: no such folder; the run that writes it comes first")
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -117,10 +127,14 @@ def load_tokenizer(path: str, key: str = "model.path") -> PreTrainedTokenizerBas
 
 def load_data(config: Config, grader: Grader) -> Data:
     """Problems whose gold answer can be graded and whose prompt fits; the rest is counted in the report."""
+    prompter = Prompter(load_tokenizer(config.model.path), config.prompt)
+    return fit_prompts(config, prompter, *gradable_problems(config, grader))
+
+
+def gradable_problems(config: Config, grader: Grader) -> tuple[list[Problem], list[str]]:
+    """Problems whose gold answer can be graded, and the report of what came and what was left out."""
     if not config.data.sources:
         raise UserError("data.sources is empty: name at least one source of problems in the YAML file")
-    tokenizer = load_tokenizer(config.model.path)
-    prompter = Prompter(tokenizer, config.prompt)
     problems, report = load_problems(config.data.sources)
     if config.data.exclude:
         banned = {p.question for p in load_problems(config.data.exclude)[0]}
@@ -129,15 +143,18 @@ def load_data(config: Config, grader: Grader) -> Data:
         problems = kept
     failing = set(grader.golds_that_fail([p.answer for p in problems]))
     report += [f"dropped {problems[i].id}: gold {problems[i].answer!r} cannot be graded" for i in sorted(failing)]
-    problems = [p for i, p in enumerate(problems) if i not in failing]
-    limit = config.rollout.max_prompt_tokens
+    return [p for i, p in enumerate(problems) if i not in failing], report
+
+
+def fit_prompts(config: Config, prompter: Prompter, problems: Sequence[Problem], report: Sequence[str]) -> Data:
+    """The problems whose prompt is short enough; `report` with a line about the others."""
+    limit, report = config.rollout.max_prompt_tokens, list(report)
     short, skipped = split_by_length([prompter.ids(p.question) for p in problems], limit)
     if skipped:
         report.append(f"skipped {len(skipped)} prompts longer than rollout.max_prompt_tokens={limit}: never cut")
-    problems = [problems[i] for i in short]
-    if not problems:
-        raise UserError("data.sources: no problem is left after checking golds and prompt lengths; see the lines above")
-    return Data(problems, prompter, tokenizer, report)
+    if not short:
+        raise UserError(f"data.sources: no problem is left to work on ({'; '.join(report[-3:])})")
+    return Data([problems[i] for i in short], prompter, prompter.tokenizer, report)
 
 
 def pick_engine(config: Config) -> str:

@@ -78,6 +78,25 @@ def test_dry_run_prints_everything_and_writes_nothing(base: Path, tmp_path: Path
     assert not (tmp_path / "runs").exists()
 
 
+def test_an_interrupted_pre_training_says_that_it_starts_again(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "nanolapo.demo", str(write_config(tmp_path / "base", tmp_path))]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment() | {"PYTHONUNBUFFERED": "1"},
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("pre-training"):
+            process.send_signal(signal.SIGINT)
+            break
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == "interrupted; the same command starts again: nothing was saved\n"
+    assert not (tmp_path / "base").exists()
+
+
 @pytest.mark.slow
 def test_kill_9_and_resume_gives_the_uninterrupted_run_bit_for_bit(base: Path, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()

@@ -1,0 +1,79 @@
+"""Set-up of a run: paths that can only be local, and problems that are read once for all models of an evaluation.
+
+Run: python -m pytest tests/test_session.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny import make_config
+
+from nanolapo.benchmark_plan import Model, load_sets
+from nanolapo.config import UserError
+from nanolapo.demo import make_tokenizer
+from nanolapo.grader import Grader
+from nanolapo.session import load_data, load_tokenizer
+
+
+@pytest.mark.parametrize("path", ["runs/base", "here/base", "./base", "../base", "/nowhere/base"])
+def test_a_missing_local_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, path):
+    """One slash makes it look like a hub name, for which one waits about a minute where there is no network."""
+    (tmp_path / "cwd/here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "cwd")
+    with pytest.raises(UserError, match="no such folder"):
+        load_tokenizer(path)
+
+
+class CountingGrader(Grader):
+    """A real grader that knows how many golds it was asked to check."""
+
+    num_golds = 0
+
+    def golds_that_fail(self, golds: Sequence[str]) -> list[int]:
+        self.num_golds += len(golds)
+        return super().golds_that_fail(golds)
+
+
+def write_problems(folder: Path) -> Path:
+    """Three problems: a short one, one with a gold that cannot be graded, a long one."""
+    rows = [("Start with 1.", "1"), ("Start with 2.", r"\frac{1}{2"), ("Start with 3." * 10, "3")]
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"problem": q, "answer": a}) for q, a in rows))
+    return path
+
+
+def test_golds_are_checked_once_and_prompts_for_every_model(tmp_path):
+    tokenizer, path = make_tokenizer(), write_problems(tmp_path)
+    tokenizer.save_pretrained(tmp_path / "model")
+    config = make_config(tmp_path / "model", data={"sources": [{"name": "d", "path": str(path)}]},
+                         rollout={"max_prompt_tokens": 30})  # fmt: skip
+    short = replace(config.prompt, template="{question}")
+    long = replace(config.prompt, template="{question}" + " add 1" * 9)
+    models = [
+        Model(name, str(tmp_path / "model"), prompt) for name, prompt in (("a", short), ("b", long), ("c", short))
+    ]
+    with CountingGrader() as grader:
+        found = load_sets(config, models, grader)
+        assert grader.num_golds == 3
+        alone = load_data(replace(config, prompt=short), grader)
+    assert [[p.question for p in data.problems] for data in found] == [["Start with 1."]] * 3
+    assert found[0].problems == alone.problems and found[0].report == alone.report
+    assert "dropped" in alone.report[1] and alone.report[2].startswith("skipped 1 prompts")
+    assert found[1].prompter.ids("Start") == tokenizer("Start" + " add 1" * 9)["input_ids"]
+
+
+def test_when_no_problem_is_left_the_message_says_why(tmp_path):
+    path = write_problems(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    config = make_config(tmp_path / "model", data={"sources": [{"name": "d", "path": str(path)}]},
+                         rollout={"max_prompt_tokens": 2})  # fmt: skip
+    with (
+        pytest.raises(UserError, match="no problem is left.*cannot be graded; skipped 2 prompts longer than"),
+        Grader() as grader,
+    ):
+        load_data(config, grader)
