@@ -1,0 +1,185 @@
+"""What the pages say is what the code does: logged names, messages, keys, files, links, targets. And files stay short.
+
+Run: python -m pytest tests/test_docs.py
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from tiny import CPU, make_config, make_rows, update
+
+from nanolapo.compare_table import summarize_methods
+from nanolapo.evaluation import Answer, add_aes, score_sets
+from nanolapo.methods.base import Method
+from nanolapo.metrics import RunLog, describe, rollout_metrics
+from nanolapo.policy import Policy
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "nanolapo"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RETURNS_NUMBERS = {  # annotation of a hook -> what its keys are logged under
+    "dict[str, float]": "",
+    "tuple[Tensor, dict[str, Tensor]]": "",
+    "dict[str, np.ndarray]": "reward/",
+}
+
+
+def sections(page: Path) -> dict[str, str]:
+    """Text by "## " heading; what comes before the first one is under ""."""
+    parts = re.split(r"^## (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {"": parts[0]} | dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def names_in(text: str) -> list[str]:
+    """The names in backticks in the first cells of the tables.
+
+    >>> names_in("| name | x |\\n| :-- | :-- |\\n| `a`, `b/c` | `d` |\\n")
+    ['a', 'b/c']
+    """
+    first_cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    return [name for cell in first_cells for name in re.findall(r"`([^`]+)`", cell)]
+
+
+def metrics_page() -> dict[str, str]:
+    return sections(ROOT / "docs/METRICS.md")
+
+
+def metric_names() -> list[str]:
+    """Names of the sections that describe a step."""
+    page = metrics_page()
+    titles = list(page)[: list(page).index("The console line")]
+    return [name for title in titles for name in names_in(page[title])]
+
+
+# ------------------------------------------------------------------------------------- names of a step: metrics.jsonl
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef]:
+    return (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.FunctionDef))
+
+
+def keys_in(function: ast.FunctionDef) -> set[str]:
+    """Keys of its dict displays and of assignments like logged["kl"] = ...; {x} where an f-string has a value."""
+    found: list[ast.expr] = []
+    for node in ast.walk(function):
+        if isinstance(node, ast.Dict):
+            found += [key for key in node.keys if key is not None]
+        elif isinstance(node, ast.DictComp):
+            found.append(node.key)
+        elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
+            found.append(node.slice)
+    keys = set()
+    for key in found:
+        if isinstance(key, ast.Constant) and isinstance(key.value, str):
+            keys.add(key.value)
+        elif isinstance(key, ast.JoinedStr):
+            keys.add("".join(str(part.value) if isinstance(part, ast.Constant) else "{x}" for part in key.values))
+    return keys
+
+
+@cache
+def names_in_code() -> frozenset[str]:
+    """What the source logs in a step: every dict that a hook, the update or the loop makes; f-strings with {x} in them."""
+    found: set[str] = set()
+    for path in [PACKAGE / "update.py", *sorted((PACKAGE / "methods").glob("*.py"))]:
+        for function in functions(path):
+            prefix = RETURNS_NUMBERS.get(ast.unparse(function.returns)) if function.returns else None
+            if prefix is not None:
+                found |= {prefix + key for key in keys_in(function)}
+    for function in functions(PACKAGE / "loop.py"):
+        if function.name in ("run_step", "record"):
+            found |= keys_in(function)
+    phases = re.findall(r'\bwatch\("(\w+)"\)', "".join(path.read_text() for path in PACKAGE.glob("*.py")))
+    assert "seconds/{x}" in found and len(phases) >= 4
+    found |= {f"seconds/{phase}" for phase in phases}
+    return frozenset(found - {"seconds/{x}"} | {"step"})  # step: RunLog.step adds it
+
+
+def names_of_a_run(folder: Path) -> set[str]:
+    """What the pure functions return for small rollouts and updates with every optional loss term."""
+    rollouts = make_rows([5, 9, 7, 3], correct=[True, False, True, True])
+    verdict = rollouts.correct_B.astype(np.float64)
+    found = set(rollout_metrics(rollouts, {"correct": verdict}))
+    for loss in ({}, {"kl_coef": 0.1, "tis_cap": 2.0}, {"kind": "r2vpo"}):
+        found |= set(update(Policy(make_config(folder, loss=loss), CPU), rollouts, [1.0, -1.0, 1.0, 0.5]))
+    return found | set(Method(make_config(loss={"kind": "r2vpo"})).after_update({"ratio_variance": 0.1}))
+
+
+def pattern(name: str) -> str:
+    return re.escape(name).replace(re.escape("{x}"), r"\w+")
+
+
+def test_every_logged_name_is_in_the_page_and_every_name_of_the_page_is_logged(tied_model):
+    written, logged = metric_names(), names_in_code() | names_of_a_run(tied_model)
+    assert len(written) == len(set(written)), "a name is explained twice"
+    missing = [name for name in logged if not any(re.fullmatch(pattern(name), other) for other in written)]
+    invented = [name for name in written if not any(re.fullmatch(pattern(other), name) for other in logged)]
+    assert not missing, f"logged, but not in docs/METRICS.md: {sorted(missing)}"
+    assert not invented, f"in docs/METRICS.md, but not logged: {sorted(invented)}"
+    assert len(logged) > 60, "the search has become blind"
+
+
+def test_the_console_line_has_the_labels_of_the_page(tmp_path, capsys):
+    rollouts = make_rows([5, 9, 7, 3], correct=[True, False, True, True])
+    metrics = rollout_metrics(rollouts, {"correct": rollouts.correct_B.astype(np.float64)})
+    metrics |= dict.fromkeys(("mismatch", "grad_norm", "tokens_per_second", "memory_gb"), 0.5)
+    log = RunLog(make_config(run={"dir": str(tmp_path), "name": "r"}), 0, None)
+    log.step(0, metrics)
+    line = capsys.readouterr().out
+    labels = re.findall(r"(?<![\w.])[A-Za-z][\w/]*(?: [a-z]+)?", line)
+    assert names_in(metrics_page()["The console line"]) == labels
+
+
+def test_rollout_lines_have_the_names_of_the_page():
+    rollouts = make_rows([5, 9])
+    row = describe(0, 0, rollouts, {"correct": np.zeros(2)})
+    assert names_in(metrics_page()["rollouts.jsonl"]) == list(row)
+
+
+# ----------------------------------------------------------------------------------------------------- results.json
+
+
+def answers(correct: bool) -> list[Answer]:
+    return [
+        Answer(f"s{level}:{k}", f"s{level}", level + k, 0, 5 + k, correct, True, "so")
+        for level in (1, 2)
+        for k in (0, 1)
+    ]
+
+
+def results() -> dict[str, object]:
+    config = make_config(evaluate={"bootstrap": 5})
+    rows = [row for name in ("base", "new") for row in score_sets(name, 0.6, "", answers(True), config)]
+    add_aes(rows, "base")
+    return {"base": "base", "rows": rows}
+
+
+def test_results_have_the_names_of_the_page():
+    """`run` and `step` are added to rows of models that a run exported."""
+    found = results()
+    rows = found["rows"]
+    assert isinstance(rows, list)
+    text = metrics_page()["results.json of evaluate.py"]
+    rows_text, samples_text = text.split("`samples/*.jsonl`")
+    logged = {*found, *(key for row in rows for key in row), "run", "step"}
+    assert sorted(names_in(rows_text)) == sorted(logged)
+    assert '{"run": model.run, "step": model.step}' in (PACKAGE / "benchmarking.py").read_text()
+    assert names_in(samples_text) == [field.name for field in dataclasses.fields(Answer)]
+
+
+def test_comparisons_have_the_names_of_the_page(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 0, "sampled_tokens": 5, "trained_tokens": 3, "seconds/sample": 1}\n'
+    )
+    rows = summarize_methods([results(), results()], {"new": [[tmp_path], [tmp_path]]}, set())  # type: ignore[list-item]
+    page = metrics_page()
+    known = {*names_in(page["results.json of make compare"]), *names_in(page["results.json of evaluate.py"])}
+    added = {key for row in rows for key in row}
+    assert added <= known and set(names_in(page["results.json of make compare"])) <= added
