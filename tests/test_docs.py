@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pytest
 from tiny import CPU, make_config, make_rows, update
 
 from nanolapo.compare_table import summarize_methods
@@ -43,8 +44,8 @@ def names_in(text: str) -> list[str]:
     >>> names_in("| name | x |\\n| :-- | :-- |\\n| `a`, `b/c` | `d` |\\n")
     ['a', 'b/c']
     """
-    first_cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
-    return [name for cell in first_cells for name in re.findall(r"`([^`]+)`", cell)]
+    cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("| ")]
+    return [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
 
 
 def metrics_page() -> dict[str, str]:
@@ -183,3 +184,65 @@ def test_comparisons_have_the_names_of_the_page(tmp_path):
     known = {*names_in(page["results.json of make compare"]), *names_in(page["results.json of evaluate.py"])}
     added = {key for row in rows for key in row}
     assert added <= known and set(names_in(page["results.json of make compare"])) <= added
+
+
+# ------------------------------------------------------------------------------------------------- TROUBLESHOOTING.md
+
+
+def text_of(node: ast.expr) -> str:
+    """A string of the source as it is printed, with a NUL for every value in it; "" for what is no string."""
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else ""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values)
+    if isinstance(node, ast.BinOp):
+        return text_of(node.left) + text_of(node.right)
+    return "\0"
+
+
+@cache
+def strings_in_code() -> tuple[str, ...]:
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))]
+    nodes = (node for tree in trees for node in ast.walk(tree) if isinstance(node, (ast.Constant, ast.JoinedStr)))
+    return tuple(text_of(node) for node in nodes)
+
+
+def says(text: str, quote: str) -> bool:
+    """Does this string of the code contain the quote, whose "..." stands for a value?
+
+    >>> says("the files lack \\0 weights of \\0", "lack ... weights"), says("lack \\0 weights", "lack weights")
+    (True, False)
+    """
+    return (
+        re.search(r".*?\0.*?".join(re.escape(part.strip(" ")) for part in quote.split("...")), text, re.DOTALL)
+        is not None
+    )
+
+
+def quotes() -> list[str]:
+    return names_in((ROOT / "docs/TROUBLESHOOTING.md").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("quote", quotes())
+def test_a_quoted_message_is_printed_by_the_code(quote):
+    assert any(says(text, quote) for text in strings_in_code()), quote
+
+
+def stopping_messages() -> list[str]:
+    """Texts of everything that stops a run or warns: RunStopped and its subclasses, warnings, the alarms' sentences."""
+    stops, found = {"RunStopped", "MismatchError", "BadStepsError", "warn"}, []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and node.args and ast.unparse(node.func).split(".")[-1] in stops:
+                found.append(text_of(node.args[0]))
+            if path.name == "alarms.py" and isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "texts":
+                assert isinstance(node.value, ast.Dict)
+                found += [text_of(value) for value in node.value.values]
+    return found
+
+
+def test_every_alarm_is_in_the_troubleshooting_page():
+    messages = stopping_messages()
+    assert len(messages) >= 11
+    unexplained = [text for text in messages if not any(says(text, quote) for quote in quotes())]
+    assert not unexplained
