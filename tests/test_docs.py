@@ -17,6 +17,7 @@ import pytest
 from tiny import CPU, make_config, make_rows, update
 
 from nanolapo.compare_table import summarize_methods
+from nanolapo.config import Config
 from nanolapo.evaluation import Answer, add_aes, score_sets
 from nanolapo.methods.base import Method
 from nanolapo.metrics import RunLog, describe, rollout_metrics
@@ -246,3 +247,113 @@ def test_every_alarm_is_in_the_troubleshooting_page():
     assert len(messages) >= 11
     unexplained = [text for text in messages if not any(says(text, quote) for quote in quotes())]
     assert not unexplained
+
+
+# ------------------------------------------------------------------------------- keys, files, links and make targets
+
+
+def pages() -> list[pytest.ParameterSet]:
+    return [pytest.param(path, id=path.name) for path in PAGES]
+
+
+def quoted(page: Path) -> list[str]:
+    """Everything in backticks, and the words of indented commands."""
+    text = page.read_text(encoding="utf-8")
+    code = [line.split("#")[0] for line in text.splitlines() if line.startswith("    ")]
+    return re.findall(r"`([^`\n]+)`", text) + " ".join(code).split()
+
+
+ENDINGS = (".py", ".md", ".yaml", ".json", ".jsonl", ".safetensors")
+
+
+def section_names() -> set[str]:
+    return {field.name for field in dataclasses.fields(Config)}
+
+
+def config_keys(text: str) -> list[str]:
+    """What looks like a key of the config: section.key, alone or with a value.
+
+    >>> config_keys("set rollout.top_p=1.0, not loop.py or data.py, nor model/x")
+    ['rollout.top_p']
+    """
+    found = re.findall(r"(?<![\w./])([a-z_]+\.[a-z_]+)(?![\w./(])", text)
+    return [key for key in found if key.split(".")[0] in section_names() and not key.endswith(ENDINGS)]
+
+
+def is_key(key: str) -> bool:
+    section, name = key.split(".")
+    return name in {field.name for field in dataclasses.fields(getattr(Config(), section))}
+
+
+@pytest.mark.parametrize("page", [page for page in pages() if page.id != "LOG.md"])  # a log names keys of its day
+def test_config_keys_exist(page):
+    keys = [key for text in quoted(page) for key in config_keys(text)]
+    assert not [key for key in keys if not is_key(key)]
+
+
+def test_the_search_for_keys_sees(tmp_path):
+    (tmp_path / "a.md").write_text("`rollout.top_pp=1`, `wandb.mode` and\n\n    python x.py model.pth=y  # run.no\n")
+    keys = [key for text in quoted(tmp_path / "a.md") for key in config_keys(text)]
+    assert keys == ["rollout.top_pp", "wandb.mode", "model.pth"] and list(map(is_key, keys)) == [False, True, False]
+
+
+def paths_in(text: str) -> list[str]:
+    """What looks like a file or folder of the project.
+
+    >>> paths_in("python nanolapo/seeds.py configs/demo/ x/y, train_stage1.py; ../z")
+    ['nanolapo/seeds.py', 'configs/demo/', 'train_stage1.py']
+    """
+    folders = "|".join(path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return re.findall(rf"(?<![\w./-])((?:(?:{folders})/[\w./*-]*|\w+\.(?:py|md|yaml|toml))(?<![.]))", text)
+
+
+@pytest.mark.parametrize("page", pages())
+def test_files_exist(page):
+    """Relative to the project's root; a bare name may lie deeper, or be a file that the code writes."""
+    below = {path.name for folder in ("nanolapo", "tests", "configs", "docs") for path in (ROOT / folder).rglob("*.*")}
+    for path in (path for text in quoted(page) for path in paths_in(text)):
+        is_pattern, is_written = any(part in path for part in ("*", "NN")), any(path in text for text in strings_in_code())
+        known = (ROOT / path).exists() or path in below or is_pattern or is_written or path == "mine.yaml"
+        assert known, f"{page.name} names {path}"
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of headings: lower case, no punctuation, hyphens for blanks."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", pages())
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in anchors(linked), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", pages())
+def test_make_targets_exist(page):
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    named = re.findall(r"(?:`|    )make ([a-z][a-z-]*)", page.read_text(encoding="utf-8"))
+    assert not set(named) - targets
+
+
+# -------------------------------------------------------------------------------------------------- the files themselves
+
+
+def test_the_readme_lists_every_module():
+    table = sections(ROOT / "README.md")["The files"]
+    named = set(re.findall(r"(\w+\.py)`", table))
+    modules = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"}
+    assert not modules - named, "modules missing from the README's table"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_stay_short(path):
+    """A rival should be read at one sitting; base.py is no rival, lapo.py two stages side by side."""
+    is_rival = path.parent.name == "methods" and path.name not in ("base.py", "lapo.py")
+    length = len(path.read_text(encoding="utf-8").splitlines())
+    assert length <= (125 if is_rival else 300)
