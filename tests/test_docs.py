@@ -257,10 +257,22 @@ def pages() -> list[pytest.ParameterSet]:
 
 
 def quoted(page: Path) -> list[str]:
-    """Everything in backticks, and the words of indented commands."""
+    """Everything in backticks, and the words of indented commands; of COMING_FROM.md's tables only our column."""
     text = page.read_text(encoding="utf-8")
+    if page.name == "COMING_FROM.md":
+        text = "\n".join(our_column(line) if line.startswith("| ") else line for line in text.splitlines())
     code = [line.split("#")[0] for line in text.splitlines() if line.startswith("    ")]
     return re.findall(r"`([^`\n]+)`", text) + " ".join(code).split()
+
+
+def our_column(row: str) -> str:
+    """
+    >>> our_column("| seed | `run.seed` | `seed` | `data.seed` | `--train.seed` |")
+    ' `run.seed` '
+    """
+    what, ours, *theirs = row.strip("|").split("|")
+    assert len(theirs) == 3, row
+    return ours
 
 
 ENDINGS = (".py", ".md", ".yaml", ".json", ".jsonl", ".safetensors")
@@ -276,7 +288,7 @@ def config_keys(text: str) -> list[str]:
     >>> config_keys("set rollout.top_p=1.0, not loop.py or data.py, nor model/x")
     ['rollout.top_p']
     """
-    found = re.findall(r"(?<![\w./])([a-z_]+\.[a-z_]+)(?![\w./(])", text)
+    found = re.findall(r"(?<![\w./-])([a-z_]+\.[a-z_]+)(?![\w./(])", text)
     return [key for key in found if key.split(".")[0] in section_names() and not key.endswith(ENDINGS)]
 
 
@@ -289,6 +301,14 @@ def is_key(key: str) -> bool:
 def test_config_keys_exist(page):
     keys = [key for text in quoted(page) for key in config_keys(text)]
     assert not [key for key in keys if not is_key(key)]
+
+
+def test_every_row_of_coming_from_names_what_we_have():
+    """A key, a method's file, a dash, or words."""
+    text = (ROOT / "docs/COMING_FROM.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith(("| :--", "| what"))]
+    keys = [key for row in rows for key in config_keys(our_column(row))]
+    assert len(rows) > 50 and len(keys) > 45 and all(map(is_key, keys))
 
 
 def test_the_search_for_keys_sees(tmp_path):
@@ -312,7 +332,10 @@ def test_files_exist(page):
     """Relative to the project's root; a bare name may lie deeper, or be a file that the code writes."""
     below = {path.name for folder in ("nanolapo", "tests", "configs", "docs") for path in (ROOT / folder).rglob("*.*")}
     for path in (path for text in quoted(page) for path in paths_in(text)):
-        is_pattern, is_written = any(part in path for part in ("*", "NN")), any(path in text for text in strings_in_code())
+        is_pattern, is_written = (
+            any(part in path for part in ("*", "NN")),
+            any(path in text for text in strings_in_code()),
+        )
         known = (ROOT / path).exists() or path in below or is_pattern or is_written or path == "mine.yaml"
         assert known, f"{page.name} names {path}"
 
