@@ -19,7 +19,7 @@ from nanolapo.methods import load_method
 
 ROOT = Path(__file__).parents[1]
 # compare.yaml is a plan of runs, see tests/test_compare.py
-CONFIGS = sorted(path for path in ROOT.glob("configs/**/*.yaml") if path.name != "compare.yaml")
+CONFIGS = sorted(path for path in ROOT.glob("configs/**/*.yaml") if path.name not in ("compare.yaml", "reproduce.yaml"))
 
 
 @pytest.fixture
