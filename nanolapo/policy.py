@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from nanolapo.attention import use_stems
 from nanolapo.config import Config, UserError
 from nanolapo.lora import adapters_off, add_lora, lora_layers, merged_delta
 from nanolapo.microbatches import MicroBatch
@@ -123,13 +124,15 @@ class Scorer(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(
-        self, ids_BS: Tensor, rows_N: Tensor, s_N: Tensor, temperature: float, with_entropy: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Log-probs (and entropy) [N] of the tokens at positions (rows_N, s_N), each predicted from position s - 1."""
-        hidden_BSD = self.model.get_decoder()(input_ids=ids_BS, use_cache=False).last_hidden_state
+    def forward(self, batch: MicroBatch, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+        """Log-probs (and entropy) [N] of the response tokens, each predicted from the token before it."""
+        hidden_1SD = self.model.get_decoder()(
+            input_ids=batch.ids_S[None], position_ids=batch.positions_S[None], use_cache=False, stems=batch.stems
+        ).last_hidden_state
         head = self.model.get_output_embeddings()
-        return token_logprobs(hidden_BSD[rows_N, s_N - 1], ids_BS[rows_N, s_N], head, temperature, with_entropy)
+        return token_logprobs(
+            hidden_1SD[0, batch.before_N], batch.ids_S[batch.tokens_N], head, temperature, with_entropy
+        )
 
 
 class Policy:
@@ -161,6 +164,7 @@ class Policy:
 
     def spread(self, model: PreTrainedModel, offload: bool = False) -> Scorer:
         """Cut the model up over the ranks if it is to be; all computing goes through what is returned."""
+        use_stems(model)
         scorer = Scorer(model)
         if self.sharded:
             shard(scorer, model.get_decoder().layers, self.dtype, offload and self.device.type != "cpu")
@@ -189,15 +193,12 @@ class Policy:
     ) -> tuple[Tensor, Tensor | None]:
         """Log-prob of every sampled token given all before it, float32 [B, T] (0 where mask is 0), and its entropy.
 
-        The token at position s is predicted from the hidden state at s - 1, so response token t of row b is scored from
-        position prompt_length + t - 1; its first token from the last prompt position. Only these positions meet the head.
+        A response's first token is predicted from the prompt's last position. Only response tokens meet the head.
         """
         scorer = self.reference if reference else self.scorer
         assert scorer is not None, "there is no reference model when loss.kl_coef is 0"
-        rows_N, t_N = batch.mask_BT.nonzero(as_tuple=True)
-        s_N = batch.prompt_lengths_B[rows_N] + t_N
         with self.autocast(), adapters_off(self.model) if reference else nullcontext():
-            logprobs_N, entropy_N = scorer(batch.ids_BS, rows_N, s_N, self.config.rollout.temperature, with_entropy)
+            logprobs_N, entropy_N = scorer(batch, self.config.rollout.temperature, with_entropy)
         return batch.scatter(logprobs_N), None if entropy_N is None else batch.scatter(entropy_N)
 
     def learning_rate(self) -> float:
