@@ -1,8 +1,8 @@
 """Attention over rows that lie side by side in one long sequence, without padding, equal prompts read once.
 
-A micro-batch is one sequence of *stems*: a prompt, then all responses to it. A prompt sees itself; a response sees the prompt
-and itself, never the response beside it. So the prompt of a group is computed once for its G rollouts (and its gradient is
-the sum over them), and no position is padding. transformers' models take such a function by name, and hand it whatever
+A micro-batch is one sequence of *stems*: a prompt, then all responses to it. A prompt sees itself; a response sees the
+prompt and itself, never the response beside it. So the prompt of a group is computed once for its G rollouts (its gradient
+is the sum over them), and no position is padding. transformers' models take such a function by name, and hand it whatever
 keyword the model was called with: here `stems`.
 
 Legend: S all tokens of the sequence, P prompt tokens, H query heads, K key/value heads, D head size.

@@ -94,13 +94,15 @@ def make_microbatch(rollouts: Rollouts, rows: Sequence[int], device: torch.devic
     )
 
 
-def plan_microbatches(rollouts: Rollouts, rows: Sequence[int], num_ranks: int, token_budget: int) -> list[list[list[int]]]:
+def plan_microbatches(
+    rollouts: Rollouts, rows: Sequence[int], num_ranks: int, token_budget: int
+) -> list[list[list[int]]]:
     """Split rows over ranks and micro-batches by token count: plan[rank] is that rank's list of row lists.
 
     Longest first, each row goes to the rank with the fewest tokens so far; a rank's rows, in order so that those of a group
     are neighbours, are cut where the tokens would pass the budget (a prompt that neighbours share counts once). Every rank
-    gets the same number of micro-batches (some may be empty). A pure function of numbers all ranks know, so no rank needs to
-    ask another.
+    gets the same number of micro-batches (some may be empty). A pure function of numbers all ranks know, so no rank needs
+    to ask another.
     """
     lengths = {row: len(rollouts.response_ids[row]) for row in rows}
     sizes = {row: lengths[row] + len(rollouts.prompt_ids[row]) for row in rows}
