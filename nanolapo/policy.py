@@ -166,8 +166,6 @@ class Policy:
         """
         scorer = self.reference if reference else self.scorer
         assert scorer is not None, "there is no reference model when loss.kl_coef is 0"
-        if self.working:
-            self.working.refresh()
         with adapters_off(scorer.model) if reference else nullcontext():
             logprobs_N, entropy_N = scorer(batch, self.config.rollout.temperature, with_entropy)
         return batch.scatter(logprobs_N), None if entropy_N is None else batch.scatter(entropy_N)
@@ -185,6 +183,11 @@ class Policy:
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
         return t.learning_rate * (t.final_lr_fraction + (1 - t.final_lr_fraction) * cosine)
 
+    def weights_changed(self) -> None:
+        """To be called by whoever writes to the trained weights."""
+        if self.working:
+            self.working.refresh()
+
     def step(self) -> float:
         """Sum gradients over ranks, clip, step; returns the global gradient norm before clipping.
 
@@ -196,6 +199,7 @@ class Policy:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate()
             self.optimizer.step()
+            self.weights_changed()
             self.num_steps += 1
         self.optimizer.zero_grad(set_to_none=True)
         return norm

@@ -33,16 +33,13 @@ class WorkingCopy:
             if master.requires_grad:
                 mine.register_post_accumulate_grad_hook(hand_over(master))
             self.pairs.append((master, mine))
-        self.seen: list[int] = []  # the masters' versions that the copy holds
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Cast the masters again if any was written to since: an optimizer step, a checkpoint."""
-        versions = [master._version for master, _ in self.pairs]
-        if versions != self.seen:
-            for master, mine in self.pairs:
-                mine.copy_(master)
-            self.seen = versions
+        """Cast the masters again, after they were written to. (A fused optimizer does not raise their version counters, so
+        nothing but the caller can know.)"""
+        for master, mine in self.pairs:
+            mine.copy_(master)
 
 
 def hand_over(master: nn.Parameter) -> Callable[[Tensor], None]:

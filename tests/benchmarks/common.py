@@ -18,8 +18,8 @@ PROMPTS = (
     "rolls herself. How many rolls are left in the evening? Think step by step and write the final number in a box.",
     "A train leaves at 9:15 and arrives at 11:40 after two stops of 10 minutes each. How many minutes does it move? Think "
     "step by step and write the final number in a box.",
-    "Anna reads 14 pages on Monday, twice as many on Tuesday and 5 pages fewer than on Tuesday on Wednesday. How many pages "
-    "did she read on these three days? Think step by step and write the final number in a box.",
+    "Anna reads 14 pages on Monday, twice as many on Tuesday and 5 pages fewer than on Tuesday on Wednesday. How many "
+    "pages did she read on these three days? Think step by step and write the final number in a box.",
 )
 
 

@@ -80,7 +80,7 @@ def timed(count: int, action: Callable[[], Any]) -> list[float]:
 
 
 def bare_update(folder: str, dtype: torch.dtype, groups: list[torch.Tensor], device: torch.device, count: int) -> dict:
-    """Forward, loss, backward on [G, S] rows, one group after the other, then AdamW. The first of `count` + 1 is dropped."""
+    """Forward, loss, backward on [G, S] rows, group by group, then AdamW. One more than `count`, the first is dropped."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 
@@ -127,7 +127,8 @@ def main() -> None:
             parts = [log.metrics[f"seconds/{phase}"] for phase in PHASES]
             for phase, value in zip(seconds, [*parts, total - sum(parts), total], strict=True):
                 seconds[phase].append(value)
-            print(f"step {total:.2f} s, memory peak {memory_gb():.2f} GB, mismatch {log.metrics['mismatch']:.4f}", flush=True)
+            mismatch = log.metrics["mismatch"]
+            print(f"step {total:.2f} s, memory peak {memory_gb():.2f} GB, mismatch {mismatch:.4f}", flush=True)
     memory["peak"] = memory_gb()
     result: dict[str, Any] = {"args": vars(args), "memory_gb": memory, "threads": torch.get_num_threads()}
     result |= {"seconds": {phase: spread(values) for phase, values in seconds.items()}}
@@ -171,14 +172,18 @@ def floors(args: Any, policy: Policy, sampler: Any, device: torch.device, prompt
 
 def report(args: Any, result: dict[str, Any]) -> None:
     step = result["seconds"]["step"]["median"]
-    rows: list[list[Any]] = [["phase", "seconds (median)", "min - max", "share of the step", "floor", "floor / seconds"]]
+    rows: list[list[Any]] = [
+        ["phase", "seconds (median)", "min - max", "share of the step", "floor", "floor / seconds"]
+    ]
     for phase, value in result["seconds"].items():
         floor = result.get("floors", {}).get(phase, {}).get("median")
         ends = f"{value['min']:.3g} - {value['max']:.3g}"
         ratio = "" if floor is None else floor / value["median"]
         rows.append([phase, value["median"], ends, value["median"] / step, "" if floor is None else floor, ratio])
     print(table(rows))
-    print(f"{result['tokens_per_second']:.0f} sampled tokens/s; mean |d log-prob| to the sampler {result['mismatch']:.4f}")
+    print(
+        f"{result['tokens_per_second']:.0f} sampled tokens/s; mean |d log-prob| to the sampler {result['mismatch']:.4f}"
+    )
     print(table([["memory, GB", ""], *result["memory_gb"].items()]))
     if args.peak_tflops:
         lengths = [args.tokens + 64] * args.prompts * args.group  # prompts of about 64 tokens

@@ -57,8 +57,8 @@ def main() -> None:
     trainer.train()
     seconds = spread([after - before for before, after in zip(times.ends, times.ends[1:], strict=False)])
     speed = rollouts * args.tokens / seconds["median"]
-    result = {"args": vars(args), "seconds": {"step": seconds}, "tokens_per_second": speed, "threads": torch.get_num_threads()}
-    result["memory_gb"] = {"peak": memory_gb()}
+    result = {"args": vars(args), "seconds": {"step": seconds}, "tokens_per_second": speed}
+    result |= {"threads": torch.get_num_threads(), "memory_gb": {"peak": memory_gb()}}
     print(f"TRL {args.dtype}: {seconds['median']:.2f} s a step, {speed:.0f} tokens/s, peak {memory_gb():.2f} GB")
     save(result, args.out)
 
