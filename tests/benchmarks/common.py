@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,15 @@ def parser(description: str) -> argparse.ArgumentParser:
     p.add_argument("--tokens", type=int, default=96, help="every completion has exactly this many")
     p.add_argument("--steps", type=int, default=5, help="measured steps, after one that is not")
     p.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
+    p.add_argument("--cpu-clock", action="store_true", help="count CPU seconds; see use_cpu_clock")
     p.add_argument("--out", default="", help="write the numbers to this JSON file, too")
     return p
+
+
+def use_cpu_clock() -> None:
+    """Every time.perf_counter counts CPU seconds of this process (all its threads). With one thread these are the seconds a
+    quiet machine would take, whatever else runs on this one; with more, waiting threads count too."""
+    time.perf_counter = time.process_time
 
 
 def texts(count: int) -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import forget_peak, memory_gb, parser, save, spread, table, texts
+from common import forget_peak, memory_gb, parser, save, spread, table, texts, use_cpu_clock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanolapo.alarms import Alarms
@@ -105,6 +105,8 @@ def main() -> None:
     args = p.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.cpu_clock:
+        use_cpu_clock()
     config = config_of(args)
     ranks, tokenizer, log = Ranks(), AutoTokenizer.from_pretrained(args.model), LastMetrics()
     problems = [Problem(f"bench:{i}", text, "1", None, "bench") for i, text in enumerate(texts(args.prompts))]
@@ -134,6 +136,8 @@ def main() -> None:
     result |= {"seconds": {phase: spread(values) for phase, values in seconds.items()}}
     sampled = args.prompts * args.group * args.tokens
     result["tokens_per_second"] = sampled / result["seconds"]["step"]["median"]
+    result["parameters"] = sum(p.numel() for p in policy.model.parameters())
+    result["update_tokens"] = sampled + sum(len(prompter.ids(x.question)) for x in problems)  # a group's prompt once
     result["mismatch"] = log.metrics["mismatch"]
     if not args.no_floors:
         result["floors"] = floors(args, policy, sampler, ranks.device, [prompter.ids(x.question) for x in problems])
@@ -186,8 +190,7 @@ def report(args: Any, result: dict[str, Any]) -> None:
     )
     print(table([["memory, GB", ""], *result["memory_gb"].items()]))
     if args.peak_tflops:
-        lengths = [args.tokens + 64] * args.prompts * args.group  # prompts of about 64 tokens
-        flops = 6 * 1.54e9 * sum(lengths)  # arithmetic of a 1.5 B shape, attention left out
+        flops = 6 * result["parameters"] * result["update_tokens"]  # attention, and the head's second pass, left out
         mfu = flops / result["seconds"]["update"]["median"] / args.peak_tflops / 1e12
         print(f"update: {mfu:.1%} of the device's {args.peak_tflops} TFLOP/s")
 

@@ -15,7 +15,7 @@ import time
 from typing import Any
 
 import torch
-from common import memory_gb, parser, save, spread, texts
+from common import memory_gb, parser, save, spread, texts, use_cpu_clock
 from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -43,6 +43,8 @@ def main() -> None:
     args = p.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.cpu_clock:
+        use_cpu_clock()
     rollouts, bf16 = args.prompts * args.group, args.dtype == "bfloat16"
     config = GRPOConfig(
         output_dir="/tmp/trl_bench", per_device_train_batch_size=rollouts, gradient_accumulation_steps=1,
