@@ -83,7 +83,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: in
 
 def use_stems(model: PreTrainedModel) -> None:
     """Let the model attend by stems from now on. Raises UserError where rows side by side would mix in another way."""
-    if not model._supports_attention_backend or model._is_stateful:
+    kinds = set(getattr(model.config, "layer_types", None) or ())  # not every kind of model lists them
+    common = model._supports_attention_backend and not model._is_stateful
+    if not common or kinds - {"full_attention", "sliding_attention"}:
         raise UserError(
             f"model.path: {model.config.model_type} cannot be trained here; its layers must mix tokens by attention only, "
             "in transformers' common form (llama, mistral, qwen2, qwen3, ...)"

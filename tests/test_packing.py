@@ -13,7 +13,15 @@ import torch
 from test_policy import packed_tokens, plain_logprobs, scored
 from test_update import ADVANTAGES, LENGTHS, assert_close, gradients, slow_gradients
 from tiny import CPU, VOCAB, make_config, make_rows, score_rows, tiny_llama, update
-from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from nanolapo.attention import attend
 from nanolapo.checkpoint import load_checkpoint, save_checkpoint
@@ -65,10 +73,23 @@ def test_a_sliding_window_model(tmp_path):
 
 
 def test_models_that_mix_tokens_in_another_way_are_refused(tmp_path):
-    """A recurrent state would run from one row into the next."""
-    MambaForCausalLM(MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=VOCAB)).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="^model.path: mamba cannot be trained here"):
-        Policy(make_config(tmp_path), CPU)
+    """A recurrent state or a convolution would run from one row into the next."""
+    recurrent = MambaForCausalLM(MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=VOCAB))
+    convolution = Lfm2ForCausalLM(
+        Lfm2Config(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            intermediate_size=64,
+            vocab_size=VOCAB,
+            layer_types=["conv", "full_attention"],
+        )  # fmt: skip
+    )
+    for kind, model in {"mamba": recurrent, "lfm2": convolution}.items():
+        model.save_pretrained(tmp_path / kind)
+        with pytest.raises(UserError, match=f"^model.path: {kind} cannot be trained here"):
+            Policy(make_config(tmp_path / kind), CPU)
 
 
 # ------------------------------------------------------------------------------------------------------ bf16 working copy
