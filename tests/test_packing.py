@@ -35,6 +35,7 @@ def test_a_prompt_shared_by_neighbours_is_computed_once(tied_model):
     """Equal prompts in other rows' company, prompts that differ within a group, a prompt that comes back later."""
     rollouts = make_rows(LENGTHS, group_size=4)
     rollouts.prompt_ids[1] = np.append(rollouts.prompt_ids[1], 7)  # as if this row carried another budget
+    rollouts.prompt_ids[4:] = [rollouts.prompt_ids[3][::-1].copy()] * 4  # another prompt of the same length
     config = make_config(tied_model, train={"grad_clip": 1e9})
     want = slow_gradients(tied_model, rollouts, ADVANTAGES, "token_mean", list(range(8)))
     assert_close(gradients(Policy(config, CPU), rollouts, ADVANTAGES), want)

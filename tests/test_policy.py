@@ -237,6 +237,9 @@ def test_microbatches_hold_every_row_once_within_the_budget():
         assert max(loads) - min(loads) <= max(sizes)
     filled = [packed_tokens(rollouts, rows) for rows in plan_microbatches(rollouts, list(range(40)), 1, 400)[0]]
     assert min(filled[:-1]) > 400 - max(sizes)  # the next row did not fit any more
+    group, prompt = make_rows([10, 10, 10, 10], group_size=4), make_rows([10], group_size=1).prompt_ids[0]
+    assert plan_microbatches(group, [0, 1, 2, 3], 1, 40 + len(prompt)) == [[[0, 1, 2, 3]]]  # the prompt counts once
+    assert plan_microbatches(group, [0, 1, 2, 3], 1, 39 + len(prompt)) == [[[0, 1, 2], [3]]]
     assert plan_microbatches(rollouts, [], 2, 100) == [[], []]
     assert plan_microbatches(rollouts, [4], 1, 1) == [[[4]]]  # a row longer than the budget goes alone
 
