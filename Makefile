@@ -6,11 +6,12 @@ METHODS ?=
 SEEDS ?=
 JOBS ?= 1
 LAUNCHER ?= $(PY)
+MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
 COUNT ?= 50
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet
 
-.PHONY: help install vllm demo demo-controls compare test faults lint format clean
+.PHONY: help install vllm demo demo-controls compare test faults bench lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -56,6 +57,16 @@ test: vllm  ## every test that this machine can run, the real vLLM ones included
 
 faults: vllm  ## break runs in 70 ways and resume them: docs/RELIABILITY.md (COUNT=50 random kills, SEED=0; an hour)
 	$(PY) tests/faults/run.py --count $(COUNT) --seed $(SEED)
+
+bench: vllm  ## docs/PERFORMANCE.md's numbers: step against its floors, growth, TRL (MODEL=folder or hub name; half an hour)
+	$(PIP) -e ".[bench]"
+	$(PY) tests/benchmarks/step.py --model $(MODEL) --engine torch --out runs/bench/step_torch_bfloat16.json
+	$(PY) tests/benchmarks/step.py --model $(MODEL) --engine vllm --out runs/bench/step_vllm_bfloat16.json
+	$(PY) tests/benchmarks/step.py --model $(MODEL) --engine torch --dtype float32 --out runs/bench/step_torch_float32.json
+	$(PY) tests/benchmarks/growth.py --out runs/bench/growth.json
+	$(PY) tests/benchmarks/trl_step.py --model $(MODEL) --dtype bfloat16 --out runs/bench/trl_bfloat16.json
+	$(PY) tests/benchmarks/trl_step.py --model $(MODEL) --dtype float32 --out runs/bench/trl_float32.json
+	$(PY) tests/benchmarks/compare.py runs/bench
 
 lint: install  ## ruff and mypy
 	.venv/bin/ruff check .

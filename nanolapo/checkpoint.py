@@ -171,6 +171,7 @@ def load_checkpoint(folder: Path, policy: Policy, fingerprint: dict[str, Any], r
         with torch.no_grad():
             for name, parameter in policy.trained.items():
                 parameter.copy_(like(parameter, stored.get_tensor(name)))
+        policy.weights_changed()
     with tensors_in(path / "optimizer.safetensors") as stored:
         for label in stored.keys():  # noqa: SIM118
             key, name = label.split(":", 1)

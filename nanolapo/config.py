@@ -108,7 +108,7 @@ class TrainConfig:
     steps: int = 240  # rollout steps
     batch_size: int = 128  # rollouts per optimizer step (whole groups); 0: all rollouts of the step
     inner_epochs: int = 1  # passes over the rollouts of a step
-    microbatch_tokens: int = 16384  # padded tokens per forward/backward on one rank
+    microbatch_tokens: int = 16384  # per forward/backward on one rank, prompts shared by a group counted once
     learning_rate: float = 1e-6
     final_lr_fraction: float = 0.1  # cosine decay ends here
     warmup_fraction: float = 0.03

@@ -1,4 +1,4 @@
-"""Micro-batches: which rows are trained together on which rank, and how they lie side by side in tensors."""
+"""Micro-batches: which rows are trained together on which rank, and how they lie side by side in one sequence."""
 
 from __future__ import annotations
 
@@ -9,16 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanolapo.attention import Stem
 from nanolapo.rollouts import Rollouts
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows padded to the right. S = longest prompt + response; T = longest response of the rows."""
+    """Rows without padding: S tokens, each run of equal prompts once, the responses behind it. N response tokens of all
+    rows, in row order; T = the longest response, for values that are padded to [B, T] after the model."""
 
     rows: list[int]
-    ids_BS: Tensor
-    prompt_lengths_B: Tensor
+    ids_S: Tensor
+    positions_S: Tensor  # 0, 1, 2, ... in each prompt, going on in each of its responses
+    stems: list[Stem]
+    tokens_N: Tensor  # where in S each response token lies ...
+    before_N: Tensor  # ... and the token before it, whose hidden state predicts it (the prompt's last, for the first)
     lengths_B: Tensor  # response lengths, 0 for a masked row
     mask_BT: Tensor  # 1 where response token t of row b exists: by position, never by token id
 
@@ -36,63 +41,87 @@ class MicroBatch:
 
 
 def make_microbatch(rollouts: Rollouts, rows: Sequence[int], device: torch.device) -> MicroBatch:
-    """Put prompt + response of each row side by side, padded to the right with id 0.
+    """Put the rows' prompts and responses one after the other; neighbours with the same prompt share it.
 
     Without rows it is a batch of one masked token: a sharded model needs all ranks in every forward and backward pass, also
-    those that have nothing left to train.
+    those that have nothing left to train. Rows marked broken keep their place with length 0, so they add nothing anywhere.
 
-    Under causal attention nothing to the left sees the padding, so no attention mask is needed and position ids are plain
-    0, 1, 2, ... Rows marked broken keep their place with length 0, so they add nothing anywhere.
-
-    Worked example: prompt [5, 6], response [7, 8, 2] and prompt [5], response [9] give
-    ids [[5, 6, 7, 8, 2], [5, 9, 0, 0, 0]] and mask [[1, 1, 1], [1, 0, 0]].
+    Worked example: prompt [5, 6] with responses [7, 8, 2] and [3], prompt [5] with response [9] give
+    ids        5 6 | 7 8 2 | 3 | 5 | 9
+    positions  0 1 | 2 3 4 | 2 | 0 | 1
+    tokens     2 3 4  5  7     before 1 2 3  1  6      mask [[1, 1, 1], [1, 0, 0], [1, 0, 0]]
     """
     empty = np.zeros(0, dtype=np.int64)
-    responses = [empty if rollouts.broken_B[r] else rollouts.response_ids[r] for r in rows]
     prompts = [rollouts.prompt_ids[r] for r in rows]
+    responses = [empty if rollouts.broken_B[r] else rollouts.response_ids[r] for r in rows]
     if not rows:
-        rows, responses, prompts = [0], [empty], [rollouts.prompt_ids[0][:1]]
-    lengths = np.array([len(x) for x in responses], dtype=np.int64)
-    width = max((len(p) + len(x) for p, x in zip(prompts, responses, strict=True)), default=1)
-    ids_BS = np.zeros((len(rows), width), dtype=np.int64)
+        rows, prompts, responses = [0], [rollouts.prompt_ids[0][:1]], [empty]
+    ids: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    before: list[np.ndarray] = []
+    tokens: list[np.ndarray] = []
+    stems: list[Stem] = []
+    end = 0
     for b, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        ids_BS[b, : len(prompt)] = prompt
-        ids_BS[b, len(prompt) : len(prompt) + len(response)] = response
+        if b == 0 or not np.array_equal(prompt, prompts[b - 1]):
+            stems.append(Stem((end, len(prompt)), ()))
+            ids.append(prompt)
+            positions.append(np.arange(len(prompt)))
+            end += len(prompt)
+        first, count = stems[-1].prompt
+        if len(response):
+            stems[-1] = Stem((first, count), (*stems[-1].responses, (end, len(response))))
+            ids.append(response)
+            positions.append(count + np.arange(len(response)))
+            tokens.append(end + np.arange(len(response)))
+            before.append(np.concatenate([[first + count - 1], tokens[-1][:-1]]))
+            end += len(response)
+    lengths = np.array([len(x) for x in responses], dtype=np.int64)
     mask_BT = np.arange(max(1, lengths.max(initial=1)))[None, :] < lengths[:, None]
+
+    def tensor(parts: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.concatenate([empty, *parts])).to(device)
+
     return MicroBatch(
         rows=list(rows),
-        ids_BS=torch.from_numpy(ids_BS).to(device),
-        prompt_lengths_B=torch.tensor([len(p) for p in prompts], device=device),
+        ids_S=tensor(ids),
+        positions_S=tensor(positions),
+        stems=stems,
+        tokens_N=tensor(tokens),
+        before_N=tensor(before),
         lengths_B=torch.from_numpy(lengths).to(device),
         mask_BT=torch.from_numpy(mask_BT.astype(np.float32)).to(device),
     )
 
 
 def plan_microbatches(
-    rows: Sequence[int], sizes: Sequence[int], num_ranks: int, token_budget: int
+    rollouts: Rollouts, rows: Sequence[int], num_ranks: int, token_budget: int
 ) -> list[list[list[int]]]:
     """Split rows over ranks and micro-batches by token count: plan[rank] is that rank's list of row lists.
 
-    Longest first, each row goes to the rank with the fewest tokens so far; a rank's rows, sorted by length so that little
-    is padded, are cut where the padded size would pass the budget. Every rank gets the same number of micro-batches
-    (some may be empty). A pure function of numbers all ranks know, so no rank needs to ask another.
-
-    >>> plan_microbatches([0, 1, 2, 3], [10, 30, 10, 10], num_ranks=2, token_budget=32)
-    [[[1]], [[0, 2, 3]]]
+    Longest first, each row goes to the rank with the fewest tokens so far; a rank's rows, in order so that those of a group
+    are neighbours, are cut where the tokens would pass the budget (a prompt that neighbours share counts once). Every rank
+    gets the same number of micro-batches (some may be empty). A pure function of numbers all ranks know, so no rank needs
+    to ask another.
     """
+    lengths = {row: len(rollouts.response_ids[row]) for row in rows}
+    sizes = {row: lengths[row] + len(rollouts.prompt_ids[row]) for row in rows}
     loads, shares = [0] * num_ranks, [[] for _ in range(num_ranks)]  # type: ignore[var-annotated]
-    for row, size in sorted(zip(rows, sizes, strict=True), key=lambda pair: -pair[1]):
+    for row in sorted(rows, key=lambda row: -sizes[row]):
         rank = loads.index(min(loads))
-        loads[rank] += size
-        shares[rank].append((row, size))
+        loads[rank] += sizes[row]
+        shares[rank].append(row)
     plan: list[list[list[int]]] = []
     for share in shares:
         batches: list[list[int]] = []
-        widest = 0
-        for row, size in share:  # descending sizes: the first row of a batch is its widest
-            if not batches or widest * (len(batches[-1]) + 1) > token_budget:
+        used = 0
+        for row in sorted(share):
+            last = batches[-1][-1] if batches else None
+            shared = last is not None and np.array_equal(rollouts.prompt_ids[row], rollouts.prompt_ids[last])
+            used += lengths[row] if shared else sizes[row]
+            if last is None or used > token_budget:
                 batches.append([])
-                widest = size
+                used = sizes[row]
             batches[-1].append(row)
         plan.append(batches)
     most = max(len(batches) for batches in plan)

@@ -1,14 +1,14 @@
 """The model being trained: load it, score rollouts with it, step its optimizer, name its weights for the sampler.
 
-Master weights, gradients and optimizer state are float32 whatever the arithmetic is: at a learning rate of 1e-6 about 98 %
-of bf16 weights would not move at all. Gradients are *summed* over ranks; sharding.py says how the model lies on them.
+Master weights, gradients and optimizer state are float32 whatever the arithmetic is, see precision.py. Gradients are
+*summed* over ranks; sharding.py says how the model lies on them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,45 +17,15 @@ import torch.distributed as dist
 from accelerate import cpu_offload
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from nanolapo.attention import use_stems
 from nanolapo.config import Config, UserError
+from nanolapo.logprobs import token_logprobs
 from nanolapo.lora import adapters_off, add_lora, lora_layers, merged_delta
 from nanolapo.microbatches import MicroBatch
+from nanolapo.precision import WorkingCopy, cast_parameters
 from nanolapo.sharding import shard, sum_gradients, whole
-
-LOGIT_ELEMENTS = 2**24  # at most this many float32 logits exist at a time (64 MiB), whatever the vocabulary
-
-
-def token_logprobs(
-    hidden_ND: Tensor, targets_N: Tensor, head: nn.Module, temperature: float, with_entropy: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """Log-prob (and entropy) of each target under softmax(head(hidden) / temperature), both float32 [N].
-
-    The softmax runs in float32, a chunk of tokens at a time, recomputed in the backward pass, so a [N, V] float32 tensor
-    never exists. The temperature divides the logits, exactly as the sampler's does.
-    """
-
-    def one_chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(hidden).float() / temperature
-        log_z = torch.logsumexp(logits, dim=-1)
-        logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - log_z
-        if not with_entropy:
-            return logprobs, logprobs.detach()
-        return logprobs, log_z - (torch.softmax(logits, dim=-1) * logits).sum(-1)
-
-    weight = head.weight
-    assert isinstance(weight, Tensor)
-    chunk = max(1, LOGIT_ELEMENTS // weight.shape[0])
-    pieces = []
-    for hidden, targets in zip(hidden_ND.split(chunk), targets_N.split(chunk), strict=True):
-        if len(hidden_ND) <= chunk or not torch.is_grad_enabled():
-            pieces.append(one_chunk(hidden, targets))
-        else:
-            pieces.append(checkpoint(one_chunk, hidden, targets, use_reentrant=False))
-    logprobs_N = torch.cat([p[0] for p in pieces])
-    return logprobs_N, torch.cat([p[1] for p in pieces]) if with_entropy else None
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -123,13 +93,15 @@ class Scorer(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(
-        self, ids_BS: Tensor, rows_N: Tensor, s_N: Tensor, temperature: float, with_entropy: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Log-probs (and entropy) [N] of the tokens at positions (rows_N, s_N), each predicted from position s - 1."""
-        hidden_BSD = self.model.get_decoder()(input_ids=ids_BS, use_cache=False).last_hidden_state
+    def forward(self, batch: MicroBatch, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+        """Log-probs (and entropy) [N] of the response tokens, each predicted from the token before it."""
+        hidden_1SD = self.model.get_decoder()(
+            input_ids=batch.ids_S[None], position_ids=batch.positions_S[None], use_cache=False, stems=batch.stems
+        ).last_hidden_state
         head = self.model.get_output_embeddings()
-        return token_logprobs(hidden_BSD[rows_N, s_N - 1], ids_BS[rows_N, s_N], head, temperature, with_entropy)
+        return token_logprobs(
+            hidden_1SD[0, batch.before_N], batch.ids_S[batch.tokens_N], head, temperature, with_entropy
+        )
 
 
 class Policy:
@@ -147,7 +119,8 @@ class Policy:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         if config.model.lora_rank:
             add_lora(self.model, config.model.lora_rank, config.model.lora_alpha)
-        self.scorer = self.spread(self.model)
+        self.working = None if self.sharded or self.dtype == torch.float32 else WorkingCopy(self.model, self.dtype)
+        self.scorer = self.spread(self.working.model if self.working else self.model)
         self.trained = {plain_name(n): p for n, p in self.model.named_parameters() if p.requires_grad}
         self.reference = self.load_reference() if config.loss.kl_coef else None
         self.num_steps = 0  # optimizer steps taken
@@ -161,6 +134,7 @@ class Policy:
 
     def spread(self, model: PreTrainedModel, offload: bool = False) -> Scorer:
         """Cut the model up over the ranks if it is to be; all computing goes through what is returned."""
+        use_stems(model)
         scorer = Scorer(model)
         if self.sharded:
             shard(scorer, model.get_decoder().layers, self.dtype, offload and self.device.type != "cpu")
@@ -173,6 +147,8 @@ class Policy:
         offload = self.config.model.offload_reference
         at_start = torch.device("cpu") if self.sharded or offload else self.device
         model = load_model(self.config.model.path, at_start).eval().requires_grad_(False)
+        if not self.sharded:
+            cast_parameters(model, self.dtype)
         if offload and not self.sharded:
             cpu_offload(model, self.device)  # each layer's weights visit the device while they are used
         return self.spread(model, offload)
@@ -181,23 +157,17 @@ class Policy:
     def vocab_size(self) -> int:
         return int(self.model.config.vocab_size)
 
-    def autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
-
     def logprobs(
         self, batch: MicroBatch, with_entropy: bool = False, reference: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Log-prob of every sampled token given all before it, float32 [B, T] (0 where mask is 0), and its entropy.
 
-        The token at position s is predicted from the hidden state at s - 1, so response token t of row b is scored from
-        position prompt_length + t - 1; its first token from the last prompt position. Only these positions meet the head.
+        A response's first token is predicted from the prompt's last position. Only response tokens meet the head.
         """
         scorer = self.reference if reference else self.scorer
         assert scorer is not None, "there is no reference model when loss.kl_coef is 0"
-        rows_N, t_N = batch.mask_BT.nonzero(as_tuple=True)
-        s_N = batch.prompt_lengths_B[rows_N] + t_N
-        with self.autocast(), adapters_off(self.model) if reference else nullcontext():
-            logprobs_N, entropy_N = scorer(batch.ids_BS, rows_N, s_N, self.config.rollout.temperature, with_entropy)
+        with adapters_off(scorer.model) if reference else nullcontext():
+            logprobs_N, entropy_N = scorer(batch, self.config.rollout.temperature, with_entropy)
         return batch.scatter(logprobs_N), None if entropy_N is None else batch.scatter(entropy_N)
 
     def learning_rate(self) -> float:
@@ -213,6 +183,11 @@ class Policy:
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
         return t.learning_rate * (t.final_lr_fraction + (1 - t.final_lr_fraction) * cosine)
 
+    def weights_changed(self) -> None:
+        """To be called by whoever writes to the trained weights."""
+        if self.working:
+            self.working.refresh()
+
     def step(self) -> float:
         """Sum gradients over ranks, clip, step; returns the global gradient norm before clipping.
 
@@ -224,6 +199,7 @@ class Policy:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate()
             self.optimizer.step()
+            self.weights_changed()
             self.num_steps += 1
         self.optimizer.zero_grad(set_to_none=True)
         return norm

@@ -133,7 +133,7 @@ def plan_batches(
         totals = BatchTotals(int(lengths_B[kept].sum()), len(kept), config.rollout.max_new_tokens)
         active = kept if acts_without_advantage(config.loss) else kept[signal_B[kept]]
         active = active[lengths_B[active] > 0]
-        plan = plan_microbatches(active.tolist(), sizes_B[active].tolist(), ranks.count, config.train.microbatch_tokens)
+        plan = plan_microbatches(rollouts, active.tolist(), ranks.count, config.train.microbatch_tokens)
         mine = [rows_of_micro for rows_of_micro in plan[ranks.index] if rows_of_micro or policy.sharded]
         sampled = np.bincount(rollouts.group_B[active] % engines, sizes_B[active], minlength=engines)  # see join_ranks
         shared = [int(sizes_B[[row for micro in share for row in micro]].sum()) if any(share) else 0 for share in plan]

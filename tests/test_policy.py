@@ -14,9 +14,12 @@ import torch
 from tiny import CPU, VOCAB, make_config, make_rows, tiny_llama, tiny_qwen, update, weights_of
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import nanolapo.logprobs as logprobs_module
 import nanolapo.policy as policy_module
+from nanolapo.attention import Stem
+from nanolapo.logprobs import token_logprobs
 from nanolapo.microbatches import make_microbatch, plan_microbatches
-from nanolapo.policy import Policy, token_logprobs
+from nanolapo.policy import Policy
 from nanolapo.rollouts import Request, Rollouts, Sample, make_rollouts
 
 
@@ -120,7 +123,7 @@ def test_A9_sampled_ids_are_trained_as_they_are(tied_model):
     rollouts = make_rollouts(make_rows([1, 1]).problems, 2, [request] * 2, [None] * 2, [sample] * 2, VOCAB)
     rollouts.texts = ["12", "something else altogether"]
     micro = make_microbatch(rollouts, [0, 1], CPU)
-    assert micro.ids_BS.tolist() == [[1, 2, *ids.tolist()]] * 2
+    assert micro.ids_S.tolist() == [1, 2, *ids.tolist(), *ids.tolist()]  # the prompt they share, then both
     assert micro.lengths_B.tolist() == [5, 5] and rollouts.lengths_B.tolist() == [5, 5]
     for module in ("rollouts", "policy", "update", "losses", "loop"):
         source = (Path(policy_module.__file__).parent / f"{module}.py").read_text()
@@ -173,7 +176,7 @@ def test_head_in_chunks_equals_the_whole_including_gradients(monkeypatch, with_e
     targets = torch.randint(0, VOCAB, (50,))
     results = []
     for elements in (2**24, 7 * VOCAB, 1):
-        monkeypatch.setattr(policy_module, "LOGIT_ELEMENTS", elements)
+        monkeypatch.setattr(logprobs_module, "LOGIT_ELEMENTS", elements)
         torch.manual_seed(1)
         hidden = torch.randn(50, 32, requires_grad=True)
         head.zero_grad()
@@ -217,27 +220,39 @@ def test_B20_no_dropout_while_scoring_or_training(tmp_path):
 # ------------------------------------------------------------------------------------------------------ micro-batches
 
 
+def packed_tokens(rollouts: Rollouts, rows: list[int]) -> int:
+    return len(make_microbatch(rollouts, rows, CPU).ids_S)
+
+
 def test_microbatches_hold_every_row_once_within_the_budget():
-    rng = np.random.default_rng(0)
+    rollouts = make_rows(np.random.default_rng(0).integers(1, 90, 40).tolist(), group_size=4)
+    sizes = [len(p) + len(r) for p, r in zip(rollouts.prompt_ids, rollouts.response_ids, strict=True)]
     for num_ranks in (1, 2, 3):
-        sizes = rng.integers(1, 90, 40).tolist()
-        plan = plan_microbatches(list(range(40)), sizes, num_ranks, token_budget=100)
+        plan = plan_microbatches(rollouts, list(range(40)), num_ranks, token_budget=100)
         assert len(plan) == num_ranks and len({len(batches) for batches in plan}) == 1
         assert sorted(row for batches in plan for rows in batches for row in rows) == list(range(40))
         for rows in (rows for batches in plan for rows in batches if len(rows) > 1):
-            assert max(sizes[row] for row in rows) * len(rows) <= 100
+            assert packed_tokens(rollouts, rows) <= 100
         loads = [sum(sizes[row] for rows in batches for row in rows) for batches in plan]
         assert max(loads) - min(loads) <= max(sizes)
-    assert plan_microbatches([], [], 2, 100) == [[], []]
-    assert plan_microbatches([4], [500], 1, 100) == [[[4]]]  # a row longer than the budget goes alone
+    filled = [packed_tokens(rollouts, rows) for rows in plan_microbatches(rollouts, list(range(40)), 1, 400)[0]]
+    assert min(filled[:-1]) > 400 - max(sizes)  # the next row did not fit any more
+    group, prompt = make_rows([10, 10, 10, 10], group_size=4), make_rows([10], group_size=1).prompt_ids[0]
+    assert plan_microbatches(group, [0, 1, 2, 3], 1, 40 + len(prompt)) == [[[0, 1, 2, 3]]]  # the prompt counts once
+    assert plan_microbatches(group, [0, 1, 2, 3], 1, 39 + len(prompt)) == [[[0, 1, 2], [3]]]
+    assert plan_microbatches(rollouts, [], 2, 100) == [[], []]
+    assert plan_microbatches(rollouts, [4], 1, 1) == [[[4]]]  # a row longer than the budget goes alone
 
 
 def test_worked_example_of_make_microbatch():
     rollouts = dataclasses.replace(
-        make_rows([3, 1], group_size=1),
-        prompt_ids=[np.array([5, 6]), np.array([5])],
-        response_ids=[np.array([7, 8, 2]), np.array([9])],
+        make_rows([3, 1, 1], group_size=1),
+        prompt_ids=[np.array([5, 6]), np.array([5, 6]), np.array([5])],
+        response_ids=[np.array([7, 8, 2]), np.array([3]), np.array([9])],
     )
-    micro = make_microbatch(rollouts, [0, 1], CPU)
-    assert micro.ids_BS.tolist() == [[5, 6, 7, 8, 2], [5, 9, 0, 0, 0]]
-    assert micro.mask_BT.tolist() == [[1, 1, 1], [1, 0, 0]]
+    micro = make_microbatch(rollouts, [0, 1, 2], CPU)
+    assert micro.ids_S.tolist() == [5, 6, 7, 8, 2, 3, 5, 9]
+    assert micro.positions_S.tolist() == [0, 1, 2, 3, 4, 2, 0, 1]
+    assert micro.stems == [Stem((0, 2), ((2, 3), (5, 1))), Stem((6, 1), ((7, 1),))]
+    assert micro.tokens_N.tolist() == [2, 3, 4, 5, 7] and micro.before_N.tolist() == [1, 2, 3, 1, 6]
+    assert micro.mask_BT.tolist() == [[1, 1, 1], [1, 0, 0], [1, 0, 0]]
