@@ -98,6 +98,8 @@ def train_or_describe(config: Config, dry_run: bool) -> None:
 def describe(config: Config, method: Method) -> None:
     """Resolve and check config and data; print the config, the batch arithmetic, one prompt and the cost."""
     from nanolapo.grader import Grader
+    from nanolapo.machines import this_machine
+    from nanolapo.plan import plan
     from nanolapo.session import load_data, token_limit
 
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
@@ -107,21 +109,26 @@ def describe(config: Config, method: Method) -> None:
         data = load_data(config, grader)
     method.start(data.problems)
     guidance = method.guidance(data.problems[0], 0, 0)
-    most = 0
+    most = monitored = 0
     for step in range(config.train.steps):
         method.progress = step / config.train.steps
         most += most_tokens(method, step)
+        if extra := method.possible_monitor(step):
+            monitored += len(extra.problem_indices) * extra.group_size
     print(to_yaml(config))
     print("\n".join([*data.report, f"{len(data.problems)} problems", config.arithmetic(ranks)]))
     print(f"at most {most:,} sampled tokens in {config.train.steps} steps (upper bound: every answer at the limit)")
     if limit:
         print(f"stops after the step that reaches {limit:,} sampled tokens")
+    prompts = [len(data.prompter.ids(p.question, method.guidance(p, 0, 0))) for p in data.problems[:200]]
+    planned = plan(config, this_machine(config), None, sum(prompts) / len(prompts), monitored / config.train.steps)
+    print("\n".join(planned.lines()))
     print(f"one prompt, as the model sees it:\n---\n{data.prompter.render(data.problems[0].question, guidance)}\n---")
 
 
 def most_tokens(method: Method, step: int) -> int:
     """Upper bound of what a step samples: every round of dynamic sampling and a monitor pass, every answer at the limit."""
-    plan, monitor = method.sampling(step), method.monitor(step)
+    plan, monitor = method.sampling(step), method.possible_monitor(step)
     tokens = plan.num_prompts * plan.max_rounds * plan.group_size * plan.max_new_tokens
     if monitor:
         tokens += len(monitor.problem_indices) * monitor.group_size * monitor.max_new_tokens

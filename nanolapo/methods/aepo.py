@@ -75,10 +75,15 @@ class Aepo(Method):
         self.extra = None
         if self.entropy is None:
             return None
-        o, plan = self.options, self.sampling(step)
+        return self.extra_pass(step, self.options.high if self.entropy < self.options.target else self.options.low)
+
+    def possible_monitor(self, step: int) -> MonitorPlan | None:
+        return self.extra_pass(step, self.options.high) if step else None
+
+    def extra_pass(self, step: int, temperature: float) -> MonitorPlan:
+        plan = self.sampling(step)
         chosen = batch_indices(self.num_problems, step, plan.num_prompts, self.config.run.seed)
-        count = max(1, round(o.prompts * len(chosen)))
-        temperature = o.high if self.entropy < o.target else o.low
+        count = max(1, round(self.options.prompts * len(chosen)))
         return MonitorPlan(tuple(chosen[:count]), plan.group_size, temperature, plan.max_new_tokens)
 
     def on_monitor(self, rollouts: Rollouts) -> dict[str, float]:

@@ -105,6 +105,10 @@ class Method:
         """A second sampling before the step's own, with the same weights; None (mostly): there is none in this step."""
         return None
 
+    def possible_monitor(self, step: int) -> MonitorPlan | None:
+        """The largest monitor pass of this step, for --dry-run. To be overridden where `monitor` depends on past steps."""
+        return self.monitor(step)
+
     def on_monitor(self, rollouts: Rollouts) -> dict[str, float]:
         """The graded rollouts of the monitor plan; returns numbers to log. To train on some of them, keep them and put them
         into the batch in edit_rollouts (rollouts.put_row)."""

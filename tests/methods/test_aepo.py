@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny import make_config, make_problems, make_rows
 
+from nanolapo.cli import most_tokens
 from nanolapo.config import UserError
 from nanolapo.methods.aepo import Aepo, pair_rows
 from nanolapo.order import batch_indices
@@ -182,3 +183,11 @@ def test_state_survives_json():
     first.after_step(rollouts)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert first.monitor(1) == second.monitor(1) is not None
+
+
+def test_dry_run_counts_an_extra_pass_in_every_step_but_the_first():
+    """A quarter of 4 prompts x 4 answers x 64 tokens on top of 4 x 4 x 64, whatever the entropy will be."""
+    method = aepo(entropy=None)
+    assert [most_tokens(method, step) for step in (0, 1, 7)] == [1024, 1280, 1280]
+    method.entropy = 0.3
+    assert method.possible_monitor(7).problem_indices == method.monitor(7).problem_indices

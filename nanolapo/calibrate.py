@@ -1,0 +1,84 @@
+"""Measure what plan.py otherwise assumes: a micro-batch forward and backward, and some decode steps, with the run's own
+model, trainer and sampler, on this machine. Random ids; nothing is written. About a minute for a 135 M model on a CPU.
+
+Each is the fastest of a few tries: other work on the machine only ever adds.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from nanolapo.config import Config
+from nanolapo.footprint import Expected, changed, microbatch_tokens
+from nanolapo.machines import Machine, Shape, load_shape
+from nanolapo.microbatches import MicroBatch
+from nanolapo.plan import training_flops
+from nanolapo.policy import Policy
+from nanolapo.ranks import Ranks
+from nanolapo.rollouts import Decoding, Request
+from nanolapo.session import make_sampler, set_up_process
+
+TRIES = 2
+SHORT, LONG = 4, 24  # new tokens of two timed samplings: their difference is free of prompts and set-up
+
+
+def calibrate(config: Config, machine: Machine, e: Expected) -> Machine:
+    """`machine` with the rates of this process. Raises UserError where model.path has no weights."""
+    shape, ranks = load_shape(config.model.path), set_up_process(config)
+    flops = training_rate(config, shape, machine, e, ranks)
+    prompt = round(e.prompt + e.answer / 2)  # the mean context of a decode step
+    sampler: Any = make_sampler(config, config.model.path, prompt + LONG, ranks)
+    sampler.end_ids = sampler.end_ids[:0]  # random prompts must not end a row early
+    many = min(config.rollout.max_rows, max(2, round(e.rows / machine.count)))
+    few = max(1, many // 4)
+    slow, fast = (decode_seconds(sampler, shape.vocab, prompt, rows) for rows in (many, few))
+    sampler.close()
+    row_s = max(0.0, slow - fast) / (many - few)
+    return replace(
+        machine, flops=flops, decode_flops=float("inf"), bandwidth=float("inf"), layer_s=0.0, row_s=row_s,
+        step_s=slow - many * row_s, source="speed measured on this machine",
+    )  # fmt: skip
+
+
+def training_rate(config: Config, shape: Shape, machine: Machine, e: Expected, ranks: Ranks) -> float:
+    """FLOP/s of a forward and backward pass of one full micro-batch."""
+    config = changed(changed(changed(config, "loss.kl_coef", 0.0), "train.batch_size", 0), "train.inner_epochs", 1)
+    policy = Policy(config, ranks.device)
+    prompt, answer = round(e.prompt), round(e.answer)
+    rows = max(1, int(microbatch_tokens(config, machine, e) // (prompt + answer)))
+    ids_BS = torch.randint(shape.vocab, (rows, prompt + answer), device=ranks.device)
+    lengths_B = torch.full((rows,), answer, device=ranks.device)
+    mask_BT = torch.ones(rows, answer, device=ranks.device)
+    micro = MicroBatch(list(range(rows)), ids_BS, torch.full_like(lengths_B, prompt), lengths_B, mask_BT)
+    tries = []
+    for _ in range(TRIES):
+        start = clock()
+        policy.logprobs(micro)[0].sum().backward()
+        tries.append(clock() - start)
+    return training_flops(config, shape, machine, replace(e, trained=rows)) / min(tries)
+
+
+def decode_seconds(sampler: Any, vocab: int, prompt: int, rows: int) -> float:
+    """Seconds of a decode step of this many rows, each after `prompt` tokens."""
+    seconds: dict[int, list[float]] = {SHORT: [], LONG: []}
+    for number in range(TRIES):
+        for new in seconds:
+            ids = (
+                np.random.default_rng([number, new]).integers(vocab, size=prompt).tolist()
+            )  # one prompt for all: read once
+            requests = [Request(ids, row, new) for row in range(rows)]
+            start = clock()
+            sampler.generate(requests, Decoding())
+            seconds[new].append(clock() - start)
+    return max(0.0, min(seconds[LONG]) - min(seconds[SHORT])) / (LONG - SHORT)
+
+
+def clock() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
