@@ -28,7 +28,7 @@ STATISTICS: dict[str, Callable[[np.ndarray], np.floating]] = {
 def typical_range(
     correct_lengths: Sequence[int] | np.ndarray, percentiles: tuple[float, float] = (30.0, 70.0)
 ) -> tuple[float, float]:
-    """[L_min, L_max] of Eq. 2 in tokens: P30 and P70 of the lengths of right answers (Eq. 1), of which there is one at least.
+    """[L_min, L_max] of Eq. 2 in tokens: P30 and P70 of the lengths of right answers (Eq. 1); there must be one.
 
     >>> typical_range([1000, 1200, 1300, 1500, 2000])
     (1220.0, 1460.0)

@@ -21,14 +21,13 @@ from nanolapo.config_file import load_config
 from nanolapo.demo import make_tokenizer
 from nanolapo.explain_sampled import BLANK, num
 from nanolapo.grader import Grader
-from nanolapo.lengths import LengthMap
+from nanolapo.lengths import LengthMap, typical_range
 from nanolapo.losses import BatchTotals, policy_loss, row_weights
 from nanolapo.methods.lapo import (
     Internalization,
     discovery_reward,
     internalization_reward,
     tokens_outside,
-    typical_range,
 )
 from nanolapo.order import round_indices
 from nanolapo.problems import Problem, load_problems
@@ -124,7 +123,7 @@ def test_typical_range_rewards_and_advantages(config: Config) -> None:
     listed = ", ".join(f"{length:g}" for length in sorted(lengths[right]))
     assert f"lengths of the right answers: {listed}." in WORDS
     percentiles = (lapo.percentiles[0], lapo.percentiles[1])
-    low, high = typical_range(lengths, right, percentiles)
+    low, high = typical_range(lengths[right], percentiles)
     assert (
         f"from the {percentiles[0]:g}th to the {percentiles[1]:g}th percentile: [P30, P70] = [{num(low)}, {num(high)}]"
         in WORDS
