@@ -11,7 +11,7 @@ COUNT ?= 50
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet
 
-.PHONY: help install vllm demo demo-controls compare test faults bench lint format clean
+.PHONY: help install vllm demo demo-controls explain compare test faults bench lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -47,6 +47,13 @@ demo-controls: demo  ## the demo's two controls: a tight limit, and stage 1 cont
 	$(PY) train_stage1.py configs/demo/truncation.yaml run.seed=$(SEED)
 	$(PY) train_stage1.py configs/demo/stage1_continued.yaml run.seed=$(SEED)
 	$(PY) evaluate.py configs/demo/evaluate_controls.yaml run.seed=$(SEED)
+
+explain: install  ## one real step of the demo with all its numbers, on the console and in explain.html (SEED=0)
+	$(PY) -m nanolapo.demo configs/demo/base.yaml run.seed=$(SEED)
+	$(PY) train_stage1.py configs/demo/stage1.yaml --explain run.seed=$(SEED)
+	@if [ -d runs/demo/seed$(SEED)/stage1/model ]; then \
+	  $(PY) train_stage2.py configs/demo/stage2.yaml --explain run.seed=$(SEED); \
+	else echo "stage 2 is explained once stage 1 is there: make demo"; fi
 
 compare: install  ## every method on one recipe for equal sampled tokens (RECIPE=demo METHODS="" SEEDS="" JOBS=1): hours
 	$(PY) -m nanolapo.compare configs/$(RECIPE)/compare.yaml --methods "$(METHODS)" --seeds "$(SEEDS)" --jobs $(JOBS) \

@@ -14,14 +14,14 @@ from nanolapo import cli
 
 
 def main() -> None:
-    config, dry_run = cli.parse(__doc__, default_method="base:Method")
+    config, action = cli.parse(__doc__, default_method="base:Method")
     from nanolapo.benchmark_plan import describe, parse_models
     from nanolapo.benchmarking import evaluate, write_results
     from nanolapo.ranks import Ranks
     from nanolapo.report import markdown, plots
 
     models = parse_models(config)
-    if dry_run:
+    if action == "dry-run":
         return describe(config)
     results = evaluate(config)
     if not Ranks().is_main:  # all ranks sampled and know the results; one writes them

@@ -13,8 +13,8 @@ from nanolapo import cli
 
 
 def main() -> None:
-    config, dry_run = cli.parse(__doc__, default_method="lapo:Discovery")
-    cli.train_or_describe(config, dry_run)
+    config, action = cli.parse(__doc__, default_method="lapo:Discovery", can_explain=True)
+    cli.act(config, action)
 
 
 if __name__ == "__main__":

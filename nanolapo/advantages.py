@@ -8,10 +8,16 @@ from torch import Tensor
 MIN_SPREAD = 1e-6  # rewards closer together than this carry no signal; float noise must not be blown up to O(1)
 
 
+def group_statistics(rewards_PG: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased standard deviation of every group, float64 [P, 1] each. Statistics never cross a group."""
+    rewards = rewards_PG.double()  # 8 numbers a group: double costs nothing and removes round-off from the mean
+    return rewards.mean(dim=1, keepdim=True), rewards.std(dim=1, keepdim=True)
+
+
 def group_advantages(rewards_PG: Tensor, normalize_std: bool = True, eps: float = 1e-9) -> Tensor:
     """Standard GRPO advantage (arXiv 2402.03300): (R - mean(R)) / (std(R) + eps) within each group, unbiased std.
 
-    Statistics never cross a group. A group whose rewards agree to within 1e-6 gets exactly zero, and so does a single
+    A group whose rewards agree to within 1e-6 gets exactly zero, and so does a single
     rollout (G = 1 has nothing to compare with). `normalize_std=False` is Dr. GRPO's R - mean(R).
 
     >>> group_advantages(torch.tensor([[1.0, 0.0], [0.35, 0.35]]))
@@ -19,11 +25,12 @@ def group_advantages(rewards_PG: Tensor, normalize_std: bool = True, eps: float 
             [ 0.0000,  0.0000]])
     """
     assert rewards_PG.ndim == 2, f"rewards must be [prompts, rollouts], got {tuple(rewards_PG.shape)}"
-    rewards = rewards_PG.double()  # 8 numbers a group: double costs nothing and removes round-off from the mean
-    if rewards.shape[1] < 2:
+    if rewards_PG.shape[1] < 2:
         return torch.zeros_like(rewards_PG)
-    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    rewards = rewards_PG.double()
+    mean_P1, std_P1 = group_statistics(rewards)
+    centred = rewards - mean_P1
     if normalize_std:
-        centred = centred / (rewards.std(dim=1, keepdim=True) + eps)
+        centred = centred / (std_P1 + eps)
     spread = rewards.amax(dim=1, keepdim=True) - rewards.amin(dim=1, keepdim=True)
     return torch.where(spread < MIN_SPREAD, torch.zeros_like(centred), centred).to(rewards_PG.dtype)

@@ -74,5 +74,14 @@ def boxed_answer(completion: str, require_think_close: bool) -> str | None:
 
 def exact_first_boxed(completion: str, gold: str) -> bool:
     r"""The reference LAPO code's rule: text from the first \boxed{ to the first } equals the gold exactly."""
+    return first_boxed(completion) == gold
+
+
+def first_boxed(completion: str) -> str | None:
+    r"""Text from the first \boxed{ to the first }; None without one.
+
+    >>> first_boxed(r"\boxed{5} or \boxed{6}"), first_boxed(r"\boxed{\frac{1}{2}}")
+    ('5', '\\frac{1')
+    """
     match = re.search(r"\\boxed\{(.*?)\}", completion)
-    return match is not None and match[1] == gold
+    return match[1] if match else None

@@ -23,19 +23,25 @@ if TYPE_CHECKING:  # torch is only imported once the config is known to be good
     from nanolapo.methods.base import Method
 
 
-def parse(description: str, default_method: str = "") -> tuple[Config, bool]:
-    """Read `CONFIG.yaml [section.key=value ...] [--dry-run]`; returns (config, dry_run)."""
+def parse(description: str, default_method: str = "", can_explain: bool = False) -> tuple[Config, str]:
+    """Read `CONFIG.yaml [section.key=value ...] [--dry-run | --explain]`; returns the config and "run", "dry-run" or
+    "explain"."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value",
                         help="overrides one value; method=FILE.yaml lays a method's file over the config")  # fmt: skip
-    parser.add_argument("--dry-run", action="store_true",
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--dry-run", dest="action", action="store_const", const="dry-run", default="run",
                         help="check everything; print config, arithmetic, one prompt, cost; touch no weights")  # fmt: skip
+    if can_explain:
+        action.add_argument("--explain", dest="action", action="store_const", const="explain",
+                            help="do the first step only, and tell everything that happens to one problem in it, on the "
+                            "console and in explain.html; the run itself is left alone")  # fmt: skip
     arguments = parser.parse_intermixed_args()  # overrides may also come after --dry-run
     config = load_config(arguments.config, arguments.overrides)
     if default_method and not config.method.name:
         config = dataclasses.replace(config, method=dataclasses.replace(config.method, name=default_method))
-    return config, arguments.dry_run
+    return config, arguments.action
 
 
 # full, over quota or over the file size limit, or not ours to write
@@ -83,16 +89,13 @@ def tell_torchrun(text: str, is_echo: bool = False) -> None:
             Path(path).write_text(message, encoding="utf-8")
 
 
-def train_or_describe(config: Config, dry_run: bool) -> None:
-    """Train, or with --dry-run print everything that can be known without weights."""
+def act(config: Config, action: str) -> None:
+    """Train; or print everything that can be known without weights (dry-run), or what happens in one step (explain)."""
+    from nanolapo.explain import explain
     from nanolapo.loop import train
     from nanolapo.methods import load_method
 
-    method = load_method(config)
-    if dry_run:
-        describe(config, method)
-    else:
-        train(config, method)
+    {"run": train, "dry-run": describe, "explain": explain}[action](config, load_method(config))
 
 
 def describe(config: Config, method: Method) -> None:

@@ -285,8 +285,8 @@ def pretrain(out_dir: str, settings: DemoConfig, seed: int) -> None:
 
 
 def main() -> None:
-    config, dry_run = cli.parse(__doc__ or "")
-    if dry_run:
+    config, action = cli.parse(__doc__ or "")
+    if action == "dry-run":
         print(DemoConfig())
     elif (Path(config.model.path) / "config.json").exists():
         print(f"{config.model.path} exists; remove it to pre-train again")

@@ -28,7 +28,7 @@ from functools import cache
 from pathlib import Path
 
 from nanolapo.answers import equal, hostile, normalise, number
-from nanolapo.boxes import boxed_answer, exact_first_boxed
+from nanolapo.boxes import boxed_answer, exact_first_boxed, first_boxed
 from nanolapo.config import RunStopped
 
 Question = tuple[str, str]  # normalised answer, normalised gold: what a worker is asked
@@ -190,6 +190,12 @@ class Grader:
         self.total += len(verdicts)
         self.errors += verdicts.count(None)
         return [verdict is True for verdict in verdicts]
+
+    def reads(self, completion: str) -> str | None:
+        """What this grader takes as the answer of a completion, before it is normalised; None: it finds none."""
+        if self.rule == "exact_first_boxed":
+            return first_boxed(completion)
+        return boxed_answer(completion, self.require_think_close)
 
     def golds_that_fail(self, golds: Sequence[str]) -> list[int]:
         """Indices of golds that do not accept themselves, accept a number that has nothing to do with them, or time out."""

@@ -25,6 +25,18 @@ STATISTICS: dict[str, Callable[[np.ndarray], np.floating]] = {
 }  # paper, Table 3
 
 
+def typical_range(
+    correct_lengths: Sequence[int] | np.ndarray, percentiles: tuple[float, float] = (30.0, 70.0)
+) -> tuple[float, float]:
+    """[L_min, L_max] of Eq. 2 in tokens: P30 and P70 of the lengths of right answers (Eq. 1); there must be one.
+
+    >>> typical_range([1000, 1200, 1300, 1500, 2000])
+    (1220.0, 1460.0)
+    """
+    low, high = np.percentile(np.asarray(correct_lengths, dtype=np.float64), percentiles)
+    return float(low), float(high)
+
+
 class LengthMap:
     """M(q) with a solved flag per problem.
 
@@ -81,10 +93,7 @@ class LengthMap:
         >>> m.update_discovery("q", [1000, 1200, 1300, 1500, 2000]); m.typical_range("q", (30, 70))
         (1220.0, 1460.0)
         """
-        if problem_id not in self.lengths:
-            return None
-        low, high = np.percentile(self.lengths[problem_id], percentiles)
-        return float(low), float(high)
+        return typical_range(self.lengths[problem_id], percentiles) if problem_id in self.lengths else None
 
     def measured_by(self, statistic: str, path: str) -> LengthMap:
         """The map that stage 1 would have written with another statistic: what it rewards does not depend on it.

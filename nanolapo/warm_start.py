@@ -69,8 +69,8 @@ def warm_start(config: Config) -> None:
 
 
 def main() -> None:
-    config, dry_run = cli.parse(__doc__ or "")
-    if dry_run:
+    config, action = cli.parse(__doc__ or "")
+    if action == "dry-run":
         print(config.warm_start)
     elif (Path(config.model.path) / "config.json").exists():
         print(f"{config.model.path} exists; remove it to warm-start again")

@@ -2,7 +2,7 @@
 
     python -m pytest tests/test_scripts.py
 
-The base model is the demo's own, pre-trained for a minute's fraction: good enough that some answers are right.
+The base model is conftest's demo_base.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-
-from nanolapo.demo import DemoConfig, pretrain
 
 ROOT = Path(__file__).parents[1]
 TIMING = ("seconds/", "tokens_per_second", "memory_gb")  # the only numbers that may differ between equal runs
@@ -38,10 +36,8 @@ evaluate: {{models: ["base={base}", "same={base}"], samples: 2, temperatures: [1
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("scripts") / "base"
-    pretrain(str(folder), DemoConfig(steps=150, hidden_size=64, layers=2, batch_tokens=1600, guided=0.3), seed=0)
-    return folder
+def base(demo_base: Path) -> Path:
+    return demo_base
 
 
 def write_config(base: Path, folder: Path) -> Path:

@@ -11,6 +11,7 @@ counts the tail of the prompt.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from nanolapo.config import Config, UserError
-from nanolapo.lengths import LengthMap
+from nanolapo.lengths import LengthMap, typical_range
 from nanolapo.methods.base import Method, SamplingPlan
 from nanolapo.problems import Problem
 from nanolapo.prompts import Guidance, exact_guidance, implicit_guidance, outside_guidance, range_guidance
@@ -49,6 +50,17 @@ READINGS = {
 }
 
 
+def tokens_outside(lengths: Sequence[int] | np.ndarray, low: float, high: float) -> np.ndarray:
+    """d of Eq. 5: by how many tokens each length misses the closed range, float64 [G].
+
+    >>> tokens_outside([1000, 1220, 1500], 1220, 1460)
+    array([220.,   0.,  40.])
+    """
+    lengths = np.asarray(lengths, dtype=np.float64)
+    inside = (lengths >= low) & (lengths <= high)
+    return np.where(inside, 0.0, np.minimum(abs(lengths - low), abs(lengths - high)))
+
+
 def discovery_reward(
     lengths: Sequence[int] | np.ndarray,
     correct: Sequence[bool] | np.ndarray,
@@ -69,11 +81,10 @@ def discovery_reward(
     rewards = correct.astype(np.float64)
     if not correct.any():
         return rewards
-    low, high = np.percentile(lengths[correct], percentiles)  # Eq. 2
+    low, high = typical_range(lengths[correct], percentiles)
     if strict_range and not low < high:
         return rewards
-    distance = np.where((lengths >= low) & (lengths <= high), 0.0, np.minimum(abs(lengths - low), abs(lengths - high)))
-    return rewards + alpha * correct * np.maximum(0.0, 1.0 - distance / decay)
+    return rewards + alpha * correct * np.maximum(0.0, 1.0 - tokens_outside(lengths, low, high) / decay)
 
 
 def internalization_reward(
@@ -194,14 +205,18 @@ class Internalization(Lapo):
             return range_guidance(low, high, n)
         return {"exact": exact_guidance, "outside": outside_guidance, "implicit": implicit_guidance}[c.guidance](n)
 
+    def center(self, problem: Problem, lengths_G: np.ndarray, correct_G: np.ndarray, budget: float) -> float:
+        """n of Eq. 7 for one group: the number in its prompt, M(q) before this step's update; nan: there is none."""
+        if self.length_map.target(problem.id) is None and self.readings.unsolved_center == "group_median":
+            return self.length_map.measure(lengths_G[correct_G]) if correct_G.any() else math.nan
+        return float(budget)
+
     def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:
         lengths, correct = rollouts.by_group(rollouts.lengths_B), rollouts.by_group(rollouts.correct_B)
         budgets = rollouts.by_group(rollouts.budgets_B)
         total = []
         for g, problem in enumerate(rollouts.problems):
-            target = budgets[g][0]  # the number in the prompt: M(q) before this step's update
-            if self.length_map.target(problem.id) is None and self.readings.unsolved_center == "group_median":
-                target = self.length_map.measure(lengths[g][correct[g]]) if correct[g].any() else np.nan
+            target = self.center(problem, lengths[g], correct[g], budgets[g][0])
             if np.isnan(target):  # a prompt without a budget has no length term (never: a budget of 0)
                 total.append(correct[g].astype(np.float64))
             else:
