@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nanolapo.config import Config
+from nanolapo.config import Config, UserError
 from nanolapo.machines import Machine, Shape
 from nanolapo.policy import LOGIT_ELEMENTS
 from nanolapo.session import GUIDANCE_ROOM, pick_engine
@@ -24,6 +24,8 @@ CPU_RUNTIME, CPU_VLLM = 0.5e9, 1e9  # measured, bytes: a process before it has a
 CPU_CACHE = 2**30  # bytes of vLLM's cache on a CPU, see ENVIRONMENT in sampler_vllm.py
 LONGEST = 2.5  # the longest answer of a step over the mean: 1.3 to 3.2 on average in 14 runs of the demo and of SmolLM2
 PROMPT_TOKENS = 200  # ESTIMATE where the prompts are not at hand
+# Table 1 of LAPO's paper (paper.yaml), MATH-500: midway between the base, where training starts, and LAPO-D, where it ends
+PAPER_TOKENS = {"DeepSeek-R1-Distill-Qwen-1.5B": (4031 + 2566) / 2, "DeepScaleR-1.5B-Preview": (3280 + 2365) / 2}
 
 
 @dataclass(frozen=True)
@@ -46,16 +48,24 @@ class Expected:
 def expect(
     config: Config, mean_tokens: float | None = None, prompt_tokens: float | None = None, extra_rows: float = 0
 ) -> Expected:
-    """Lengths: as given; else of this run's and train.match_runs' steps so far; else the limit."""
+    """Lengths: as given; else of this run's and train.match_runs' steps so far; else the paper's; else the limit.
+
+    Raises UserError for numbers that are not positive.
+    """
+    for name, value in (("--mean-tokens", mean_tokens), ("--prompt-tokens", prompt_tokens)):
+        if value is not None and value <= 0:
+            raise UserError(f"{name} {value:g}: give a number of tokens above 0")
     limit, rows = config.rollout.max_new_tokens, config.rollouts_per_step
     mean, trained, source = float(limit), float(rows), "the limit: an upper bound"
     steps = [step for folder in (config.run_dir, *map(Path, config.train.match_runs)) for step in logged_steps(folder)]
     if mean_tokens:
         mean, source = min(mean_tokens, limit), "given"
     elif steps:
-        mean = sum(step["length"] for step in steps) / len(steps)
+        mean = max(1.0, sum(step["length"] for step in steps) / len(steps))
         tokens = sum(step["trained_tokens"] for step in steps) / len(steps) / config.train.inner_epochs
         trained, source = min(rows, tokens / mean), f"mean of {len(steps)} earlier steps"
+    elif (name := config.model.path.rsplit("/", 1)[-1]) in PAPER_TOKENS:
+        mean, source = min(limit, PAPER_TOKENS[name]), "ESTIMATE from the paper's Table 1"
     prompt, prompt_source = float(min(config.rollout.max_prompt_tokens, PROMPT_TOKENS)), "ESTIMATE"
     if prompt_tokens:
         prompt, prompt_source = prompt_tokens, "given"

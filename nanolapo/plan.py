@@ -9,7 +9,8 @@ keys and values of its rows, once (Pope et al., arXiv 2211.05102, section 2).
 
 GPU rates (machines.py) are data-sheet figures times an assumed efficiency: ESTIMATES, not measured here, and printed as
 such. CPU rates are measured: ours, or with --calibrate this machine's with the very model (calibrate.py). Left out, each a
-few percent: grading, weight sync, all-reduce, optimizer step, checkpoints, skewed lengths.
+few percent: grading, weight sync, all-reduce, optimizer step, checkpoints, skewed lengths. Of dynamic sampling the first
+round is counted.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import math
 from dataclasses import dataclass
 
 from nanolapo.cli import run
-from nanolapo.config import Config, UserError, validate
+from nanolapo.config import Config, UserError
+from nanolapo.config_checks import validate
 from nanolapo.config_file import load_config
 from nanolapo.footprint import Expected, bytes_of, cache_rows, expect, fit, memory, microbatch_tokens, remedy, uses_vllm
 from nanolapo.machines import Machine, Shape, load_shape, parse_machine
