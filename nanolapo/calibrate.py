@@ -16,11 +16,12 @@ import torch
 from nanolapo.config import Config
 from nanolapo.footprint import Expected, changed, microbatch_tokens
 from nanolapo.machines import Machine, Shape, load_shape
-from nanolapo.microbatches import MicroBatch
+from nanolapo.microbatches import make_microbatch
 from nanolapo.plan import training_flops
 from nanolapo.policy import Policy
+from nanolapo.problems import Problem
 from nanolapo.ranks import Ranks
-from nanolapo.rollouts import Decoding, Request
+from nanolapo.rollouts import Decoding, Request, Sample, make_rollouts
 from nanolapo.session import make_sampler, set_up_process
 
 TRIES = 2
@@ -51,10 +52,12 @@ def training_rate(config: Config, shape: Shape, machine: Machine, e: Expected, r
     policy = Policy(config, ranks.device)
     prompt, answer = round(e.prompt), round(e.answer)
     rows = max(1, int(microbatch_tokens(config, machine, e) // (prompt + answer)))
-    ids_BS = torch.randint(shape.vocab, (rows, prompt + answer), device=ranks.device)
-    lengths_B = torch.full((rows,), answer, device=ranks.device)
-    mask_BT = torch.ones(rows, answer, device=ranks.device)
-    micro = MicroBatch(list(range(rows)), ids_BS, torch.full_like(lengths_B, prompt), lengths_B, mask_BT)
+    rng = np.random.default_rng(0)  # every row with a prompt of its own: nothing is shared
+    problems = [Problem(str(i), "", "", None, "") for i in range(rows)]
+    requests = [Request(rng.integers(shape.vocab, size=prompt).tolist(), 0, answer) for _ in range(rows)]
+    samples = [Sample(rng.integers(shape.vocab, size=answer), np.zeros(answer, np.float32), True) for _ in range(rows)]
+    rollouts = make_rollouts(problems, 1, requests, [None] * rows, samples, shape.vocab)
+    micro = make_microbatch(rollouts, range(rows), ranks.device)
     tries = []
     for _ in range(TRIES):
         start = clock()

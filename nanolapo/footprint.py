@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from nanolapo.config import Config, UserError
+from nanolapo.logprobs import LOGIT_ELEMENTS
 from nanolapo.machines import Machine, Shape
-from nanolapo.policy import LOGIT_ELEMENTS
 from nanolapo.session import GUIDANCE_ROOM, pick_engine
 
 LOGIT_COPIES = 5  # live float32 copies of a chunk of logits: raw, tempered, softmax, two gradients

@@ -24,8 +24,8 @@ from nanolapo.config import Config, UserError
 from nanolapo.config_checks import validate
 from nanolapo.config_file import load_config
 from nanolapo.footprint import Expected, bytes_of, cache_rows, expect, fit, memory, microbatch_tokens, remedy, uses_vllm
+from nanolapo.logprobs import LOGIT_ELEMENTS
 from nanolapo.machines import Machine, Shape, load_shape, parse_machine
-from nanolapo.policy import LOGIT_ELEMENTS
 from nanolapo.sampler_torch import REPACK
 from nanolapo.session import token_limit
 
