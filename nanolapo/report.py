@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from nanolapo.evaluation import KEYWORDS, rank_correlation
 
 Row = dict[str, Any]
@@ -138,90 +140,107 @@ def training_dynamics(rows: Sequence[Row], base: str) -> dict[str, list[tuple[fl
     return curves | {base: start} if curves else {}
 
 
+def accuracy_limits(percents: Sequence[float]) -> tuple[float, float]:
+    """Ends of an accuracy axis: at least four points wide, so that one answer in a thousand does not look like a fall.
+
+    >>> accuracy_limits([99.9, 100.0]), accuracy_limits([40.0, 60.0])
+    ((96.5, 100.5), (38.0, 62.0))
+    """
+    room = max(2.0, 0.1 * (max(percents) - min(percents)))
+    top = min(100.5, max(percents) + room)
+    return min(top - 4.0, min(percents) - room), top
+
+
 def plots(results: dict[str, Any], run_dirs: dict[str, Path], out: Path) -> list[Path]:
     """The paper's figures 1, 3, 4 and 5 as far as the results have them, and the curves of the training runs.
 
-    The first row's model is the base.
+    The first row's model is the base; figures that compare models need two that are no exports of one run.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    written = []
-
-    def save(figure: Any, name: str) -> None:
-        figure.tight_layout()
-        figure.savefig(out / name, dpi=120)
-        plt.close(figure)
-        written.append(out / name)
-
-    def two_panels(curves: dict[str, list[tuple[float, float, float]]], titles: tuple[str, str], name: str) -> None:
-        """Curves of (step, left, right); a curve of one point is drawn as a level line (the base model)."""
-        figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
-        for i, (axis, title) in enumerate(zip(axes, titles, strict=True), start=1):
-            for curve, points in curves.items():
-                if len(points) == 1:
-                    axis.axhline(points[0][i], label=curve, color="grey", linestyle="--")
-                else:
-                    axis.plot(
-                        [p[0] for p in points], [p[i] for p in points], label=curve, marker="." * (len(points) < 30)
-                    )
-            axis.set_xlabel("step")
-            axis.set_title(title)
-        axes[0].legend(fontsize=8)
-        save(figure, name)
-
-    logs = {name: read_metrics(folder) for name, folder in run_dirs.items()}
-    curves = {name: [(x["step"], x["length"], x["accuracy"]) for x in lines] for name, lines in logs.items() if lines}
-    if curves:
-        two_panels(curves, ("mean length of rollouts (tokens)", "accuracy of rollouts"), "training.png")
-
     first = results["rows"][0]
     plain = [r for r in results["rows"] if r["temperature"] == first["temperature"] and not r["guidance"]]
     of_set = [r for r in plain if r["set"] == first["set"]]
     final = [r for r in of_set if r.get("step") is None]
-    if points := training_dynamics(of_set, first["model"]):  # Fig. 5
-        two_panels(points, (f"mean tokens, {first['set']}", f"accuracy, {first['set']}"), "dynamics.png")
-
-    figure, axis = plt.subplots(figsize=(5.5, 3.6))  # Fig. 1
-    overall = [
-        r for r in plain if r["set"] == plain[-1]["set"] and r.get("step") is None
-    ]  # the average, where there is one
-    for r in overall:
-        axis.scatter(r["tokens"], 100 * r["accuracy"])
-        axis.annotate(
-            r["model"], (r["tokens"], 100 * r["accuracy"]), fontsize=7, xytext=(3, 3), textcoords="offset points"
-        )
-    axis.set_xlabel("mean tokens")
-    axis.set_title(f"accuracy (%), {plain[-1]['set']}")
-    save(figure, "tradeoff.png")
-
+    logs = {name: read_metrics(folder) for name, folder in run_dirs.items()}
+    sampled = {name: [(x["step"], x["length"], x["accuracy"]) for x in lines] for name, lines in logs.items() if lines}
+    exported = training_dynamics(of_set, first["model"])
     places = difficulty_axis(plain, first["model"])
-    if len(places) > 1:  # Fig. 3
-        figure, axis = plt.subplots(figsize=(max(5.5, 0.7 * len(places)), 3.6))
-        for r in final:
-            tokens = [tokens_at(plain, r["model"], place) for place in places]
-            rho = rank_correlation(range(len(places)), tokens)
-            axis.plot(
-                range(len(places)), tokens, marker="o", label=f"{r['model']} (rank correlation {number(rho, '.2f')})"
-            )
-        one_set = len({name for name, _ in places}) == 1
-        ticks = [level if one_set else f"{name} {level}".strip() for name, level in places]
-        axis.set_xticks(range(len(places)), ticks, rotation=0 if one_set else 30, fontsize=8)
-        axis.set_xlabel("level" if one_set else "from easy to hard")
-        axis.set_title("mean tokens by difficulty")
-        axis.legend(fontsize=7)
-        save(figure, "length_by_level.png")
+    figures = {}
+    if sampled:
+        figures["training.png"] = curves_figure(sampled, "of rollouts")
+    if exported:
+        figures["dynamics.png"] = curves_figure(exported, f"on {first['set']}")
+    if len(final) > 1:
+        overall = [r for r in plain if r["set"] == plain[-1]["set"] and r.get("step") is None]  # the average, if any
+        figures["tradeoff.png"] = tradeoff_figure(overall)
+        if len(places) > 1:
+            figures["length_by_level.png"] = difficulty_figure(plain, [r["model"] for r in final], places)
+        if first.get("keywords"):
+            figures["keywords.png"] = keyword_figure(final)
+    for name, figure in figures.items():
+        figure.tight_layout()
+        figure.savefig(out / name, dpi=120)
+    return [out / name for name in figures]
 
-    if first.get("keywords"):  # Fig. 4
-        figure, axis = plt.subplots(figsize=(7, 3.6))
-        width = 0.8 / len(final)
-        for i, r in enumerate(final):
-            middles = [g + i * width for g in range(len(KEYWORDS))]
-            axis.bar(middles, [r["keywords"][g] for g in KEYWORDS], width, label=r["model"])
-        axis.set_xticks([g + 0.4 - width / 2 for g in range(len(KEYWORDS))], list(KEYWORDS))
-        axis.set_title("words per answer")
-        axis.legend(fontsize=8)
-        save(figure, "keywords.png")
-    return written
+
+def curves_figure(curves: dict[str, list[tuple[float, float, float]]], where: str) -> Figure:
+    """Fig. 5: tokens and accuracy over steps. A curve of one point is drawn as a level line (the base model)."""
+    figure = Figure(figsize=(10, 3.6))
+    left, right = figure.subplots(1, 2)
+    for name, points in curves.items():
+        steps, tokens, accuracy = zip(*points, strict=True)
+        for axis, values in ((left, tokens), (right, [100 * a for a in accuracy])):
+            if len(points) == 1:
+                axis.axhline(values[0], label=name, color="grey", linestyle="--")
+            else:
+                axis.plot(steps, values, label=name, marker="." if len(points) < 30 else "")
+    right.set_ylim(accuracy_limits([100 * a for points in curves.values() for _, _, a in points]))
+    for axis, title in ((left, "mean length (tokens)"), (right, "accuracy (%)")):
+        axis.set_xlabel("step")
+        axis.set_title(f"{title} {where}")
+    left.legend(fontsize=8)
+    return figure
+
+
+def tradeoff_figure(rows: Sequence[Row]) -> Figure:
+    """Fig. 1: accuracy against tokens, better is up and left."""
+    figure = Figure(figsize=(5.5, 3.6))
+    axis = figure.subplots()
+    for r in rows:
+        place = r["tokens"], 100 * r["accuracy"]
+        axis.scatter(*place)
+        axis.annotate(r["model"], place, fontsize=7, xytext=(3, 3), textcoords="offset points")
+    axis.set_ylim(accuracy_limits([100 * r["accuracy"] for r in rows]))
+    axis.set_xlabel("mean tokens")
+    axis.set_title(f"accuracy (%), {rows[0]['set']}")
+    return figure
+
+
+def difficulty_figure(rows: Sequence[Row], models: Sequence[str], places: Sequence[tuple[str, str]]) -> Figure:
+    """Fig. 3: mean tokens from easy to hard, with the rank correlation of the two."""
+    figure = Figure(figsize=(max(5.5, 0.7 * len(places)), 3.6))
+    axis = figure.subplots()
+    for model in models:
+        tokens = [tokens_at(rows, model, place) for place in places]
+        rho = number(rank_correlation(range(len(places)), tokens), ".2f")
+        axis.plot(range(len(places)), tokens, marker="o", label=f"{model} (rank correlation {rho})")
+    one_set = len({name for name, _ in places}) == 1
+    ticks = [level if one_set else f"{name} {level}".strip() for name, level in places]
+    axis.set_xticks(range(len(places)), ticks, rotation=0 if one_set else 30, fontsize=8)
+    axis.set_xlabel("level" if one_set else "from easy to hard")
+    axis.set_title("mean tokens by difficulty")
+    axis.legend(fontsize=7)
+    return figure
+
+
+def keyword_figure(rows: Sequence[Row]) -> Figure:
+    """Fig. 4: words of each group per answer."""
+    figure, width = Figure(figsize=(7, 3.6)), 0.8 / len(rows)
+    axis = figure.subplots()
+    for i, r in enumerate(rows):
+        axis.bar(
+            [g + i * width for g in range(len(KEYWORDS))], [r["keywords"][g] for g in KEYWORDS], width, label=r["model"]
+        )
+    axis.set_xticks([g + 0.4 - width / 2 for g in range(len(KEYWORDS))], list(KEYWORDS))
+    axis.set_title("words per answer")
+    axis.legend(fontsize=8)
+    return figure
