@@ -11,7 +11,6 @@ its samples, unbiased and free. At step 0 there is no last entropy and no extra 
 
 A replaced row keeps the verdict of the answer it replaced as reward, since its group was measured by it; its own is always
 "right", so the logged accuracy is up to K/B too high. Its log-probs are of another temperature: the trainer scores anew.
-
 Edge: no kept extra answer: plain GRPO. State: last entropy.
 """
 
