@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanolapo import loop
 from nanolapo.checkpoint import save_model
-from nanolapo.config import Config, UserError, validate
+from nanolapo.config import Config, UserError
+from nanolapo.config_checks import validate
 from nanolapo.demo import DemoConfig, make_model, make_tokenizer
 from nanolapo.methods.base import Method
 

@@ -1,6 +1,5 @@
-"""Planned seconds, FLOPs and disk against an ideal machine by hand, a real update that torch counts, a real checkpoint; that
-more work costs more; the command.
-
+"""Planned seconds, FLOPs and disk against an ideal machine by hand, a real update that torch counts, a real
+checkpoint; that more work costs more; the command.
     python -m pytest tests/test_plan.py
 """
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nanolapo.config import validate
+from nanolapo.config_checks import validate
 from nanolapo.config_file import load_config, read_yaml
 from nanolapo.methods import load_method
 from nanolapo.methods.base import Method
