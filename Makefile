@@ -6,12 +6,14 @@ METHODS ?=
 SEEDS ?=
 JOBS ?= 1
 LAUNCHER ?= $(PY)
+STEP ?=
+MACHINE ?=
 MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
 COUNT ?= 50
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet
 
-.PHONY: help install vllm demo demo-controls explain compare test faults bench lint format clean
+.PHONY: help install vllm demo demo-controls explain compare reproduce test faults bench lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -58,6 +60,10 @@ explain: install  ## one real step of the demo with all its numbers, on the cons
 compare: install  ## every method on one recipe for equal sampled tokens (RECIPE=demo METHODS="" SEEDS="" JOBS=1): hours
 	$(PY) -m nanolapo.compare configs/$(RECIPE)/compare.yaml --methods "$(METHODS)" --seeds "$(SEEDS)" --jobs $(JOBS) \
 	  --launcher "$(LAUNCHER)"
+
+reproduce: install  ## the paper's tables and figures (RECIPE=demo STEP="" SEEDS="" JOBS=1; DRY_RUN=1 MACHINE=8xH100-80GB: cost)
+	$(PY) -m nanolapo.reproduce configs/$(RECIPE)/reproduce.yaml --step "$(STEP)" --seeds "$(SEEDS)" --jobs $(JOBS) \
+	  --launcher "$(LAUNCHER)" $(if $(DRY_RUN),--dry-run --machine "$(MACHINE)")
 
 test: vllm  ## every test that this machine can run, the real vLLM ones included
 	$(PY) -m pytest

@@ -27,6 +27,7 @@ from nanolapo.config_file import build, load_config, read_yaml
 from nanolapo.over_seeds import mean_rows
 from nanolapo.pipeline import Pipeline, Step
 from nanolapo.report import plots
+from nanolapo.reproduce_plan import show_plan
 from nanolapo.steps import base_step, evaluation_step, seed_overrides, training_step, words
 
 PAPER_TEMPERATURE = 0.6  # of the paper's evaluations
@@ -164,7 +165,9 @@ def main() -> None:
     pipeline = Pipeline([step for seed in seeds for step in runner.steps(seed)], runner.folder)
     wanted = runner.wanted(given.step, seeds)
     if given.dry_run:
-        return None
+        base = load_config(given.config.parent / "base.yaml", seed_overrides(runner.folder, seeds[0])).model.path
+        names, at = pipeline.closure(wanted), len(runner.launcher)
+        return show_plan(pipeline, names, at, base, runner.recipe.paper_base, given.machine)
     if runner.recipe.hardware and not torch.cuda.is_available():
         raise UserError(f"RECIPE={name} needs {runner.recipe.hardware}, and this machine has no GPU: `make reproduce "
                         "RECIPE=demo` and `make demo` run on a CPU, DRY_RUN=1 shows the plan")  # fmt: skip

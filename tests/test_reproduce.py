@@ -17,6 +17,7 @@ from nanolapo.config import UserError
 from nanolapo.paper import paper_tables
 from nanolapo.pipeline import Pipeline
 from nanolapo.reproduce import Runner, write_outputs
+from nanolapo.reproduce_plan import show_plan
 from nanolapo.steps import ROOT
 
 RECIPES = [path.parent.name for path in sorted((ROOT / "configs").glob("*/reproduce.yaml"))]
@@ -173,3 +174,34 @@ def test_refusals_are_one_line(recipe: Path, tmp_path: Path) -> None:
     assert gpu.stderr.count("\n") == 1
     wrong = reproduce(recipe, tmp_path, "--step", "tabel1")
     assert wrong.returncode == 2 and "--step tabel1: there are table1, stage1, stage2, main, dynamics" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("recipe", "machine"), [("deepscaler-1.5b", "4xA100-80GB"), ("deepseek-r1-1.5b", "8xH200-141GB")]
+)
+def test_the_plan_of_a_paper_recipe(recipe: str, machine: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Tokens by hand: steps x rollouts x the paper's mean length for a training, answers x length for an evaluation; hours
+    of all GPUs are hours times their number; the last line is the sum."""
+    runner = runner_of(recipe)
+    pipeline = Pipeline(runner.steps(0), Path("unused"))
+    base = (
+        "agentica-org/DeepScaleR-1.5B-Preview"
+        if recipe == "deepscaler-1.5b"
+        else "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
+    )
+    show_plan(pipeline, list(pipeline.steps), 1, base, runner.recipe.paper_base, machine)
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    rows = {line[0]: [float(cell.replace(",", "")) if cell.strip() else 0.0 for cell in line[1:]] for line in lines[2:]}
+    mean = {"B": (3280 + 2365) / 2, "A": (4031 + 2566) / 2}[runner.recipe.paper_base]
+    assert rows["seed0/stage1"][0] == pytest.approx(234 * 1024 * mean / 1e6, abs=0.1)
+    sets = {"B": (3280, 9246, 6416, 5974), "A": (4031, 12150, 7222, 8942)}[runner.recipe.paper_base]
+    answers = (500 * 4, 30 * 32, 40 * 32, 675 * 4)
+    assert rows["seed0/main"][0] == pytest.approx(
+        4 * sum(n * t for n, t in zip(answers, sets, strict=True)) / 1e6, abs=0.1
+    )
+    gpus = int(machine[0])
+    for name, (_, hours, gpu_hours, memory, _) in rows.items():
+        if name != "all":
+            assert gpu_hours == pytest.approx(gpus * hours, abs=0.06 + 0.005 * gpus) and 20 < memory < 141
+    assert rows["all"][0] == pytest.approx(sum(row[0] for name, row in rows.items() if name != "all"), abs=2)
+    assert len(rows) == len(pipeline.steps) + 1
