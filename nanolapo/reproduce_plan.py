@@ -23,8 +23,8 @@ SET_SIZES = {
     "GPQA": 198,
 }  # problems of the hub's sets
 EVALUATIONS = (
-    "evaluations: every model at the base's length of the paper; samples that evaluations share are counted in each, a run's "
-    "exported models as one"
+    "evaluations: every model at the base's length of the paper; samples that evaluations share are counted in each, "
+    "a run's exported models as one"
 )
 HEAD = ["step", "tokens (M)", "hours", "GPU-hours", "GB a GPU", "disk GB"]
 Costs = tuple[float, float, float, float, str]  # tokens, hours, peak GB of a rank, GB on disk, a note
