@@ -63,7 +63,7 @@ def training_rate(config: Config, shape: Shape, machine: Machine, e: Expected, r
         start = clock()
         policy.logprobs(micro)[0].sum().backward()
         tries.append(clock() - start)
-    return training_flops(config, shape, machine, replace(e, trained=rows)) / min(tries)
+    return training_flops(config, shape, replace(e, trained=rows), share=1.0) / min(tries)
 
 
 def decode_seconds(sampler: Any, vocab: int, prompt: int, rows: int) -> float:

@@ -18,7 +18,7 @@ from nanolapo.logprobs import LOGIT_ELEMENTS
 from nanolapo.machines import Machine, Shape
 from nanolapo.session import GUIDANCE_ROOM, pick_engine
 
-LOGIT_COPIES = 5  # live float32 copies of a chunk of logits: raw, tempered, softmax, two gradients
+LOGIT_COPIES = 4  # live float32 copies of a chunk of logits: as they come, tempered, softmax or gradient, its cast
 GPU_RUNTIME, VLLM_RUNTIME = 3e9, 2e9  # ESTIMATES, bytes: CUDA, NCCL, fragmentation; vLLM's activations and graphs
 CPU_RUNTIME, CPU_VLLM = 0.5e9, 1e9  # measured, bytes: a process before it has a model, and what vLLM adds
 CPU_CACHE = 2**30  # bytes of vLLM's cache on a CPU, see ENVIRONMENT in sampler_vllm.py
@@ -88,30 +88,46 @@ def bytes_of(dtype: str) -> int:
     return 2 if dtype == "bfloat16" else 4
 
 
+def prompt_share(config: Config, ranks: int) -> float:
+    """Prompts that are computed over rows: a rank computes a prompt once for all its rows of the group (microbatches.py).
+    Of G rows, dealt to N ranks, at least one comes to a rank with probability 1 - (1 - 1/N)^G.
+
+    >>> prompt_share(Config(), 1), round(prompt_share(Config(), 8), 2)
+    (0.125, 0.66)
+    """
+    size = config.rollout.group_size
+    return ranks * (1 - (1 - 1 / ranks) ** size) / size
+
+
 def memory(config: Config, shape: Shape, machine: Machine, e: Expected) -> dict[str, dict[str, float]]:
     """Bytes per rank, phase -> part -> bytes. On a GPU the sampler sleeps during the update; on a CPU it stays.
 
-    copies: under ddp autocast's bf16 copies of all matrices; under fsdp2 embedding, head and two layers, brought together.
+    copies: under ddp the bf16 working copy (precision.py); under fsdp2 embedding, head and two layers, brought together.
     activations: all layers' (with checkpointing only their inputs), and of one layer the gradients and, with checkpointing,
-    the activations computed again. head: logits, a chunk at a time (policy.py), and the head's gradient before it is added.
+    the activations computed again. head: logits, a chunk at a time, the head's gradient, and what is added to it
+    (logprobs.py).
     """
-    m, n, size = config.model, shape.num_params, bytes_of(config.model.dtype)
+    m, size = config.model, bytes_of(config.model.dtype)
     cut = machine.count if m.sharding == "fsdp2" else 1
     lora = shape.lora_params(m.lora_rank)
+    n, trained = shape.num_params + lora, lora or shape.num_params
+    reference = shape.num_params * (4 / cut if cut > 1 else size)
     at_hand = config.loss.kl_coef and not lora and (machine.is_cpu or not m.offload_reference)
-    state = {
-        "weights": 4 * (n + lora) / cut,
-        "Adam": 8 * (lora or n) / cut,
-        "reference": 4 * n / cut if at_hand else 0.0,
-    }
+    state = {"weights": 4 * n / cut, "Adam": 8 * trained / cut, "reference": reference if at_hand else 0.0}
     together = shape.head * (2 - shape.tied) + 2 * shape.layer_weights
-    tokens, layer, again = microbatch_tokens(config, machine, e), shape.activation_bytes(size), m.gradient_checkpointing
-    kept = shape.layers * (4 * shape.hidden if again else layer) + 12 * shape.hidden
+    state["copies"] = size * together if cut > 1 else n * size * (size == 2)
+    share, tokens, again = (
+        prompt_share(config, machine.count),
+        microbatch_tokens(config, machine, e),
+        m.gradient_checkpointing,
+    )
+    rows = tokens / (e.answer + share * e.prompt)
+    layer = shape.activation_bytes(size, machine.is_cpu, rows, e.answer, e.prompt, share)
+    kept = shape.layers * (tokens * size * shape.hidden if again else layer)
     update = {
-        "gradients": 4 * (lora or n) / cut,
-        "copies": size * (together if cut > 1 else shape.matrices * (size == 2)),
-        "activations": tokens * (kept + layer * (2 if again else 1)),
-        "head": 4 * LOGIT_COPIES * min(LOGIT_ELEMENTS, tokens * shape.vocab) + (8 - size) * shape.head * (not lora),
+        "gradients": 4 * trained / cut,
+        "activations": kept + layer * (2 if again else 1),
+        "head": 4 * LOGIT_COPIES * min(LOGIT_ELEMENTS, tokens * shape.vocab) + (4 + size) * shape.head * (not lora),
     }
     sampler = sampler_memory(config, shape, machine, e)
     if machine.is_cpu:  # torch's cache lives only while it samples
@@ -122,9 +138,10 @@ def memory(config: Config, shape: Shape, machine: Machine, e: Expected) -> dict[
 
 def microbatch_tokens(config: Config, machine: Machine, e: Expected) -> float:
     """Of the largest micro-batch: it holds one row at least, and at most this rank's share of an optimizer batch."""
-    longest_row = e.prompt + config.rollout.max_new_tokens
     rows = math.ceil((config.train.batch_size or config.rollouts_per_step) / machine.count)
-    return min(max(config.train.microbatch_tokens, longest_row), rows * longest_row)
+    all_rows = rows * (e.answer + prompt_share(config, machine.count) * e.prompt)
+    one_row = e.prompt + config.rollout.max_new_tokens
+    return max(one_row, min(config.train.microbatch_tokens, all_rows))
 
 
 def sampler_memory(config: Config, shape: Shape, machine: Machine, e: Expected) -> dict[str, float]:

@@ -78,25 +78,34 @@ class Shape:
         ins_and_outs = 2 * (self.hidden + q) + 2 * (self.hidden + kv) + 3 * (self.hidden + self.intermediate)
         return self.layers * rank * ins_and_outs
 
-    def layer_flops(self, width: float, causal: bool = True) -> float:
-        """FLOPs of all layers in one forward pass over one sequence of `width` tokens.
+    def layer_flops(self, answer: float, prompt: float = 0.0, share: float = 1.0, causal: bool = True) -> float:
+        """FLOPs of all layers in one forward pass over an answer and `share` of its prompt (a group's rows share it).
 
-        2 per weight and token; attention is two products of [width, head_dim] and [head_dim, width] per head, 4 width^2
-        head_dim, of which a causal kernel computes half.
+        2 per weight and token; attention is two products of [queries, head_dim] and [head_dim, keys] per head, so 4
+        head_dim per query and key. An answer sees the prompt and itself, of which a causal kernel computes half.
         """
-        attention = 4.0 * self.layers * self.heads * self.head_dim * width**2
-        return 2.0 * self.layers * self.layer_weights * width + attention * (0.5 if causal else 1.0)
+        seen = 0.5 if causal else 1.0
+        pairs = answer * (prompt + seen * answer) + seen * share * prompt**2
+        tokens = answer + share * prompt
+        return self.layers * (2.0 * self.layer_weights * tokens + 4.0 * self.heads * self.head_dim * pairs)
 
-    def activation_bytes(self, size: int) -> int:
-        """What autograd keeps per token and layer; `size`: bytes of a number of the arithmetic.
+    def activation_bytes(
+        self, size: int, on_cpu: bool, rows: float, answer: float, prompt: float, share: float
+    ) -> float:
+        """What autograd keeps per layer of a micro-batch; `size`: bytes of a number of the arithmetic.
 
-        Counted on transformers' Llama and Qwen2: the residual stream and its normed form, each twice, float32; the inputs
-        of q, k, v and of gate, up (a copy each under autocast, two shared ones in float32); q, k, v and attention's result;
-        gate, its silu, up and their product; two norm factors and attention's sum per head, float32.
+        Counted on transformers' Llama and Qwen2 with attention.py. Per token: two norms, each with its input (float32), its
+        result before and after the weight, and a float32 factor; gate, its silu, up and their product; queries, attention's
+        result, that result once more side by side, and a float32 sum per head; keys and values, and again those that each
+        answer sees. On a CPU attention is float32, and has a float32 mask of [answer, prompt + answer].
         """
-        inputs = 10 * self.hidden if size == 2 else 8 * self.hidden
-        inner = 2 * self.head_dim * (self.heads + self.kv_heads) + 4 * self.intermediate
-        return 16 * self.hidden + inputs + size * inner + 8 + 4 * self.heads
+        tokens, attention = rows * (answer + share * prompt), 4 if on_cpu else size
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        per_token = self.hidden * (8 + 4 * size) + 8 + 4 * size * self.intermediate + (2 * attention + size) * q
+        keys = attention * rows * (prompt + answer)
+        keys += size * tokens if attention == size else attention * rows * share * prompt  # in place, unless cast
+        mask = 4 * rows * answer * (prompt + answer) if on_cpu else 0.0
+        return tokens * (per_token + 4 * self.heads) + 2 * kv * keys + mask
 
 
 # The published config.json of the two recipes' models: Qwen2.5-1.5B with a head of its own.

@@ -23,8 +23,7 @@ from nanolapo.cli import run
 from nanolapo.config import Config, UserError
 from nanolapo.config_checks import validate
 from nanolapo.config_file import load_config
-from nanolapo.footprint import Expected, bytes_of, cache_rows, expect, fit, memory, microbatch_tokens, remedy, uses_vllm
-from nanolapo.logprobs import LOGIT_ELEMENTS
+from nanolapo.footprint import Expected, bytes_of, cache_rows, expect, fit, memory, prompt_share, remedy, uses_vllm
 from nanolapo.machines import Machine, Shape, load_shape, parse_machine
 from nanolapo.sampler_torch import REPACK
 from nanolapo.session import token_limit
@@ -43,6 +42,7 @@ class Plan:
     fits: bool
     cache_rows: float  # answers of mean length, with their prompts, that an engine's cache holds at once
     tokens_per_step: float  # sampled
+    trained_tokens: float  # per step, prompts that a group shares once
     sample_seconds: float  # per step
     train_seconds: float  # per step
     steps: int
@@ -66,7 +66,7 @@ class Plan:
             total = f"{sum(parts.values()):.1f} of {m.memory / 1e9:.0f} GB a rank"
             lines.append(f"  {phase + ' memory':<17} {total}: {listed(parts)}")
         unit = "CPU" if m.is_cpu else "GPU"
-        trained = f"{e.trained * e.width:,.0f} trained in {self.train_seconds:,.1f} s"
+        trained = f"{self.trained_tokens:,.0f} trained in {self.train_seconds:,.1f} s"
         return [
             *lines,
             f"  {'fits' if self.fits else 'DOES NOT FIT':<17} the sampler's cache holds {self.cache_rows:,.0f} answers",
@@ -92,7 +92,7 @@ def plan(
     validate(config, machine.count)
     shape, e = load_shape(config.model.path), expect(config, mean_tokens, prompt_tokens, extra_rows)
     steps, tokens, notes = config.train.steps, e.rows * e.answer, []
-    fits = fit(config, shape, machine, e)
+    fits, share = fit(config, shape, machine, e), prompt_share(config, machine.count)
     if not fits:
         notes.append(remedy(config, shape, machine, e))
     try:
@@ -108,29 +108,29 @@ def plan(
         fits=fits,
         cache_rows=cache_rows(config, shape, machine, e),
         tokens_per_step=tokens,
+        trained_tokens=e.trained * (e.answer + share * e.prompt),
         sample_seconds=sampling_seconds(config, shape, machine, e),
-        train_seconds=PADDED * training_flops(config, shape, machine, e) / machine.count / machine.flops,
+        train_seconds=training_flops(config, shape, e, share) / machine.count / machine.flops,
         steps=steps,
         disk_gb=disk(config, shape, e, steps),
         notes=tuple(notes),
     )
 
 
-def training_flops(config: Config, shape: Shape, machine: Machine, e: Expected) -> float:
+def training_flops(config: Config, shape: Shape, e: Expected, share: float) -> float:
     """Of one step on all ranks, counted in forward passes; a backward pass is two (one under LoRA: frozen weights have no
-    gradient).
+    gradient). share: of the prompts that are computed, see prompt_share.
 
     Forward passes more: of the reference of a KL term; once per step of the old log-probs of several optimizer steps; of
-    the head if it has more than one chunk of logits; under gradient checkpointing of the layers, but for their last product
-    (the recomputation stops before it, nobody needs its result). The head only meets the answer's tokens.
+    the head, which only meets the answers, in every backward pass (logprobs.py); under gradient checkpointing of the
+    layers, but for their last product (the recomputation stops before it, nobody needs its result).
     """
     several = config.optimizer_steps_per_step > 1 and config.loss.old_logprobs == "trainer"
-    chunked = microbatch_tokens(config, machine, e) * e.answer / e.width * shape.vocab > LOGIT_ELEMENTS
     passes, epochs = (2 if config.model.lora_rank else 3) + bool(config.loss.kl_coef), config.train.inner_epochs
-    last = 2.0 * shape.layers * shape.intermediate * shape.hidden * e.width
-    again = epochs * config.model.gradient_checkpointing * (shape.layer_flops(e.width) - last)
-    head = (epochs * (passes + chunked) + several) * 2.0 * shape.head * e.answer
-    return e.trained * ((epochs * passes + several) * shape.layer_flops(e.width) + again + head)
+    layers, head = shape.layer_flops(e.answer, e.prompt, share), 2.0 * shape.head * e.answer
+    last = 2.0 * shape.layers * shape.intermediate * shape.hidden * (e.answer + share * e.prompt)
+    again = epochs * config.model.gradient_checkpointing * (layers - last)
+    return e.trained * ((epochs * passes + several) * layers + again + (epochs * (passes + 1) + several) * head)
 
 
 def sampling_seconds(config: Config, shape: Shape, machine: Machine, e: Expected) -> float:

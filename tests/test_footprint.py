@@ -46,12 +46,12 @@ def test_training_state_is_that_of_a_real_policy(tied_model: Path, lora_rank: in
 
 
 def test_the_paper_recipe_fits_eight_h100() -> None:
-    """Its state by hand, from the published 1,777,088,000 weights: 4 weights, 4 gradients, 8 Adam, 4 reference; 28,672
+    """Its state by hand, from the published 1,777,088,000 weights: 4 weights, 4 gradients, 8 Adam, 2 reference; 28,672
     bytes of cache a token (2 x 28 layers x 2 heads x 128 x 2 bytes)."""
     planned = on("8xH100-80GB")
     update, sampling = planned.memory_gb["update"], planned.memory_gb["sampling"]
     state = [update[name] for name in ("weights", "gradients", "Adam", "reference")]
-    assert state == pytest.approx([7.108352, 7.108352, 14.216704, 7.108352])
+    assert state == pytest.approx([7.108352, 7.108352, 14.216704, 3.554176])
     assert sampling["sampler"] + sampling["cache"] == pytest.approx(0.45 * 80)
     assert planned.cache_rows == pytest.approx(sampling["cache"] * 1e9 / 28_672 / 2700)
     assert planned.fits and planned.notes == ()
@@ -62,8 +62,9 @@ def test_the_paper_recipe_fits_eight_h100() -> None:
 
 def test_slices_lora_and_offload_take_what_they_say() -> None:
     whole, cut = (on("8xH100-80GB", f"model.sharding={x}").memory_gb["update"] for x in ("ddp", "fsdp2"))
-    for name in ("weights", "gradients", "Adam", "reference"):
+    for name in ("weights", "gradients", "Adam"):
         assert cut[name] == pytest.approx(whole[name] / 8)
+    assert cut["reference"] == pytest.approx(whole["weights"] / 8)  # slices are float32, a whole one is cast
     assert on("8xH100-80GB", "model.offload_reference=true").memory_gb["update"]["reference"] == 0
     adapters = on("8xH100-80GB", "model.lora_rank=16")
     lora = PUBLISHED["DeepScaleR-1.5B-Preview"].lora_params(16)
@@ -74,7 +75,7 @@ def test_slices_lora_and_offload_take_what_they_say() -> None:
 
 TOO_LARGE = [  # overrides that make it too large, the remedy
     (["model.gradient_checkpointing=false"], "set train.microbatch_tokens=8192"),
-    (["model.gradient_checkpointing=false", "rollout.max_new_tokens=12000"], "set model.gradient_checkpointing=true"),
+    (["model.gradient_checkpointing=false", "rollout.max_new_tokens=16000"], "set model.gradient_checkpointing=true"),
     (["rollout.gpu_memory_utilization=0.7"], "set rollout.gpu_memory_utilization=0.6"),
     (["rollout.gpu_memory_utilization=0.05"], "set rollout.gpu_memory_utilization=0.08"),
     (["rollout.gpu_memory_utilization=0.7", "model.gradient_checkpointing=false"],

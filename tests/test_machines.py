@@ -9,19 +9,25 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from plan_helpers import planning_config
-from tiny import make_config, tiny_llama
+from tiny import make_config, make_rows, tiny_llama
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
+from nanolapo import attention
 from nanolapo.calibrate import calibrate
 from nanolapo.config import UserError
 from nanolapo.footprint import expect, fit
 from nanolapo.lora import add_lora
 from nanolapo.machines import Shape, cpu_machine, load_shape, parse_machine
-from nanolapo.policy import token_logprobs
+from nanolapo.microbatches import make_microbatch
+from nanolapo.policy import Policy
 
 SHAPES = [  # hidden, layers, heads, key/value heads, intermediate
     (64, 2, 4, 2, 96),
@@ -61,69 +67,88 @@ def test_weights_are_those_of_the_real_model(tmp_path: Path, kind: str, tied: bo
 
 
 @pytest.mark.parametrize("sizes", SHAPES)
-def test_flops_are_those_that_torch_counts(tmp_path: Path, sizes: tuple[int, ...]) -> None:
-    """Forward, and forward plus backward, of layers and head. Eager attention computes all of the square, not half."""
+def test_flops_of_the_layers_are_those_that_torch_counts(tmp_path: Path, sizes: tuple[int, ...]) -> None:
+    """transformers' own model; its eager attention computes all of the square, a causal kernel half of it."""
     model = model_of(sizes, attn_implementation="eager")
-    shape, rows, width, answer = shape_of(model, tmp_path), 2, 12, 5
-    ids = torch.randint(80, (rows, width))
+    shape, rows, width = shape_of(model, tmp_path), 2, 12
     with FlopCounterMode(display=False) as counted:
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-    layers = rows * shape.layer_flops(width, causal=False)
-    assert counted.get_total_flops() == layers
-    head = rows * answer * 2 * shape.head
-    with FlopCounterMode(display=False) as counted:
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-        picked = hidden[:, -answer:].reshape(-1, shape.hidden)
-        logprobs, _ = token_logprobs(picked, torch.zeros(len(picked), dtype=torch.long), model.lm_head, 1.0)
-        logprobs.sum().backward()
-    assert counted.get_total_flops() == 3 * (layers + head)
+        model.model(input_ids=torch.randint(80, (rows, width)), use_cache=False)
+    assert counted.get_total_flops() == rows * shape.layer_flops(width, causal=False)
+    attention = (
+        4 * sizes[1] * sizes[2] * 16 * width**2
+    )  # query by query, key by key: two products of [width, width, 16]
+    assert shape.layer_flops(width, causal=False) - shape.layer_flops(width) == attention / 2
 
 
-def test_causal_attention_is_counted_half() -> None:
-    shape = Shape(64, 2, 4, 2, 16, 96, 80, tied=False)
-    attention = shape.layer_flops(10, causal=False) - 2 * 2 * shape.layer_weights * 10
-    assert shape.layer_flops(10, causal=False) - shape.layer_flops(10) == attention / 2 == 4 * 2 * 64 * 100 / 2
+def test_a_shared_prompt_saves_its_own_tokens_only(tmp_path: Path) -> None:
+    """Prompt 5 and answer 7 are a sequence of 12; without the prompt's own part, 12 less a sequence of 5."""
+    shape = shape_of(model_of(SHAPES[0]), tmp_path)
+    whole = shape.layer_flops(12)
+    assert shape.layer_flops(7, 5) == pytest.approx(whole)
+    assert shape.layer_flops(7, 5, share=0) == pytest.approx(whole - shape.layer_flops(5))
 
 
-def saved_bytes(model: PreTrainedModel, ids: torch.Tensor, dtype: torch.dtype) -> int:
-    """Bytes of all storages that autograd keeps for the backward pass of the layers, weights and their copies apart."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    shapes = {tuple(s) for p in model.parameters() if p.ndim == 2 for s in (p.shape, p.shape[::-1])}
+def saved_bytes(folder: Path, dtype: str, group: int, checkpointing: bool = False) -> int:
+    """Bytes of all storages that autograd keeps in the real forward pass of three groups, weights apart."""
+    model = {"dtype": dtype, "gradient_checkpointing": checkpointing}
+    policy = Policy(planning_config(folder, model=model), torch.device("cpu"))
+    rollouts = make_rows([ANSWER] * 3 * group, group)
+    prompts = [np.full(PROMPT, g + 1) for g in range(3)]
+    rollouts.prompt_ids = [prompts[row // group] for row in range(3 * group)]
+    weights = {p.untyped_storage().data_ptr() for m in (policy.model, policy.scorer) for p in m.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        is_copy = tensor.dtype == torch.bfloat16 and tuple(tensor.shape) in shapes
-        if storage.data_ptr() not in weights and not is_copy:
-            kept[storage.data_ptr()] = tensor
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with hooks, torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        model.model(input_ids=ids, use_cache=False)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        policy.logprobs(make_microbatch(rollouts, range(3 * group), policy.device))
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
+PROMPT, ANSWER = 6, 17
+
+
+def bytes_per_layer(folder: Path, sizes: tuple[int, ...], kind: str, *arguments: Any) -> tuple[Shape, float]:
+    """What three layers more keep, a third of it."""
+    saved = []
+    for layers in (2, 5):
+        model = model_of((sizes[0], layers, *sizes[2:]), kind)
+        model.save_pretrained(folder / f"{layers}")
+        saved.append(saved_bytes(folder / f"{layers}", *arguments))
+    return load_shape(str(folder / "2")), (saved[1] - saved[0]) / 3
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+@pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize("sizes", SHAPES)
 def test_activations_are_what_autograd_keeps(
-    tmp_path: Path, kind: str, dtype: torch.dtype, size: int, sizes: tuple[int, ...]
+    tmp_path: Path, kind: str, dtype: str, size: int, group: int, sizes: tuple[int, ...]
 ) -> None:
-    ids = torch.randint(80, (3, 50))
-    short, long = (model_of((sizes[0], layers, *sizes[2:]), kind) for layers in (2, 5))
-    per_layer = (saved_bytes(long, ids, dtype) - saved_bytes(short, ids, dtype)) / 3
-    assert shape_of(short, tmp_path).activation_bytes(size) * ids.numel() == per_layer
+    shape, measured = bytes_per_layer(tmp_path, sizes, kind, dtype, group)
+    assert shape.activation_bytes(size, True, 3 * group, ANSWER, PROMPT, 1 / group) == pytest.approx(measured, abs=1e-6)
 
 
-def test_checkpointing_keeps_one_float32_row_of_hidden_per_layer() -> None:
-    ids = torch.randint(80, (3, 50))
-    kept = []
-    for layers in (2, 5):
-        model = model_of((64, layers, 4, 2, 96)).train()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        kept.append(saved_bytes(model, ids, torch.bfloat16))
-    assert (kept[1] - kept[0]) / 3 == 4 * 64 * ids.numel()
+def test_on_a_gpu_attention_keeps_its_own_type_and_no_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU's branch of attention.attend on a CPU: the mask that torch's CPU kernel is given is still there."""
+    monkeypatch.setattr(attention, "attend", gpu_attend)
+    shape, measured = bytes_per_layer(tmp_path, SHAPES[0], "llama", "bfloat16", 4)
+    mask = 12 * ANSWER * (PROMPT + ANSWER) * 2  # bfloat16 here
+    assert shape.activation_bytes(2, False, 12, ANSWER, PROMPT, 1 / 4) == pytest.approx(measured - mask, abs=1e-6)
+
+
+def gpu_attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
+    mask: Tensor = causal_lower_right(query.shape[2], key.shape[2])
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+def test_checkpointing_keeps_one_row_of_hidden_per_layer(tmp_path: Path, dtype: str, size: int) -> None:
+    _, measured = bytes_per_layer(tmp_path, SHAPES[0], "llama", dtype, 4, True)
+    assert measured == size * 64 * (12 * ANSWER + 3 * PROMPT)
 
 
 @pytest.mark.parametrize("text", ["8xH300", "0xA100-80GB", "H100", "x", "", "8 x H100-80GB", "CPU8"])
