@@ -115,6 +115,7 @@ def test_a_real_update_takes_the_planned_flops(
     config = planning_config(
         tied_model,
         model={"gradient_checkpointing": checkpointing},
+        rollout={"prompts_per_step": 2, "group_size": 2},
         train={"batch_size": batch_size, "inner_epochs": epochs},
         loss={"kl_coef": 0.1},
     )
