@@ -374,6 +374,25 @@ def test_the_readme_lists_every_module():
     assert not modules - named, "modules missing from the README's table"
 
 
+CORE = (  # what a step of LAPO runs through: sampling, reward, M(q), update; without set-up, grader, samplers and logs
+    "loop", "sampling", "methods/lapo", "methods/base", "update", "policy", "microbatches", "attention", "logprobs",
+    "precision", "losses", "advantages", "lengths", "rollouts",
+)  # fmt: skip
+
+
+def test_the_readme_counts_lines_right():
+    """Within 5 %."""
+
+    def lines(*names: str) -> int:
+        return sum(len((PACKAGE / f"{name}.py").read_text(encoding="utf-8").splitlines()) for name in names)
+
+    opening = sections(ROOT / "README.md")[""]
+    sampler, core = (
+        int(re.findall(words, opening)[0].replace(",", "")) for words in (r"(\d+)-line torch", r"core, ([\d,]+) lines")
+    )
+    assert sampler == pytest.approx(lines("sampler_torch"), rel=0.05) and core == pytest.approx(lines(*CORE), rel=0.05)
+
+
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_files_stay_short(path):
     """A rival should be read at one sitting; base.py is no rival, lapo.py two stages side by side."""

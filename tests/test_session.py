@@ -17,6 +17,7 @@ from nanolapo.benchmark_plan import Model, load_sets
 from nanolapo.config import UserError
 from nanolapo.demo import make_tokenizer
 from nanolapo.grader import Grader
+from nanolapo.machines import load_shape
 from nanolapo.session import load_data, load_tokenizer
 
 
@@ -27,6 +28,8 @@ def test_a_missing_local_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path / "cwd")
     with pytest.raises(UserError, match="no such folder"):
         load_tokenizer(path)
+    with pytest.raises(UserError, match="no such folder"):
+        load_shape(path)
 
 
 class CountingGrader(Grader):
