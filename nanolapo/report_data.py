@@ -1,0 +1,345 @@
+"""What report.html holds: the files of run and evaluation directories, checked line by line, as plain JSON values.
+
+A run may still be writing, so its last line may be half a line and any file may be missing. Everything else that cannot be
+read is left out and named in one line; a report is never made of guesses.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from nanolapo.config import UserError
+from nanolapo.evaluation import Answer, per_problem, sample_file
+from nanolapo.lengths import LengthMap
+from nanolapo.report import label, tables
+
+Json = dict[str, Any]
+Kinds = dict[str, tuple[type, ...]]
+NONE = type(None)
+METRICS: Kinds = {"step": (int,)}
+ROLLOUT: Kinds = {
+    "step": (int,), "problem": (str,), "level": (int, NONE), "question": (str,), "gold": (str,), "text": (str,),
+    "correct": (bool,), "finished": (bool,), "length": (int,), "budget": (int, float, NONE), "reward": (dict,),
+}  # fmt: skip
+SAMPLE: Kinds = {
+    "problem": (str,), "source": (str,), "level": (int, NONE), "index": (int,), "length": (int,), "correct": (bool,),
+    "finished": (bool,), "text": (str,),
+}  # fmt: skip
+RESULT: Kinds = {
+    "model": (str,), "set": (str,), "temperature": (int, float), "guidance": (str,), "accuracy": (int, float),
+    "tokens": (int, float), "truncated": (int, float),
+}  # fmt: skip
+RESULT_OF_ONE_SET: Kinds = {"samples": (int,), "problems": (int,)}
+PROBLEM: Kinds = {"id": (str,), "question": (str,), "answer": (str,), "level": (int, NONE)}
+
+
+@dataclass
+class Run:
+    """A training run's directory. `problems` of `length_map` without a logged rollout have no known level."""
+
+    name: str
+    folder: Path
+    config: Json
+    config_text: str
+    commit: str
+    metrics: list[Json]
+    rollouts: list[Json]
+    length_map: LengthMap | None
+
+
+@dataclass
+class Samples:
+    """The answers of one row of an evaluation's table: one model, set, temperature and stated length."""
+
+    model: str
+    source: str
+    temperature: float
+    answers: list[Answer]
+
+
+@dataclass
+class Evaluation:
+    """A directory of evaluate.py."""
+
+    name: str
+    folder: Path
+    config: Json
+    config_text: str
+    commit: str
+    results: Json | None
+    tables: list[tuple[str, list[tuple[str, tuple[list[str], list[list[str]]]]]]]
+    samples: list[Samples]
+    problems: dict[str, Json]
+
+
+@dataclass
+class Material:
+    """All that was found, and one line for each thing that could not be read."""
+
+    runs: list[Run] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def read_all(folders: Sequence[Path]) -> Material:
+    """Read run and evaluation directories. Raises UserError for one that does not exist, or when none has anything."""
+    folders = list({folder.resolve(): folder for folder in folders}.values())
+    material = Material()
+    for folder, name in zip(folders, names(folders), strict=True):
+        if not folder.exists():
+            raise UserError(f"{folder}: no such directory; name run directories, such as runs/demo/seed0/stage1")
+        has = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+        if has & {"results.json", "samples"}:
+            material.evaluations.append(read_evaluation(name, folder, material.notes))
+        elif has & {"config.yaml", "metrics.jsonl", "rollouts.jsonl"}:
+            material.runs.append(read_run(name, folder, material.notes))
+        else:
+            material.notes.append(f"{folder}: no run directory (no config.yaml or results.json), left out")
+    if not material.runs and not material.evaluations:
+        raise UserError(f"{', '.join(map(str, folders))}: no run directory; one holds config.yaml or results.json")
+    return material
+
+
+def names(folders: Sequence[Path]) -> list[str]:
+    """Short names that tell the directories apart: what lies below their common parent.
+
+    >>> names([Path("runs/a/seed0/x"), Path("runs/a/seed1/x")]), names([Path("runs/x")])
+    (['seed0/x', 'seed1/x'], ['x'])
+    """
+    whole = [folder.resolve() for folder in folders]
+    common = os.path.commonpath([folder.parent for folder in whole])
+    return [printable(folder.relative_to(common).as_posix()) for folder in whole]
+
+
+def printable(text: str) -> str:
+    """A file name may hold bytes that are no text; the page is UTF-8."""
+    return text.encode("utf-8", "replace").decode()
+
+
+# ---- files ----
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, '' where there is none. Bytes that are no UTF-8 become U+FFFD."""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def read_lines(path: Path, kinds: Kinds, notes: list[str]) -> list[Json]:
+    """The usable lines of a JSONL file. A half-written last line is left out in silence, any other bad one is noted."""
+    good, faults = [], []
+    lines = read_text(path).split("\n")  # not splitlines: a text may hold U+2028
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = decode(line) if line else None
+            wrong = fault(row, kinds) if line else ""
+        except (ValueError, RecursionError):
+            wrong = "" if number == len(lines) else "not JSON"
+            row = None
+        if wrong:
+            faults.append(f"line {number}, {wrong}")
+        elif row is not None:
+            good.append(row)
+    if faults:
+        notes.append(f"{path}: {len(faults)} of {len(good) + len(faults)} lines left out (first: {faults[0]})")
+    return good
+
+
+def decode(text: str) -> Any:
+    """JSON to values. Python also writes and reads NaN and Infinity; a page must not hold them, so they become None.
+
+    >>> decode('[NaN, 1e999, 0.5]')
+    [None, None, 0.5]
+    """
+    return json.loads(text, parse_constant=finite, parse_float=finite)
+
+
+def finite(text: str) -> float | None:
+    return float(text) if math.isfinite(float(text)) else None
+
+
+def fault(row: Any, kinds: Kinds) -> str:
+    """What is wrong with a line, '' when nothing is.
+
+    >>> fault({}, {"step": (int,)}), fault({"step": "1"}, {"step": (int,)}), fault({"step": 1}, {"step": (int,)})
+    ("no 'step'", "'step' is '1'", '')
+    """
+    if not isinstance(row, dict):
+        return "not an object"
+    for key, allowed in kinds.items():
+        if key not in row and NONE not in allowed:
+            return f"no {key!r}"
+        if type(row.get(key)) not in allowed:
+            return f"{key!r} is {str(repr(row.get(key)))[:40]}"
+    return ""
+
+
+def read_config(folder: Path, notes: list[str]) -> tuple[Json, str, str]:
+    """(config.yaml as values, its text, the git commit that stands at its head); empty where there is none."""
+    text = read_text(folder / "config.yaml")
+    commit = re.match(r"(?:#.*\n)*?# git: (.*)\n", text)
+    try:
+        values = yaml.safe_load(text) or {}
+        if not isinstance(values, dict) or not all(isinstance(section, dict) for section in values.values()):
+            raise ValueError("not sections of keys")
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        notes.append(f"{folder / 'config.yaml'}: cannot be read ({' '.join(str(error).split())[:120]})")
+        values = {}
+    return values, text, commit[1] if commit else ""
+
+
+# ---- a training run ----
+
+
+def read_run(name: str, folder: Path, notes: list[str]) -> Run:
+    for missing in ("config.yaml", "metrics.jsonl", "rollouts.jsonl"):
+        if not (folder / missing).is_file():
+            notes.append(f"{folder}: no {missing} (yet)")
+    config, text, commit = read_config(folder, notes)
+    metrics = read_lines(folder / "metrics.jsonl", METRICS, notes)
+    rollouts = read_lines(folder / "rollouts.jsonl", ROLLOUT, notes)
+    length_map = None
+    if (folder / "length_map.json").exists():
+        try:
+            length_map = LengthMap.load(folder / "length_map.json")
+        except UserError as error:
+            notes.append(str(error).removeprefix("lapo.length_map="))
+    return Run(name, folder, config, text, commit, metrics, rollouts, length_map)
+
+
+def is_finished(run: Run) -> bool:
+    planned = run.config.get("train", {}).get("steps")
+    return (run.folder / "model").is_dir() or bool(run.metrics and planned and run.metrics[-1]["step"] + 1 >= planned)
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A logged group: its problem, what M(q) its prompt carried (stage 2), what its right answers say (Eq. 3)."""
+
+    step: int
+    problem: str
+    level: int | None
+    budget: float | None
+    measured: float | None
+
+
+def visits(run: Run) -> list[Visit]:
+    """The groups in rollouts.jsonl that were logged whole: run.log_rollouts may cut a step's last group."""
+    groups: dict[tuple[int, str], list[Json]] = defaultdict(list)
+    for row in run.rollouts:
+        groups[row["step"], row["problem"]].append(row)
+    size = max(map(len, groups.values()), default=0)
+    measure = (run.length_map or LengthMap()).measure
+    found = []
+    for (step, problem), rows in groups.items():
+        if len(rows) == size:
+            right = [row["length"] for row in rows if row["correct"] and row["finished"]]
+            level, budget = rows[0].get("level"), rows[0].get("budget")
+            found.append(Visit(step, problem, level, budget, measure(right) if right else None))
+    return found
+
+
+def known_levels(material: Material) -> dict[str, int | None]:
+    """Problem id -> level, from every rollout and every evaluated problem: length_map.json itself has no levels."""
+    levels = {row["problem"]: row.get("level") for run in material.runs for row in run.rollouts}
+    return levels | {i: p.get("level") for e in material.evaluations for i, p in e.problems.items()}
+
+
+def targets_by_level(length_map: LengthMap, levels: dict[str, int | None]) -> dict[str, list[float | None]]:
+    """M(q) of every problem under 'level n', 'no level', or 'never logged' (level unknown), in that order."""
+    found: dict[tuple[int, int], list[float | None]] = defaultdict(list)
+    for problem, target in length_map.entries.items():
+        level = levels.get(problem)
+        found[(2, 0) if problem not in levels else (1, 0) if level is None else (0, level)].append(target)
+    heads = {1: "no level", 2: "never logged"}
+    return {heads.get(kind, f"level {level}"): found[kind, level] for kind, level in sorted(found)}
+
+
+# ---- an evaluation ----
+
+
+def read_evaluation(name: str, folder: Path, notes: list[str]) -> Evaluation:
+    config, text, commit = read_config(folder, notes)
+    problems = {row["id"]: row for row in read_lines(folder / "problems.jsonl", PROBLEM, notes)}
+    results, found = read_results(folder, notes)
+    groups: dict[str, list[Answer]] = defaultdict(list)
+    for path in sorted((folder / "samples").glob("*.jsonl")):
+        rows = read_lines(path, SAMPLE, notes)
+        keys = [f.name for f in fields(Answer)]
+        groups[path.stem.rpartition("-rank")[0]] += [Answer(**{k: row[k] for k in keys if k in row}) for row in rows]
+    samples = trace(results["rows"], dict(groups), folder, notes) if results else list(by_file_name(groups))
+    return Evaluation(name, folder, config, text, commit, results, found, samples, problems)
+
+
+def read_results(folder: Path, notes: list[str]) -> tuple[Json | None, list[Any]]:
+    """(results.json, its tables), or (None, []) and a note where it is missing or damaged."""
+    path = folder / "results.json"
+    if not path.is_file():
+        notes.append(f"{folder}: no results.json (yet); samples are listed without a table")
+        return None, []
+    try:
+        results = decode(read_text(path))
+        for row in results["rows"]:
+            if wrong := fault(row, RESULT) or ("samples" in row and fault(row, RESULT_OF_ONE_SET)):
+                raise ValueError(f"a row has {wrong}")
+        return results, tables(results)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        notes.append(f"{path}: not what evaluate.py writes ({type(error).__name__}: {str(error)[:80]}); run it again")
+        return None, []
+
+
+def trace(rows: list[Json], groups: dict[str, list[Answer]], folder: Path, notes: list[str]) -> list[Samples]:
+    """The samples behind each row of results.json: the file of its model, set and temperature that has its numbers.
+
+    File names end in a hash of the settings, and a model trained anew leaves its old samples behind.
+    """
+    found = []
+    for row in rows:
+        if "samples" not in row:  # an average over sets
+            continue
+        stem = sample_file(folder, row["model"], row["set"], row["temperature"], {}).stem[:-10]
+        per = row["samples"] // row["problems"]
+        for key in groups:
+            if key.startswith(stem) and len(key) == len(stem) + 10:
+                answers = list({(a.problem, a.index): a for a in groups[key] if a.index < per}.values())
+                if has_numbers(answers, row):
+                    found.append(Samples(label(row), row["set"], row["temperature"], answers))
+                    del groups[key]
+                    break
+        else:
+            at = f"{row['set']}, temperature {row['temperature']:g}"
+            notes.append(f"{folder}: no sample file has the numbers of {label(row)} at {at}")
+    if groups:
+        notes.append(f"{folder / 'samples'}: {len(groups)} sets of samples belong to no row of results.json, left out")
+    return found
+
+
+def has_numbers(answers: list[Answer], row: Json) -> bool:
+    """Were these answers the ones that a row of results.json was computed from?"""
+    if len(answers) != row["samples"] or any(a.budget is not None for a in answers) != bool(row["guidance"]):
+        return False
+    measures: dict[str, Callable[[Answer], float]] = {
+        "accuracy": lambda a: a.correct, "tokens": lambda a: a.length, "truncated": lambda a: not a.finished,
+    }  # fmt: skip
+    means = {key: float(np.mean(list(per_problem(answers, value).values()))) for key, value in measures.items()}
+    return all(math.isclose(row[key], mean, rel_tol=1e-9, abs_tol=1e-12) for key, mean in means.items())
+
+
+def by_file_name(groups: dict[str, list[Answer]]) -> Iterator[Samples]:
+    """Samples of an evaluation that has no table yet, named after their files."""
+    for key, answers in groups.items():
+        parts = re.fullmatch(r"(.+?)--(.+)--T([\d.e+-]+)--(\w+)", key)
+        if parts and answers:
+            told = f", told a length ({parts[4]})" if any(a.budget is not None for a in answers) else ""
+            unique = list({(a.problem, a.index): a for a in answers}.values())
+            yield Samples(parts[1] + told, parts[2], float(parts[3]), unique)
