@@ -8,10 +8,12 @@ JOBS ?= 1
 LAUNCHER ?= $(PY)
 MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
 COUNT ?= 50
+RUNS ?= runs/demo/seed$(SEED)/*
+OUT ?= report.html
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet
 
-.PHONY: help install vllm demo demo-controls explain compare test faults bench lint format clean
+.PHONY: help install vllm demo demo-controls explain compare report test faults bench lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -59,6 +61,9 @@ compare: install  ## every method on one recipe for equal sampled tokens (RECIPE
 	$(PY) -m nanolapo.compare configs/$(RECIPE)/compare.yaml --methods "$(METHODS)" --seeds "$(SEEDS)" --jobs $(JOBS) \
 	  --launcher "$(LAUNCHER)"
 
+report: install  ## one HTML page with tables, plots and every logged rollout (RUNS="runs/demo/seed0/*" OUT=report.html)
+	$(PY) -m nanolapo.html_report $(RUNS) --out $(OUT)
+
 test: vllm  ## every test that this machine can run, the real vLLM ones included
 	$(PY) -m pytest
 
@@ -85,4 +90,4 @@ format: install
 	.venv/bin/ruff format .
 
 clean:
-	rm -rf .venv runs *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv runs report.html *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -22,7 +22,7 @@ from typing import Any
 from nanolapo import cli
 from nanolapo.config import UserError
 from nanolapo.report_content import content
-from nanolapo.report_data import Evaluation, Material, known_levels, read_all, targets_by_level, visits
+from nanolapo.report_data import Evaluation, Json, Material, known_levels, read_all, targets_by_level, visits
 from nanolapo.report_plots import MAP_PANELS, PANELS, evaluation, lengths, training
 
 
@@ -36,9 +36,8 @@ def embed(value: Any) -> str:
     return re.sub("[<>&]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
-def page(material: Material, max_rows: int) -> str:
-    """report.html as text."""
-    data, blocks = content(material, max_rows)
+def page(material: Material, data: Json, blocks: list[list[str]]) -> str:
+    """report.html as text, from what was read and what report_content.content made of it."""
     template = files("nanolapo").joinpath("report_page.html").read_text(encoding="utf-8")
     [script] = re.findall(r"<script>(.*?)</script>", template, flags=re.DOTALL)
     digest = base64.b64encode(sha256(script.encode()).digest()).decode()
@@ -52,7 +51,8 @@ def page(material: Material, max_rows: int) -> str:
             f'<script type="application/json" class="texts">{embed(block)}</script>' for block in blocks
         ),
     }
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template)
+    text = re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template)
+    return text.encode("ascii", "xmlcharrefreplace").decode()  # of what is not ASCII, only the plots' text is left
 
 
 def figures(pictures: Sequence[str]) -> str:
@@ -92,12 +92,17 @@ def main() -> None:
     if arguments.max_rows < 1:
         raise UserError(f"--max-rows {arguments.max_rows}: give 1 or more")
     material = read_all(arguments.folders)
-    text = page(material, arguments.max_rows)
+    data, blocks = content(material, arguments.max_rows)
+    text = page(material, data, blocks)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(text, encoding="ascii", errors="xmlcharrefreplace", newline="\n")
-    print(*material.notes, sep="\n", end="\n" if material.notes else "")
-    print(f"wrote {arguments.out}, {arguments.out.stat().st_size / 1e6:.1f} MB: {len(material.runs)} runs, "
-          f"{len(material.evaluations)} evaluations")  # fmt: skip
+    arguments.out.write_text(text, encoding="ascii", newline="\n")
+    for note in data["notes"]:
+        print(note)
+    told = [
+        f"{len(x)} {word}{'s' * (len(x) != 1)}"
+        for x, word in ((material.runs, "run"), (material.evaluations, "evaluation"))
+    ]
+    print(f"wrote {arguments.out}: {' and '.join(told)}, {arguments.out.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -48,22 +47,15 @@ def content(material: Material, max_rows: int) -> tuple[Json, list[list[str]]]:
     texts, problems, notes = Texts(), Problems(), list(material.notes)
     rollouts = rollout_columns(material.runs, max_rows, texts, problems, notes)
     samples = sample_columns(material.evaluations, max_rows, texts, problems, notes)
-    levels = known_levels(material)
     maps = {run.name: run.length_map for run in material.runs if run.length_map is not None}
     data = {
         "runs": run_cells(material.runs) if material.runs else None,
         "first_last": first_last_cells(material.runs) if material.runs else None,
         "evaluations": [
-            {
-                "name": e.name,
-                "base": (e.results or {}).get("base", ""),
-                "facts": evaluation_facts(e),
-                "tables": e.tables,
-            }
-            for e in material.evaluations
+            {"name": e.name, "facts": evaluation_facts(e), "tables": e.tables} for e in material.evaluations
         ],
         "configs": [[name, text] for name, text in config_texts(material) if text],
-        "maps": [[name, map_cells(targets_by_level(found, levels))] for name, found in maps.items()],
+        "maps": map_cells(material) if maps else None,
         "targets": {
             name: {problems.by_id[p]: target for p, target in found.entries.items() if p in problems.by_id}
             for name, found in maps.items()
@@ -84,16 +76,17 @@ def config_texts(material: Material) -> list[tuple[str, str]]:
 
 def rollout_columns(runs: Sequence[Run], max_rows: int, texts: Texts, problems: Problems, notes: list[str]) -> Json:
     """All logged rollouts, run after run in file order. Beyond max_rows whole steps are left out, evenly."""
-    every = math.ceil(sum(len(run.rollouts) for run in runs) / max_rows) or 1
+    every, kept = 1, [kept_steps(run, 1) for run in runs]
+    while max(map(len, kept), default=0) > 1 and count_rows(runs, kept) > max_rows:
+        every += 1
+        kept = [kept_steps(run, every) for run in runs]
     columns: dict[str, list[Any]] = defaultdict(list)
     parts = []
     for place, run in enumerate(runs):
-        steps = sorted({row["step"] for row in run.rollouts})
-        kept = set(steps[::-1][::every])  # the last step is always there
         names = list(dict.fromkeys(name for row in run.rollouts for name in row["reward"]))
         parts.append(names)
         for row in run.rollouts:
-            if row["step"] in kept:
+            if row["step"] in kept[place]:
                 columns["run"].append(place)
                 columns["step"].append(row["step"])
                 columns["problem"].append(
@@ -106,8 +99,17 @@ def rollout_columns(runs: Sequence[Run], max_rows: int, texts: Texts, problems: 
                 columns["finished"].append(int(row["finished"]))
                 columns["reward"].append([row["reward"].get(name) for name in names])
     if every > 1:
-        notes.append(f"every {every}th step of the rollouts is shown (--max-rows {max_rows})")
+        notes.append(f"rollouts: one of {every} logged steps is shown (--max-rows {max_rows})")
     return {"runs": [run.name for run in runs], "parts": parts, "columns": columns}
+
+
+def kept_steps(run: Run, every: int) -> set[int]:
+    """The last logged step and every `every`-th one before it."""
+    return set(sorted({row["step"] for row in run.rollouts})[::-1][::every])
+
+
+def count_rows(runs: Sequence[Run], kept: Sequence[set[int]]) -> int:
+    return sum(row["step"] in steps for run, steps in zip(runs, kept, strict=True) for row in run.rollouts)
 
 
 def sample_columns(
@@ -139,7 +141,7 @@ def sample_columns(
             title = f"{e.name}: {s.source}, temperature {s.temperature:g}"
             found.append({"title": title, "model": s.model, "columns": columns})
     if kept < most:
-        notes.append(f"{kept} of {most} samples of a problem are shown side by side (--max-rows {max_rows})")
+        notes.append(f"samples: {kept} of {most} of a problem are shown side by side (--max-rows {max_rows})")
     return found
 
 
@@ -181,7 +183,8 @@ def run_cells(runs: Sequence[Run]) -> Cells:
 
 
 def evaluation_facts(e: Evaluation) -> str:
-    told = [f"base {e.results['base']}"] if e.results and e.results.get("base") else ["no results.json (yet)"]
+    base = e.results.get("base") if e.results else None
+    told = [f"AES is measured against {base} (weights of O1-Pruner)"] if base else []
     if e.config:
         told.append(f"data {sources(e.config)}")
         told.append(
@@ -193,22 +196,39 @@ def evaluation_facts(e: Evaluation) -> str:
 
 def first_last_cells(runs: Sequence[Run]) -> Cells:
     """The first and the last logged step of every run."""
-    forms = {"reward": ".3f", "accuracy": ".1%", "length": ".1f", "length_p90": ".0f", "truncated": ".1%", "entropy": ".4f",
+    forms = {"reward": ".3f", "accuracy": ".1%", "length": ".1f", "truncated": ".1%", "entropy": ".4f",
              "mismatch": ".1e", "no_signal": ".0%", "map/target_mean": ".1f"}  # fmt: skip
     shown = {name: form for name, form in forms.items() if any(name in line for run in runs for line in run.metrics)}
     body = []
     for run in runs:
-        ends = [run.metrics[0], run.metrics[-1]] if run.metrics else [{}, {}]
-        body.append([run.name, *(" \N{RIGHTWARDS ARROW} ".join(number(end.get(name), form) for end in ends)
-                                 for name, form in shown.items())])  # fmt: skip
+        ends = run.metrics[:1] + run.metrics[-1:]
+        cells = [[number(end.get(name), form) for end in ends] for name, form in shown.items()]
+        body.append(
+            [run.name, *(f"{c[0]} \N{RIGHTWARDS ARROW} {c[1]}" if c and c != [DASH, DASH] else DASH for c in cells)]
+        )
     return ["run", *shown], body
 
 
-def map_cells(targets: dict[str, list[float | None]]) -> Cells:
-    """The length map by level: problems, how many are solved, and the spread of M(q) over them."""
+def map_cells(material: Material) -> Cells:
+    """What stands in every length_map.json: solved problems, and by level the median M(q) (least to most)."""
+    levels = known_levels(material)
+    maps = {run.name: targets_by_level(run.length_map, levels) for run in material.runs if run.length_map is not None}
+    heads = sorted({head for found in maps.values() for head in found})
     body = []
-    for name, found in targets.items():
-        known = sorted(t for t in found if t is not None)
-        spread = [f"{q:.0f}" for q in np.percentile(known, [0, 25, 50, 75, 100])] if known else [DASH] * 5
-        body.append([name, str(len(found)), str(len(known)), *spread])
-    return ["", "problems", "solved", "least", "P25", "median", "P75", "most"], body
+    for name, found in maps.items():
+        cells = [spread([t for t in found.get(head, []) if t is not None]) for head in heads]
+        targets = [target for head in heads for target in found.get(head, [])]
+        body.append([name, f"{sum(t is not None for t in targets)} of {len(targets)}", *cells])
+    return ["run", "solved", *(head[-1] for head in heads)], body
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median and range, or the one value there is.
+
+    >>> spread([7, 9, 14]), spread([7, 7]), spread([])
+    ('9 (7 to 14)', '7', '-')
+    """
+    if not values:
+        return DASH
+    least, most = min(values), max(values)
+    return f"{np.median(values):.0f}" + (f" ({least:.0f} to {most:.0f})" if least < most else "")

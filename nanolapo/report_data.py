@@ -20,28 +20,28 @@ import numpy as np
 import yaml
 
 from nanolapo.config import UserError
-from nanolapo.evaluation import Answer, per_problem, sample_file
+from nanolapo.evaluation import Answer, correctness, length, per_problem, sample_file
 from nanolapo.lengths import LengthMap
 from nanolapo.report import label, tables
 
 Json = dict[str, Any]
 Kinds = dict[str, tuple[type, ...]]
+Place = tuple[int, int, str]  # sorts as levels should: (0, level, 'level n'), (1, 0, 'no level'), ...
 NONE = type(None)
-METRICS: Kinds = {"step": (int,)}
+NUMBER = (int, float, NONE)
 ROLLOUT: Kinds = {
     "step": (int,), "problem": (str,), "level": (int, NONE), "question": (str,), "gold": (str,), "text": (str,),
-    "correct": (bool,), "finished": (bool,), "length": (int,), "budget": (int, float, NONE), "reward": (dict,),
+    "correct": (bool,), "finished": (bool,), "length": (int,), "budget": NUMBER, "reward": (dict,),
 }  # fmt: skip
 SAMPLE: Kinds = {
     "problem": (str,), "source": (str,), "level": (int, NONE), "index": (int,), "length": (int,), "correct": (bool,),
-    "finished": (bool,), "text": (str,),
+    "finished": (bool,), "text": (str,), "budget": NUMBER,
 }  # fmt: skip
+PROBLEM: Kinds = {"id": (str,), "question": (str,), "answer": (str,), "level": (int, NONE)}
 RESULT: Kinds = {
     "model": (str,), "set": (str,), "temperature": (int, float), "guidance": (str,), "accuracy": (int, float),
-    "tokens": (int, float), "truncated": (int, float),
+    "tokens": (int, float), "truncated": (int, float), "problems": (int, NONE), "samples": (int, NONE),
 }  # fmt: skip
-RESULT_OF_ONE_SET: Kinds = {"samples": (int,), "problems": (int,)}
-PROBLEM: Kinds = {"id": (str,), "question": (str,), "answer": (str,), "level": (int, NONE)}
 
 
 @dataclass
@@ -104,7 +104,7 @@ def read_all(folders: Sequence[Path]) -> Material:
             material.evaluations.append(read_evaluation(name, folder, material.notes))
         elif has & {"config.yaml", "metrics.jsonl", "rollouts.jsonl"}:
             material.runs.append(read_run(name, folder, material.notes))
-        else:
+        elif "config.json" not in has:  # a model folder, such as the demo's base, is passed over in silence
             material.notes.append(f"{folder}: no run directory (no config.yaml or results.json), left out")
     if not material.runs and not material.evaluations:
         raise UserError(f"{', '.join(map(str, folders))}: no run directory; one holds config.yaml or results.json")
@@ -135,14 +135,14 @@ def read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
-def read_lines(path: Path, kinds: Kinds, notes: list[str]) -> list[Json]:
+def read_lines(path: Path, check: Callable[[Any], str], notes: list[str]) -> list[Json]:
     """The usable lines of a JSONL file. A half-written last line is left out in silence, any other bad one is noted."""
     good, faults = [], []
     lines = read_text(path).split("\n")  # not splitlines: a text may hold U+2028
     for number, line in enumerate(lines, start=1):
         try:
             row = decode(line) if line else None
-            wrong = fault(row, kinds) if line else ""
+            wrong = check(row) if line else ""
         except (ValueError, RecursionError):
             wrong = "" if number == len(lines) else "not JSON"
             row = None
@@ -184,6 +184,22 @@ def fault(row: Any, kinds: Kinds) -> str:
     return ""
 
 
+def metrics_fault(row: Any) -> str:
+    return fault(row, {"step": (int,)}) or fault(row, dict.fromkeys(row, NUMBER))
+
+
+def sample_fault(row: Any) -> str:
+    return fault(row, SAMPLE)
+
+
+def problem_fault(row: Any) -> str:
+    return fault(row, PROBLEM)
+
+
+def rollout_fault(row: Any) -> str:
+    return fault(row, ROLLOUT) or fault(row["reward"], dict.fromkeys(row["reward"], NUMBER))
+
+
 def read_config(folder: Path, notes: list[str]) -> tuple[Json, str, str]:
     """(config.yaml as values, its text, the git commit that stands at its head); empty where there is none."""
     text = read_text(folder / "config.yaml")
@@ -206,8 +222,8 @@ def read_run(name: str, folder: Path, notes: list[str]) -> Run:
         if not (folder / missing).is_file():
             notes.append(f"{folder}: no {missing} (yet)")
     config, text, commit = read_config(folder, notes)
-    metrics = read_lines(folder / "metrics.jsonl", METRICS, notes)
-    rollouts = read_lines(folder / "rollouts.jsonl", ROLLOUT, notes)
+    metrics = read_lines(folder / "metrics.jsonl", metrics_fault, notes)
+    rollouts = read_lines(folder / "rollouts.jsonl", rollout_fault, notes)
     length_map = None
     if (folder / "length_map.json").exists():
         try:
@@ -255,14 +271,19 @@ def known_levels(material: Material) -> dict[str, int | None]:
     return levels | {i: p.get("level") for e in material.evaluations for i, p in e.problems.items()}
 
 
-def targets_by_level(length_map: LengthMap, levels: dict[str, int | None]) -> dict[str, list[float | None]]:
-    """M(q) of every problem under 'level n', 'no level', or 'never logged' (level unknown), in that order."""
-    found: dict[tuple[int, int], list[float | None]] = defaultdict(list)
+def targets_by_level(length_map: LengthMap, levels: dict[str, int | None]) -> dict[Place, list[float | None]]:
+    """M(q) of every problem under its level, problems without a level and those of unknown level behind.
+
+    >>> m = LengthMap(); m.entries = {"a": 9.0, "b": None, "c": 7.0, "d": 8.0}
+    >>> targets_by_level(m, {"a": 10, "b": 2, "c": None})
+    {(0, 2, 'level 2'): [None], (0, 10, 'level 10'): [9.0], (1, 0, 'no level'): [7.0], (2, 0, 'never logged'): [8.0]}
+    """
+    found: dict[Place, list[float | None]] = defaultdict(list)
     for problem, target in length_map.entries.items():
         level = levels.get(problem)
-        found[(2, 0) if problem not in levels else (1, 0) if level is None else (0, level)].append(target)
-    heads = {1: "no level", 2: "never logged"}
-    return {heads.get(kind, f"level {level}"): found[kind, level] for kind, level in sorted(found)}
+        unknown = (1, 0, "no level") if problem in levels else (2, 0, "never logged")
+        found[unknown if level is None else (0, level, f"level {level}")].append(target)
+    return dict(sorted(found.items()))
 
 
 # ---- an evaluation ----
@@ -270,14 +291,14 @@ def targets_by_level(length_map: LengthMap, levels: dict[str, int | None]) -> di
 
 def read_evaluation(name: str, folder: Path, notes: list[str]) -> Evaluation:
     config, text, commit = read_config(folder, notes)
-    problems = {row["id"]: row for row in read_lines(folder / "problems.jsonl", PROBLEM, notes)}
+    problems = {row["id"]: row for row in read_lines(folder / "problems.jsonl", problem_fault, notes)}
     results, found = read_results(folder, notes)
     groups: dict[str, list[Answer]] = defaultdict(list)
     for path in sorted((folder / "samples").glob("*.jsonl")):
-        rows = read_lines(path, SAMPLE, notes)
+        rows = read_lines(path, sample_fault, notes)
         keys = [f.name for f in fields(Answer)]
         groups[path.stem.rpartition("-rank")[0]] += [Answer(**{k: row[k] for k in keys if k in row}) for row in rows]
-    samples = trace(results["rows"], dict(groups), folder, notes) if results else list(by_file_name(groups))
+    samples = trace(results["rows"], groups, folder, notes) if results and groups else list(by_file_name(groups))
     return Evaluation(name, folder, config, text, commit, results, found, samples, problems)
 
 
@@ -290,7 +311,7 @@ def read_results(folder: Path, notes: list[str]) -> tuple[Json | None, list[Any]
     try:
         results = decode(read_text(path))
         for row in results["rows"]:
-            if wrong := fault(row, RESULT) or ("samples" in row and fault(row, RESULT_OF_ONE_SET)):
+            if wrong := fault(row, RESULT):
                 raise ValueError(f"a row has {wrong}")
         return results, tables(results)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -303,24 +324,27 @@ def trace(rows: list[Json], groups: dict[str, list[Answer]], folder: Path, notes
 
     File names end in a hash of the settings, and a model trained anew leaves its old samples behind.
     """
-    found = []
+    found, untraced, left = [], [], dict(groups)
     for row in rows:
-        if "samples" not in row:  # an average over sets
+        if not row.get("samples") or not row.get("problems"):
             continue
         stem = sample_file(folder, row["model"], row["set"], row["temperature"], {}).stem[:-10]
         per = row["samples"] // row["problems"]
-        for key in groups:
-            if key.startswith(stem) and len(key) == len(stem) + 10:
-                answers = list({(a.problem, a.index): a for a in groups[key] if a.index < per}.values())
-                if has_numbers(answers, row):
-                    found.append(Samples(label(row), row["set"], row["temperature"], answers))
-                    del groups[key]
-                    break
+        for key in [key for key in left if key.startswith(stem) and len(key) == len(stem) + 10]:
+            answers = list({(a.problem, a.index): a for a in left[key] if a.index < per}.values())
+            if has_numbers(answers, row):
+                found.append(Samples(label(row), row["set"], row["temperature"], answers))
+                del left[key]
+                break
         else:
-            at = f"{row['set']}, temperature {row['temperature']:g}"
-            notes.append(f"{folder}: no sample file has the numbers of {label(row)} at {at}")
-    if groups:
-        notes.append(f"{folder / 'samples'}: {len(groups)} sets of samples belong to no row of results.json, left out")
+            if row["set"] != "average":  # which has no samples of its own
+                untraced.append(f"{label(row)} on {row['set']} at temperature {row['temperature']:g}")
+    if untraced:
+        notes.append(
+            f"{folder}: {len(untraced)} rows of results.json have no samples with their numbers ({untraced[0]})"
+        )
+    if left:
+        notes.append(f"{folder}: {len(left)} sets of samples belong to no row of results.json ({min(left)}); left out")
     return found
 
 
@@ -328,11 +352,11 @@ def has_numbers(answers: list[Answer], row: Json) -> bool:
     """Were these answers the ones that a row of results.json was computed from?"""
     if len(answers) != row["samples"] or any(a.budget is not None for a in answers) != bool(row["guidance"]):
         return False
-    measures: dict[str, Callable[[Answer], float]] = {
-        "accuracy": lambda a: a.correct, "tokens": lambda a: a.length, "truncated": lambda a: not a.finished,
-    }  # fmt: skip
-    means = {key: float(np.mean(list(per_problem(answers, value).values()))) for key, value in measures.items()}
-    return all(math.isclose(row[key], mean, rel_tol=1e-9, abs_tol=1e-12) for key, mean in means.items())
+    for key, value in (("accuracy", correctness), ("tokens", length), ("truncated", lambda a: float(not a.finished))):
+        mean = np.mean(list(per_problem(answers, value).values()))
+        if not math.isclose(row[key], mean, rel_tol=1e-9, abs_tol=1e-12):
+            return False
+    return True
 
 
 def by_file_name(groups: dict[str, list[Answer]]) -> Iterator[Samples]:

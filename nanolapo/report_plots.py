@@ -17,9 +17,10 @@ import numpy as np
 from cycler import cycler
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter, PercentFormatter
 
 from nanolapo.report import Row, draw_levels, label
-from nanolapo.report_data import Run, Visit
+from nanolapo.report_data import Place, Run, Visit, printable
 
 INK, GRID = "#0a0b0c", "#0d0e0f"  # become currentColor and var(--line)
 # Medium lightness: legible on white and on near-black.
@@ -30,16 +31,17 @@ Panel = tuple[str, tuple[str, ...], bool]  # title, metrics (a second one is dra
 PANELS: tuple[Panel, ...] = (
     ("reward", ("reward",), False),
     ("accuracy", ("accuracy",), False),
-    ("length in tokens (dashed: 90th percentile)", ("length", "length_p90"), False),
+    ("length, tokens (dashed: P90)", ("length", "length_p90"), False),
     ("entropy per token", ("entropy",), False),
     ("mismatch of sampler and trainer", ("mismatch",), True),
     ("share cut at the limit", ("truncated",), False),
 )
 MAP_PANELS: tuple[Panel, ...] = (
-    ("mean M(q) over all problems (tokens)", ("map/target_mean",), False),
-    ("share of problems solved", ("map/solved_fraction",), False),
+    ("mean M(q) of visited problems (tokens)", ("map/target_mean",), False),
+    ("share of them solved", ("map/solved_fraction",), False),
     ("mean change of M(q) at a visit (tokens)", ("map/moved_mean",), False),
 )
+SHARES = ("truncated", "map/solved_fraction")  # a range of its own would blow up a tiny difference
 STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "nanolapo", "text.parse_math": False, "font.size": 9, "legend.fontsize": 9,
     "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
@@ -55,7 +57,9 @@ STYLE: Any = {
 def svg(figure: Figure) -> str:
     """The figure as an <svg> element for a page with a --line colour."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    figure.savefig(
+        buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    )
     text = buffer.getvalue()
     return text[text.index("<svg") :].replace(INK, "currentColor").replace(GRID, "var(--line)")
 
@@ -68,7 +72,9 @@ def values(metrics: Iterable[dict[str, Any]], name: str) -> list[float]:
 
 def legend(figure: Figure, lines: dict[str, Any]) -> None:
     """One legend for all panels, above them."""
-    figure.legend(list(lines.values()), list(lines), loc="outside upper left", ncols=5)
+    names = [printable(name) for name in lines]
+    columns = max(1, 150 // (8 + max(map(len, names))))
+    figure.legend(list(lines.values()), names, loc="outside upper left", ncols=min(len(names), columns))
 
 
 def training(runs: Sequence[Run], panels: Sequence[Panel]) -> list[str]:
@@ -85,16 +91,22 @@ def training(runs: Sequence[Run], panels: Sequence[Panel]) -> list[str]:
             axis.set_title(title)
             axis.set_xlabel("step")
             for i, run in enumerate(runs):
+                if not any(math.isfinite(v) for v in values(run.metrics, names[0])):
+                    continue
                 colour, steps = COLOURS[i % len(COLOURS)], values(run.metrics, "step")
                 for name, style in reversed([*zip(names, ("-", "--"), strict=False)]):
                     [lines[run.name]] = axis.plot(steps, values(run.metrics, name), style, color=colour)
             if log and any(v > 0 for run in runs for v in values(run.metrics, names[0])):
                 axis.set_yscale("log")
+                for labels in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                    labels(LogFormatter(minor_thresholds=(1, 0.5)))  # 1e-07: the default writes TeX
+            if names[0] in SHARES:
+                axis.set_ylim(-0.03, max(0.1, axis.get_ylim()[1]))
         legend(figure, lines)
         return [svg(figure)]
 
 
-def lengths(name: str, visited: Sequence[Visit], targets: dict[str, list[float | None]]) -> str:
+def lengths(name: str, visited: Sequence[Visit], targets: dict[Place, list[float | None]]) -> str:
     """One run's M(q): on the left by step and level at the logged visits, on the right the final map by level."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 3.1), layout="constrained")
@@ -117,8 +129,10 @@ def lengths(name: str, visited: Sequence[Visit], targets: dict[str, list[float |
         if lines:
             left.legend(list(lines.values()), list(lines), loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
         right.set_title(f"{name}: M(q) now, all problems (tokens)")
-        solved = {level: [t for t in found if t is not None] for level, found in targets.items()}
-        boxes = {level.removeprefix("level "): found for level, found in solved.items() if found}
+        solved = {
+            head.removeprefix("level "): [t for t in found if t is not None] for (_, _, head), found in targets.items()
+        }
+        boxes = {head: found for head, found in solved.items() if found}
         if boxes:
             right.boxplot(list(boxes.values()), tick_labels=list(boxes), widths=0.5)
             right.set_xlabel("level")
@@ -155,12 +169,16 @@ def evaluation(rows: Sequence[Row]) -> str:
                 left.plot(r["tokens_interval"], [r["accuracy"]] * 2, color=colour, linewidth=1)
                 left.plot([r["tokens"]] * 2, r["accuracy_interval"], color=colour, linewidth=1)
             if r["guidance"]:
-                left.annotate(label(r), (r["tokens"], r["accuracy"]), (6, 4), textcoords="offset points", fontsize=8)
+                left.annotate(
+                    printable(label(r)), (r["tokens"], r["accuracy"]), (6, 4), textcoords="offset points", fontsize=8
+                )
             else:
                 lines[r["model"]] = line
         left.set_title("accuracy (pass@1) against tokens, 95 % intervals")
         left.set_xlabel("tokens per answer")
+        left.yaxis.set_major_formatter(PercentFormatter(1.0))
         if plain and plain[0].get("by_level"):
             draw_levels(figure.add_subplot(1, 2, 2), plain)
-        legend(figure, lines)
+        if lines:
+            legend(figure, lines)
         return svg(figure)
