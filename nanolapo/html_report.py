@@ -22,7 +22,8 @@ from typing import Any
 from nanolapo import cli
 from nanolapo.config import UserError
 from nanolapo.report_content import content
-from nanolapo.report_data import Evaluation, Json, Material, known_levels, read_all, targets_by_level, visits
+from nanolapo.report_data import Evaluation, Material, known_levels, read_all, targets_by_level, visits
+from nanolapo.report_files import Json
 from nanolapo.report_plots import MAP_PANELS, PANELS, evaluation, lengths, training
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from nanolapo.report import Cells, number
-from nanolapo.report_data import Evaluation, Json, Material, Run, is_finished, known_levels, targets_by_level
+from nanolapo.report_data import Evaluation, Material, Run, is_finished, known_levels, targets_by_level
+from nanolapo.report_files import Json
 
 TEXTS_PER_BLOCK = 256  # answers in one block of JSON; the page only parses the blocks it shows
 DASH = "-"

@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, PercentFormatter
 
 from nanolapo.report import Row, draw_levels, label
-from nanolapo.report_data import Place, Run, Visit, printable
+from nanolapo.report_data import Place, Run, Visit
+from nanolapo.report_files import printable
 
 INK, GRID = "#0a0b0c", "#0d0e0f"  # become currentColor and var(--line)
 # Medium lightness: legible on white and on near-black.

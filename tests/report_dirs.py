@@ -31,7 +31,11 @@ def rollout(step: int = 0, problem: str = "p", **more: object) -> dict:
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    """As metrics.append writes them, U+2028 and all; half a surrogate pair has no UTF-8, it needs an escape."""
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    whole = [line.encode("utf-8", "ignore").decode() == line for line in lines]
+    lines = [line if ok else json.dumps(row) for line, row, ok in zip(lines, rows, whole, strict=True)]
+    path.write_bytes("".join(f"{line}\n" for line in lines).encode())
 
 
 def write_run(folder: Path, rollouts: list[dict], metrics: list[dict] | None = None) -> Path:
