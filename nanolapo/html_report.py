@@ -21,6 +21,7 @@ from typing import Any
 
 from nanolapo import cli
 from nanolapo.config import UserError
+from nanolapo.explain_page import visible
 from nanolapo.report_content import content
 from nanolapo.report_data import Evaluation, Material, known_levels, read_all, targets_by_level, visits
 from nanolapo.report_files import Json
@@ -98,7 +99,7 @@ def main() -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(text, encoding="ascii", newline="\n")
     for note in data["notes"]:
-        print(note)
+        print(visible(note))
     told = [
         f"{len(x)} {word}{'s' * (len(x) != 1)}"
         for x, word in ((material.runs, "run"), (material.evaluations, "evaluation"))

@@ -17,9 +17,9 @@ import numpy as np
 from cycler import cycler
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, PercentFormatter
+from matplotlib.ticker import LogFormatter
 
-from nanolapo.report import Row, draw_levels, label
+from nanolapo.report import Row, accuracy_limits, label
 from nanolapo.report_data import Place, Run, Visit
 from nanolapo.report_files import printable
 
@@ -162,24 +162,26 @@ def evaluation(rows: Sequence[Row]) -> str:
         left = figure.add_subplot(1, 2, 1)
         lines: dict[str, Any] = {}
         for r in rows:
-            colour = colours.get(r["model"], INK)
-            [line] = left.plot(
-                r["tokens"], r["accuracy"], "o", color=colour, fillstyle="none" if r["guidance"] else "full"
-            )
-            if r.get("tokens_interval"):
-                left.plot(r["tokens_interval"], [r["accuracy"]] * 2, color=colour, linewidth=1)
-                left.plot([r["tokens"]] * 2, r["accuracy_interval"], color=colour, linewidth=1)
+            colour, fill = colours.get(r["model"], INK), "none" if r["guidance"] else "full"
+            place = r["tokens"], 100 * r["accuracy"]
+            [line] = left.plot(*place, "o", color=colour, fillstyle=fill)
+            if r.get("tokens_interval") and r.get("accuracy_interval"):
+                left.plot(r["tokens_interval"], [place[1]] * 2, color=colour, linewidth=1)
+                left.plot([place[0]] * 2, [100 * bound for bound in r["accuracy_interval"]], color=colour, linewidth=1)
             if r["guidance"]:
-                left.annotate(
-                    printable(label(r)), (r["tokens"], r["accuracy"]), (6, 4), textcoords="offset points", fontsize=8
-                )
+                left.annotate(printable(label(r)), place, (6, 4), textcoords="offset points", fontsize=8)
             else:
                 lines[r["model"]] = line
-        left.set_title("accuracy (pass@1) against tokens, 95 % intervals")
+        left.set_title("accuracy (%) against tokens, 95 % intervals")
         left.set_xlabel("tokens per answer")
-        left.yaxis.set_major_formatter(PercentFormatter(1.0))
+        left.set_ylim(accuracy_limits([100 * r["accuracy"] for r in rows]))
         if plain and plain[0].get("by_level"):
-            draw_levels(figure.add_subplot(1, 2, 2), plain)
+            right = figure.add_subplot(1, 2, 2)
+            for r in plain:
+                tokens = [at_level["tokens"] for at_level in r["by_level"].values()]
+                right.plot(list(r["by_level"]), tokens, "o-", color=colours[r["model"]])
+            right.set_title("mean length by level (tokens)")
+            right.set_xlabel("level")
         if lines:
             legend(figure, lines)
         return svg(figure)

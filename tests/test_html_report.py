@@ -165,7 +165,7 @@ def test_the_evaluation_has_the_tables_of_results_md_and_the_samples_behind_each
     assert title == "s, temperature 0.6, 2 samples a problem"
     assert evaluation["facts"] == "AES is measured against base (weights of O1-Pruner); commit not recorded"
     text = markdown(results)
-    assert len(parts) == 3 and all(table(*cells) in text for _, cells in parts)
+    assert len(parts) == 4 and all(table(*cells) in text for _, cells in parts)
     right, tokens = [a.correct for a in made["org/new"]], [a.length for a in made["org/new"]]
     row = next(line for line in parts[0][1][1] if line[0] == "org/new")
     assert row[1] == f"{sum(right) / 6:.1%}" and row[3] == f"{sum(tokens) / 6:.1f}" and row[6] == f"{1 / 6:.1%}"
@@ -275,7 +275,7 @@ def test_accuracy_against_tokens(tmp_path, drawn):
     rows = json.loads((tmp_path / "evaluate/results.json").read_text())["rows"]
     [figure] = drawn
     points = [(x[0], y[0]) for x, y in lines(figure.axes[0]) if len(x) == 1]
-    assert points == [(row["tokens"], row["accuracy"]) for row in rows]
+    assert points == [(row["tokens"], 100 * row["accuracy"]) for row in rows]
     assert lines(figure.axes[1]) == [(["0", "1", "2"], [v["tokens"] for v in r["by_level"].values()]) for r in rows[:2]]
 
 
