@@ -10,10 +10,12 @@ STEP ?=
 MACHINE ?=
 MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
 COUNT ?= 50
+RUNS ?= runs/demo/seed$(SEED)/*
+OUT ?= report.html
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet
 
-.PHONY: help install vllm demo demo-controls explain compare reproduce test faults bench lint format clean
+.PHONY: help install vllm demo demo-controls explain compare reproduce report test faults bench lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -65,6 +67,9 @@ reproduce: install  ## the paper's tables and figures (RECIPE=demo STEP="" SEEDS
 	$(PY) -m nanolapo.reproduce configs/$(RECIPE)/reproduce.yaml --step "$(STEP)" --seeds "$(SEEDS)" --jobs $(JOBS) \
 	  --launcher "$(LAUNCHER)" $(if $(DRY_RUN),--dry-run --machine "$(MACHINE)")
 
+report: install  ## one HTML page with tables, plots and every logged rollout (RUNS="runs/demo/seed0/*" OUT=report.html)
+	$(PY) -m nanolapo.html_report $(RUNS) --out $(OUT)
+
 test: vllm  ## every test that this machine can run, the real vLLM ones included
 	$(PY) -m pytest
 
@@ -91,4 +96,4 @@ format: install
 	.venv/bin/ruff format .
 
 clean:
-	rm -rf .venv runs *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv runs report.html *.egg-info .pytest_cache .ruff_cache .mypy_cache

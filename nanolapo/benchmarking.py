@@ -19,7 +19,7 @@ from nanolapo.benchmark_plan import Model, Pass, load_sets, parse_models, passes
 from nanolapo.config import Config
 from nanolapo.evaluation import Answer, add_aes, per_problem, read_answers, sample_file, score_sets
 from nanolapo.grader import Grader
-from nanolapo.metrics import append
+from nanolapo.metrics import append, write_config
 from nanolapo.problems import Problem
 from nanolapo.prompts import NO_GUIDANCE, Guidance, exact_guidance, outside_guidance
 from nanolapo.ranks import Ranks
@@ -34,6 +34,8 @@ def evaluate(config: Config) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     with Grader() as grader:
         loaded = load_sets(config, models, grader)  # of all models: a missing folder must not show hours later
+        if ranks.is_main:
+            write_setup(config, loaded)
         for model, data in zip(models, loaded, strict=True):
             runs = Benchmark(config, model, data, grader, ranks)
             if ranks.is_main:
@@ -165,6 +167,15 @@ def guidance_for(problem: Problem, asked: Pass, budgets: dict[str, float], multi
         return NO_GUIDANCE
     form = outside_guidance if asked.place == "outside" else exact_guidance
     return form(max(multiple, round(budgets[problem.id] / multiple) * multiple))
+
+
+def write_setup(config: Config, loaded: Sequence[Data]) -> None:
+    """config.yaml, and problems.jsonl with the question and the gold answer behind every problem id of the samples."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    write_config(config)
+    problems = {p.id: p for data in loaded for p in data.problems}  # a tokenizer may leave out a long prompt
+    lines = [json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in problems.values()]
+    (config.run_dir / "problems.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def write_results(config: Config, results: dict[str, Any]) -> Path:

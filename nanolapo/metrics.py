@@ -106,6 +106,12 @@ def provenance() -> dict[str, str]:
     return found
 
 
+def write_config(config: Config) -> None:
+    """config.yaml in the run directory: where the run came from as comments, then every key with its value."""
+    head = "".join(f"# {key}: {value}\n" for key, value in provenance().items())
+    (config.run_dir / "config.yaml").write_text(head + to_yaml(config), encoding="utf-8")
+
+
 class RunLog:
     """Writes the files of a run directory; on ranks other than 0 it is never made."""
 
@@ -113,8 +119,7 @@ class RunLog:
         self.config, self.started, self.start_step = config, time.time(), start_step
         self.dir = config.run_dir
         self.dir.mkdir(parents=True, exist_ok=True)
-        head = "".join(f"# {key}: {value}\n" for key, value in provenance().items())
-        (self.dir / "config.yaml").write_text(head + to_yaml(config), encoding="utf-8")
+        write_config(config)
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             keep_steps_before(self.dir / name, start_step)
         self.wandb_id = wandb_id

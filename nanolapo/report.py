@@ -13,21 +13,33 @@ from matplotlib.figure import Figure
 from nanolapo.evaluation import KEYWORDS, rank_correlation
 
 Row = dict[str, Any]
+Cells = tuple[list[str], list[list[str]]]  # head and body of a table, as shown
+
+
+def tables(results: dict[str, Any]) -> list[tuple[str, list[tuple[str, Cells]]]]:
+    """All tables of an evaluation: a title for every set and temperature, and its (caption, cells)."""
+    found = []
+    for name, temperature in dict.fromkeys((r["set"], r["temperature"]) for r in results["rows"]):
+        rows = [r for r in results["rows"] if (r["set"], r["temperature"]) == (name, temperature)]
+        n = f", {rows[0]['samples'] // rows[0]['problems']} samples a problem" if name != "average" else ""
+        parts = [("", main_cells(rows))]
+        if len(rows[0].get("pass_at_k", {})) > 1:
+            parts.append(("Right at least once in k samples", pass_at_k_cells(rows)))
+        if rows[0].get("by_level"):
+            parts.append(("Accuracy % / tokens by level", level_cells(rows)))
+        if rows[0].get("keywords"):
+            parts.append(("Words per answer", keyword_cells(rows)))
+        found.append((f"{name}, temperature {temperature:g}{n}", parts))
+    return found
 
 
 def markdown(results: dict[str, Any]) -> str:
     """All tables of an evaluation, one per set and temperature."""
     parts = []
-    for name, temperature in dict.fromkeys((r["set"], r["temperature"]) for r in results["rows"]):
-        rows = [r for r in results["rows"] if (r["set"], r["temperature"]) == (name, temperature)]
-        n = f", {rows[0]['samples'] // rows[0]['problems']} samples a problem" if name != "average" else ""
-        parts.append(f"### {name}, temperature {temperature:g}{n}\n\n{main_table(rows)}")
-        if len(rows[0].get("pass_at_k", {})) > 1:
-            parts.append(f"Right at least once in k samples:\n\n{pass_at_k_table(rows)}")
-        if rows[0].get("by_level"):
-            parts.append(f"Accuracy % / tokens by level:\n\n{level_table(rows)}")
-        if rows[0].get("keywords"):
-            parts.append(f"Words per answer:\n\n{keyword_table(rows)}")
+    for title, captioned in tables(results):
+        parts.append(f"### {title}")
+        for caption, cells in captioned:
+            parts += [f"{caption}:", table(*cells)] if caption else [table(*cells)]
     return "\n\n".join(parts) + f"\n\nAES is measured against {results['base']} (weights of O1-Pruner).\n"
 
 
@@ -69,7 +81,7 @@ def interval(bounds: Sequence[float] | None, form: str) -> str:
     return f"{bounds[0]:{form}} to {bounds[1]:{form}}" if bounds else "-"
 
 
-def main_table(rows: Sequence[Row]) -> str:
+def main_cells(rows: Sequence[Row]) -> Cells:
     body = []
     for r in rows:
         body.append([
@@ -77,27 +89,27 @@ def main_table(rows: Sequence[Row]) -> str:
             f"{r['tokens']:.1f}", interval(r.get("tokens_interval"), ".1f"),
             number(r.get("tokens_correct"), ".1f"), f"{r['truncated']:.1%}", number(r["aes"], "+.2f"),
         ])  # fmt: skip
-    return table(["model", "pass@1", "95% interval", "tokens", "95% interval", "tokens when right", "cut", "AES"], body)
+    return ["model", "pass@1", "95% interval", "tokens", "95% interval", "tokens when right", "cut", "AES"], body
 
 
-def pass_at_k_table(rows: Sequence[Row]) -> str:
+def pass_at_k_cells(rows: Sequence[Row]) -> Cells:
     powers = list(rows[0]["pass_at_k"])
     body = [[label(r), *(f"{r['pass_at_k'][k]:.1%}" for k in powers)] for r in rows]
-    return table(["model", *(f"pass@{k}" for k in powers)], body)
+    return ["model", *(f"pass@{k}" for k in powers)], body
 
 
-def level_table(rows: Sequence[Row]) -> str:
+def level_cells(rows: Sequence[Row]) -> Cells:
     levels = list(rows[0]["by_level"])
     body = []
     for r in rows:
         cells = [f"{100 * r['by_level'][k]['accuracy']:.0f} / {r['by_level'][k]['tokens']:.0f}" for k in levels]
         body.append([label(r), *cells, number(r.get("length_level_correlation"), ".2f")])
-    return table(["model", *(f"level {k}" for k in levels), "rank correlation"], body)
+    return ["model", *(f"level {k}" for k in levels), "rank correlation"], body
 
 
-def keyword_table(rows: Sequence[Row]) -> str:
+def keyword_cells(rows: Sequence[Row]) -> Cells:
     groups = list(KEYWORDS)
-    return table(["model", *groups], [[label(r), *(f"{r['keywords'][g]:.2f}" for g in groups)] for r in rows])
+    return ["model", *groups], [[label(r), *(f"{r['keywords'][g]:.2f}" for g in groups)] for r in rows]
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

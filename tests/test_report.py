@@ -23,7 +23,7 @@ from nanolapo.evaluation import add_aes, score_sets
 from nanolapo.report import (
     difficulty_axis,
     label,
-    main_table,
+    main_cells,
     markdown,
     plots,
     read_metrics,
@@ -57,7 +57,11 @@ def test_no_nan_in_tables_or_json(tmp_path):
     """A base without a right answer has no AES."""
     config = replace(make_config(), run=replace(make_config().run, dir=str(tmp_path), name="."))
     bad = results(base_right=False)
-    assert math.isnan(bad["rows"][0]["aes"]) and "nan" not in markdown(bad) and "nan" not in main_table(bad["rows"])
+    assert (
+        math.isnan(bad["rows"][0]["aes"])
+        and "nan" not in markdown(bad)
+        and "nan" not in table(*main_cells(bad["rows"]))
+    )
     path = write_results(config, bad)
     rows = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["rows"]
     assert rows[0]["aes"] is None and rows[0]["tokens"] == 6.0
