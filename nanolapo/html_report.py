@@ -83,6 +83,16 @@ def evaluation_figures(evaluations: Sequence[Evaluation]) -> list[str]:
     return found
 
 
+def write_report(folders: Sequence[Path], out: Path, max_rows: int = 20_000) -> tuple[Material, list[str]]:
+    """Write the page; returns what was read, and what of it could not be shown. Raises UserError."""
+    material = read_all(folders)
+    data, blocks = content(material, max_rows)
+    text = page(material, data, blocks)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text, encoding="ascii", newline="\n")
+    return material, data["notes"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m nanolapo.html_report", description=__doc__.split("\n")[0])
     parser.add_argument("folders", metavar="RUN_DIR", nargs="+", type=Path, help="of training runs and of evaluate.py")
@@ -93,12 +103,8 @@ def main() -> None:
         raise UserError(f"--out {arguments.out}: a directory; name a file, such as {arguments.out / 'report.html'}")
     if arguments.max_rows < 1:
         raise UserError(f"--max-rows {arguments.max_rows}: give 1 or more")
-    material = read_all(arguments.folders)
-    data, blocks = content(material, arguments.max_rows)
-    text = page(material, data, blocks)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(text, encoding="ascii", newline="\n")
-    for note in data["notes"]:
+    material, notes = write_report(arguments.folders, arguments.out, arguments.max_rows)
+    for note in notes:
         print(visible(note))
     told = [
         f"{len(x)} {word}{'s' * (len(x) != 1)}"

@@ -197,7 +197,8 @@ def read_evaluation(name: str, folder: Path, notes: list[str]) -> Evaluation:
     problems = {row["id"]: row for row in read_lines(folder / "problems.jsonl", problem_fault, notes)}
     results, found = read_results(folder, notes)
     groups: dict[str, list[Answer]] = defaultdict(list)
-    for path in sorted((folder / "samples").glob("*.jsonl")):
+    given = (config.get("evaluate") or {}).get("samples_dir") if config else ""
+    for path in sorted((Path(given) if given else folder / "samples").glob("*.jsonl")):
         rows = read_lines(path, sample_fault, notes)
         keys = [f.name for f in fields(Answer)]
         groups[path.stem.rpartition("-rank")[0]] += [Answer(**{k: row[k] for k in keys if k in row}) for row in rows]

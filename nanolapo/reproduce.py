@@ -24,6 +24,7 @@ from nanolapo import cli
 from nanolapo.beside import compare, write_tables
 from nanolapo.config import UserError
 from nanolapo.config_file import build, load_config, read_yaml
+from nanolapo.html_report import write_report
 from nanolapo.over_seeds import mean_rows
 from nanolapo.pipeline import Pipeline, Step
 from nanolapo.report import plots
@@ -193,6 +194,10 @@ def write_outputs(runner: Runner, seeds: Sequence[int]) -> list[Path]:
             figures = folder / "figures" / name
             figures.mkdir(parents=True, exist_ok=True)
             written += plots({"rows": rows}, runner.runs_of(name, seeds[0]), figures)
+    first = folder / f"seed{seeds[0]}"
+    if there := [first / name for name in (*runner.runs, *runner.evaluations) if (first / name).exists()]:
+        write_report(there, folder / "report.html")
+        written.append(folder / "report.html")
     return written
 
 
