@@ -72,7 +72,7 @@ def test_pass_at_1_weighs_problems_alike():
 
 def test_pass_at_powers_of_two_on_problems_of_unequal_luck():
     """By brute force over all subsets, problem by problem; k stops at the samples that every problem has."""
-    right = {"a": (4, 0), "b": (4, 1), "c": (4, 3), "d": (6, 2)}  # problem: (samples, right ones)
+    right = {"a": (4, 0), "b": (4, 1), "c": (4, 3), "d": (8, 2)}  # problem: (samples, right ones)
     answers = [make_answer(q, i, correct=i < c) for q, (n, c) in right.items() for i in range(n)]
     made = pass_at_powers(answers)
     assert list(made) == ["1", "2", "4"]
