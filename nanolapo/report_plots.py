@@ -19,7 +19,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from nanolapo.report import Row, accuracy_limits, label
+from nanolapo.report import Row, accuracy_limits
 from nanolapo.report_data import Place, Run, Visit
 from nanolapo.report_files import printable
 
@@ -169,12 +169,13 @@ def evaluation(rows: Sequence[Row]) -> str:
                 left.plot(r["tokens_interval"], [place[1]] * 2, color=colour, linewidth=1)
                 left.plot([place[0]] * 2, [100 * bound for bound in r["accuracy_interval"]], color=colour, linewidth=1)
             if r["guidance"]:
-                left.annotate(printable(label(r)), place, (6, 4), textcoords="offset points", fontsize=8)
+                left.annotate(printable(f"told {r['guidance']}"), place, (6, 4), textcoords="offset points", fontsize=8)
             else:
                 lines[r["model"]] = line
         left.set_title("accuracy (%) against tokens, 95 % intervals")
         left.set_xlabel("tokens per answer")
-        left.set_ylim(accuracy_limits([100 * r["accuracy"] for r in rows]))
+        ends = [bound for r in rows for bound in (r["accuracy"], *(r.get("accuracy_interval") or ()))]
+        left.set_ylim(accuracy_limits([100 * bound for bound in ends]))
         if plain and plain[0].get("by_level"):
             right = figure.add_subplot(1, 2, 2)
             for r in plain:

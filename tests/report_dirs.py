@@ -63,7 +63,7 @@ def two_stages(folder: Path) -> list[Path]:
         metrics = [{"step": s, "reward": rng.random(), "length": 1.0, "length_p90": 2.0, "truncated": 0.0, "mismatch": 1e-6,
                     "accuracy": rng.random(), "map/target_mean": 20.0 - s} for s in range(2)]  # fmt: skip
         made.append(write_run(folder / name, rows, metrics))
-        entries = {"q00": 12.0, "q01": None, "q10": 9.5, "elsewhere": 40.0}
+        entries = {"q00": 12.0, "q01": None, "q10": 9.5, "x": 40.0, "y": 41.0, "z": 90.0}
         (folder / name / "length_map.json").write_text(json.dumps({"statistic": "median", "entries": entries}))
     return made
 
