@@ -9,9 +9,9 @@ tokens per operation is drawn, and every step is written in the way that fits wh
     pace 15+  checked      plain or careful, then " Wait, let me check: 3 + 8 = 1.", " Alternatively, 8 + 3 = 1.", ...
 
 Most solutions without guidance are paced far beyond what the problem needs: that is the over-thinking to be unlearned.
-About half of the prompts state a length, a third of them in the paper's sentence, " I will answer the question with 60
-tokens.", the others in the sentences of its ablations and rivals, and the solutions keep to it; so the model knows what
-these sentences mean, as a large pretrained model does. The number is one token per multiple of ten.
+Half of the solutions open with the paper's sentence, " I will answer the question with 60 tokens.", and keep to it; so the
+model knows what the sentence means, as a large pretrained model does. The number is one token per multiple of ten.
+demo_all.py makes a model that also knows the sentences of the ablations and rivals.
 
     python -m nanolapo.demo configs/demo/base.yaml [run.seed=1]        # writes config.model.path
 
@@ -33,18 +33,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from nanolapo import cli
 from nanolapo.checkpoint import save_model
+from nanolapo.demo_sentences import state_length
 from nanolapo.demo_task import LABELS, LEVELS, Chain, random_chain
-from nanolapo.prompts import (
-    NO_GUIDANCE,
-    Guidance,
-    curriculum_guidance,
-    exact_guidance,
-    hbpo_guidance,
-    l1_max_guidance,
-    outside_guidance,
-    range_guidance,
-    thinkprune_guidance,
-)
+from nanolapo.prompts import NO_GUIDANCE
 
 TEMPLATE = "{question} <think>"  # prompt.template of the demo configs
 BUDGETS = range(10, 401, 10)  # one token each
@@ -58,14 +49,14 @@ ANSWER_TOKENS = 5  # "</think> \boxed{d} <end>"
 class DemoConfig:
     """Settings of the pre-training; the defaults are the demo's."""
 
-    steps: int = 3000
+    steps: int = 2800
     batch_tokens: int = 1600  # of solutions, padding included
     hidden_size: int = 128
     layers: int = 3
     muon_lr: float = 0.01  # matrices
     adam_lr: float = 3e-3  # embedding, norms, biases
-    guided: float = 0.33  # fraction of prompts that state a length in the paper's sentence
-    guided_otherwise: float = 0.22  # ... in one of the other sentences
+    guided: float = 0.5  # fraction of prompts that state a length in the paper's sentence
+    guided_otherwise: float = 0.0  # ... in one of the others; above 0 it is another tokenizer, see make_tokenizer
     easy_fraction: float = 0.4  # first part of the training, with short solutions only
     max_new_tokens: int = 256  # longer solutions are not used
 
@@ -73,33 +64,37 @@ class DemoConfig:
 # ------------------------------------------------------------------------------------------------------- tokenizer
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(all_sentences: bool = False) -> PreTrainedTokenizerFast:
     """Words with their leading space, digits, step labels, budgets; any other ASCII text falls apart into characters.
+
+    A budget is one token with the "with" before it; with `all_sentences` a token of its own, after any of their words.
 
     >>> tokenizer = make_tokenizer()
     >>> tokenizer.tokenize("B: times 7. Last digit? <think> I will answer the question with 60 tokens. Wait,")[5:]
-    [' digit', '?', ' <think>', ' I', ' will', ' answer', ' the', ' question', ' with', ' 60', ' tokens', '.', ' Wait', ',']
+    [' digit', '?', ' <think>', ' I', ' will', ' answer', ' the', ' question', ' with 60', ' tokens', '.', ' Wait', ',']
     >>> tokenizer.decode(tokenizer("Anything: x^2 + 17 \\\\boxed{7}<end>")["input_ids"])
     'Anything: x^2 + 17 \\\\boxed{7}<end>'
     """
     words = (
         "Start with add times Last digit I will answer the question tokens so Wait let me check Alternatively verify"
     )
-    words += (
-        " Quick Short Steady Careful Thorough Let think Think for maximum within to The output of assistant should be"
-    )
-    words += " IMPORTANT You use exactly in your response"
+    words += " Quick Short Steady Careful Thorough Let think Think for maximum"
+    if all_sentences:
+        words += " within to The output of assistant should be IMPORTANT You use exactly in your response"
     pieces = ["<pad>", " <end>", " <think>", "</think>", " </think>", r" \boxed{", "}"]
     pieces += [f"{space}{label}:" for label in LABELS for space in ("", " ")]
+    pieces += [] if all_sentences else [f" with {n}" for n in BUDGETS]
     pieces += [f" {digit}" for digit in range(10)] + [" +", " *", " ="]
     pieces += [f"{space}{word}" for word in words.split() for space in ("", " ")]
     pieces += [chr(code) for code in range(32, 127)] + ["\n"]
     longest_first = sorted((piece for piece in dict.fromkeys(pieces) if len(piece) > 1), key=len, reverse=True)
-    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys([*pieces, *(f" {n}" for n in BUDGETS)]))}
-    # A word must not match inside a longer one (" so" in " some"), nor " 10" in " 105"; a sum's result is no budget.
-    numbers = "|".join(f" {n}" for n in reversed(BUDGETS))
-    pattern = rf"(?<=with|within|for|maximum|exactly|to)(?:{numbers})(?!\d)|"
-    pattern += "|".join(re.escape(p) + (r"(?!\w)" if p[-1].isalpha() else "") for p in longest_first)
+    # A word must not match inside a longer one (" so" in " some"), nor " with 10" in " with 105".
+    pattern = "|".join(re.escape(p) + (r"(?!\w)" if p[-1].isalpha() or "with " in p else "") for p in longest_first)
+    if all_sentences:  # a sum's result is no budget
+        numbers = [f" {n}" for n in reversed(BUDGETS)]
+        pieces += numbers
+        pattern = rf"(?<=with|within|for|maximum|exactly|to)(?:{'|'.join(numbers)})(?!\d)|{pattern}"
+    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(f"{pattern}|[\\s\\S]"), behavior="isolated")
     core.decoder = decoders.Fuse()
@@ -154,17 +149,6 @@ def write_solution(chain: Chain, budget: float, rng: random.Random) -> str:
         chosen, done = min(kinds, key=lambda kind: abs(count_tokens(kind[0]) / kind[1] - pace))
         text, i, left = text + chosen, i + done, left - count_tokens(chosen)
     return text + rf" </think> \boxed{{{digits[-1]}}} <end>"
-
-
-def state_length(length: int, rng: random.Random, papers: bool) -> Guidance:
-    """A sentence that is true of a solution of `length` tokens: the paper's, or one of the others."""
-    near = max(1, round(length / 10)) * 10
-    if papers:
-        return exact_guidance(near)
-    limit = -(-length // 10) * 10 + rng.choice((0, 10, 20, 40, 80))  # an upper limit need not be used up
-    forms = (outside_guidance(near), curriculum_guidance(near), range_guidance(max(10, near - 10), near + 10, near),
-             l1_max_guidance(limit), thinkprune_guidance(limit), hbpo_guidance(limit))  # fmt: skip
-    return rng.choice(forms)
 
 
 def draw_example(rng: random.Random, settings: DemoConfig, easy: bool) -> tuple[str, str]:
@@ -246,7 +230,7 @@ def pretrain(out_dir: str, settings: DemoConfig, seed: int) -> None:
     """Train from scratch and write a Hugging Face folder (model and tokenizer) to `out_dir`."""
     torch.manual_seed(seed)
     rng = random.Random(f"demo pre-training {seed}")
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(settings.guided_otherwise > 0)
     model = make_model(tokenizer, settings)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim < 2 or "embed" in n]
@@ -284,15 +268,15 @@ def pretrain(out_dir: str, settings: DemoConfig, seed: int) -> None:
     save_model(model, torch.float32, tokenizer, Path(out_dir))
 
 
-def main() -> None:
+def main(settings: DemoConfig = DemoConfig()) -> None:  # noqa: B008 (frozen)
     config, action = cli.parse(__doc__ or "")
     if action == "dry-run":
-        print(DemoConfig())
+        print(settings)
     elif (Path(config.model.path) / "config.json").exists():
         print(f"{config.model.path} exists; remove it to pre-train again")
     else:
         torch.set_num_threads(config.run.threads or torch.get_num_threads())
-        pretrain(config.model.path, DemoConfig(), config.run.seed)
+        pretrain(config.model.path, settings, config.run.seed)
 
 
 if __name__ == "__main__":

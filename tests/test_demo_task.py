@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanolapo import demo
+from nanolapo.demo_all import ALL_SENTENCES
 from nanolapo.demo_task import LEVELS, make_problems, parse_question, random_chain
 from nanolapo.grader import grade
 
@@ -57,8 +58,10 @@ def test_every_operation_matters() -> None:
 
 def test_written_solutions_are_right_and_lossless() -> None:
     """Every digit in a solution is right, the grader accepts it, and the tokenizer gives the text back."""
-    tokenizer, rng, settings = demo.make_tokenizer(), random.Random(0), demo.DemoConfig()
-    for _ in range(300):
+    for i in range(600):
+        if i % 300 == 0:
+            rng, settings = random.Random(0), (demo.DemoConfig(), ALL_SENTENCES)[i // 300]
+            tokenizer = demo.make_tokenizer(settings.guided_otherwise > 0)
         prompt, solution = demo.draw_example(rng, settings, easy=False)
         ids = tokenizer(prompt + solution)["input_ids"]
         assert tokenizer.decode(ids) == prompt + solution
@@ -75,7 +78,7 @@ def test_written_solutions_are_right_and_lossless() -> None:
 
 def test_the_stated_length_is_true() -> None:
     """Exact sentences name the length within its rounding to tens, limits are kept, ranges hold it; all are drawn."""
-    tokenizer, rng = demo.make_tokenizer(), random.Random(1)
+    tokenizer, rng = demo.make_tokenizer(all_sentences=True), random.Random(1)
     settings, seen = demo.DemoConfig(guided=0.4, guided_otherwise=0.6), set()
     for _ in range(600):
         prompt, solution = demo.draw_example(rng, settings, easy=False)
