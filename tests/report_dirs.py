@@ -41,7 +41,7 @@ def write_lines(path: Path, rows: list[dict]) -> None:
 def write_run(folder: Path, rollouts: list[dict], metrics: list[dict] | None = None) -> Path:
     """A run as train_stage*.py leaves it, by hand."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text("# git: abc1234\n# torch: 2\nrun:\n  seed: 3\ntrain:\n  steps: 2\n")
+    (folder / "config.yaml").write_text("# torch: 2\n# git: abc1234\nrun:\n  seed: 3\ntrain:\n  steps: 2\n")
     write_lines(folder / "rollouts.jsonl", rollouts)
     plain = [{"step": 0, "reward": 0.5, "accuracy": 0.25}, {"step": 1, "reward": 0.75, "accuracy": None}]
     write_lines(folder / "metrics.jsonl", metrics or plain)

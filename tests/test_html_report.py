@@ -28,13 +28,13 @@ from nanolapo import report_plots
 from nanolapo.benchmarking import write_setup
 from nanolapo.config import UserError
 from nanolapo.config_file import load_config
-from nanolapo.evaluation import sample_file
+from nanolapo.evaluation import sample_file, score_sets
 from nanolapo.html_report import embed, main
 from nanolapo.metrics import RunLog, append
 from nanolapo.problems import Problem
 from nanolapo.report import markdown, table
 from nanolapo.report_content import content
-from nanolapo.report_data import names, read_all
+from nanolapo.report_data import names, read_all, trace
 from nanolapo.session import Data
 
 ROOT = Path(__file__).parents[1]
@@ -202,6 +202,15 @@ def test_stale_and_surplus_samples_are_told_from_those_of_the_table(tmp_path):
     assert [s["model"] for s in found.data["samples"]] == list(made) and len(found.samples(0)) == 6
     [note] = [note for note in found.data["notes"] if "samples" in note]
     assert "1 sets of samples belong to no row" in note and stale.stem in note
+
+
+def test_a_stated_length_that_changed_nothing_is_not_taken_for_none(tmp_path):
+    found = {"a": answers(0, "110111", budget=12), "b": answers(0, "110111")}
+    stem = sample_file(tmp_path, "m", "s", 0.6, {}).stem[:-10]
+    [row] = score_sets("m", 0.6, "", found["b"], make_config())
+    notes: list[str] = []
+    traced = trace([row, row | {"guidance": "1x"}], {stem + 10 * k: v for k, v in found.items()}, tmp_path, notes)
+    assert [(s.model, s.answers) for s in traced] == [("m", found["b"]), ("m, told 1x", found["a"])] and notes == []
 
 
 def test_an_evaluation_under_way_lists_samples_by_file_name(tmp_path):
@@ -384,6 +393,7 @@ def test_missing_files_are_named(tmp_path, kept):
         ("rollouts.jsonl", '{"step": 0}\n' * 3, "3 of 3 lines left out (first: line 1, no 'problem')"),
         ("rollouts.jsonl", json.dumps(rollout(length="9")) + "\n", "'length' is '9'"),
         ("rollouts.jsonl", json.dumps(rollout(correct=1)) + "\n", "'correct' is 1"),
+        ("rollouts.jsonl", json.dumps(rollout(length=True)) + "\n", "'length' is True"),
         ("rollouts.jsonl", json.dumps(rollout(reward={"correct": "x"})) + "\n", "'correct' is 'x'"),
         ("rollouts.jsonl", "[" * 100_000 + "\n", "not JSON"),
         ("metrics.jsonl", '{"reward": 1}\n', "no 'step'"),
