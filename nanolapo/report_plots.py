@@ -10,12 +10,13 @@ import io
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from colorsys import hsv_to_rgb
 from typing import Any
 
 import matplotlib
 import numpy as np
 from cycler import cycler
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
@@ -55,6 +56,16 @@ STYLE: Any = {
 }  # fmt: skip
 
 
+def palette(count: int) -> list[str]:
+    """As many colours: the ten above, or hues in even steps where ten are too few.
+
+    >>> palette(2), len(set(palette(15)))
+    (['#3b82d6', '#e07b2e'], 15)
+    """
+    hues = [to_hex(hsv_to_rgb(i / count, 0.68, 0.8)) for i in range(count)]
+    return list(COLOURS[:count]) if count <= len(COLOURS) else hues
+
+
 def svg(figure: Figure) -> str:
     """The figure as an <svg> element for a page with a --line colour."""
     buffer = io.StringIO()
@@ -87,6 +98,7 @@ def training(runs: Sequence[Run], panels: Sequence[Panel]) -> list[str]:
         rows = math.ceil(len(shown) / 3)
         figure = Figure(figsize=(11, 2.5 * rows + 0.4), layout="constrained")
         lines: dict[str, Any] = {}
+        colours = palette(len(runs))
         for place, (title, names, log) in enumerate(shown, start=1):
             axis = figure.add_subplot(rows, 3, place)
             axis.set_title(title)
@@ -94,7 +106,7 @@ def training(runs: Sequence[Run], panels: Sequence[Panel]) -> list[str]:
             for i, run in enumerate(runs):
                 if not any(math.isfinite(v) for v in values(run.metrics, names[0])):
                     continue
-                colour, steps = COLOURS[i % len(COLOURS)], values(run.metrics, "step")
+                colour, steps = colours[i], values(run.metrics, "step")
                 for name, style in reversed([*zip(names, ("-", "--"), strict=False)]):
                     [lines[run.name]] = axis.plot(steps, values(run.metrics, name), style, color=colour)
             if log and any(v > 0 for run in runs for v in values(run.metrics, names[0])):
@@ -156,7 +168,7 @@ def mean_by_step(points: Iterable[tuple[int, float | None]]) -> tuple[list[int],
 def evaluation(rows: Sequence[Row]) -> str:
     """One set at one temperature: accuracy against tokens, and length by level where there are levels."""
     plain = [r for r in rows if not r["guidance"]]
-    colours = {r["model"]: COLOURS[i % len(COLOURS)] for i, r in enumerate(plain)}
+    colours = dict(zip([r["model"] for r in plain], palette(len(plain)), strict=True))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 3.3), layout="constrained")
         left = figure.add_subplot(1, 2, 1)
@@ -169,7 +181,9 @@ def evaluation(rows: Sequence[Row]) -> str:
                 left.plot(r["tokens_interval"], [place[1]] * 2, color=colour, linewidth=1)
                 left.plot([place[0]] * 2, [100 * bound for bound in r["accuracy_interval"]], color=colour, linewidth=1)
             if r["guidance"]:
-                left.annotate(printable(f"told {r['guidance']}"), place, (6, 4), textcoords="offset points", fontsize=8)
+                left.annotate(
+                    printable(f"told {r['guidance']}"), place, (6, -11), textcoords="offset points", fontsize=8
+                )
             else:
                 lines[r["model"]] = line
         left.set_title("accuracy (%) against tokens, 95 % intervals")

@@ -54,7 +54,7 @@ def two_stages(folder: Path) -> list[Path]:
     made = []
     for name in ("stage1", "stage2"):
         rows = [
-            rollout(step, f"q{step}{group}", text=f"{name} {step} {group} {i}", length=int(rng.integers(5, 50)),
+            rollout(step, f"q{step}{group}", text=f"{name.title()} {step} {group} {i}", length=int(rng.integers(5, 50)),
                     level=group, correct=bool(rng.random() < 0.7), finished=bool(rng.random() < 0.8),
                     budget=10.0 * (group + 1) if name == "stage2" else None,
                     reward={"correct": float(rng.random()), "length": float(rng.random())})
