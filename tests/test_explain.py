@@ -199,8 +199,9 @@ def test_rewards_and_advantages_follow_from_what_is_printed(told: tuple[Path, Se
         f"Eq. 2, what is typical of them: [P30, P70] = [{low:.6g}, {high:.6g}]",
     ]
     rewards = []
-    for length, c in zip(lengths, right, strict=True):
+    for length, c, d in zip(lengths, right, column(titled(sections, "its reward"), "d"), strict=True):
         outside = 0 if low <= length <= high else min(abs(length - low), abs(length - high))
+        assert d == pytest.approx(outside)
         rewards.append(c + 0.7 * c * max(0, 1 - outside / 10))
     assert column(titled(sections, "its reward"), "R_D (Eq. 4)") == pytest.approx(rewards, rel=1e-5)
     mean, spread = statistics.mean(rewards), statistics.stdev(rewards)
@@ -210,16 +211,24 @@ def test_rewards_and_advantages_follow_from_what_is_printed(told: tuple[Path, Se
 
 
 def test_tokens_and_updates_add_up_to_the_loss(told: tuple[Path, Session, Trace, list[Section]]) -> None:
-    _, _, trace, sections = told
+    _, s, trace, sections = told
     tokens, updates = titled(sections, "Token by token"), titled(sections, "weights move")
     advantages = column(titled(sections, "Compared"), "A")
     counted = [trace.rollouts.lengths_B[first : first + 64].sum() for first in (0, 64)]  # also tokens without advantage
     clipped = 0.0
+    [group] = [g for g, p in enumerate(trace.rollouts.problems) if f"{p.id}," in str(titled(sections, "drawn").body[1])]
     for number, extreme in enumerate((max(advantages), min(advantages))):
         told_of = [text for text in tokens.body if isinstance(text, str)][1 + number]
         assert f"A = {extreme:+.6g}, in optimizer step 2 of this step" in told_of
+        of_answer = 16 * group + advantages.index(extreme)
+        assert told_of.startswith(f"Answer {advantages.index(extreme) + 1},")
+        ids, logprobs = trace.rollouts.response_ids[of_answer], trace.rollouts.sampler_logprobs[of_answer]
+        assert [int(row["token"]) for row in table(tokens, number)][:: len(table(tokens, number)) - 1] == [1, len(ids)]
         for row in table(tokens, number):
             value = {name: float(row[name]) for name in row if name != "text"}
+            t = int(row["token"]) - 1
+            assert value["id"] == ids[t] and value["log p sampled"] == pytest.approx(logprobs[t], rel=1e-5, abs=1e-12)
+            assert row["text"].replace("\N{OPEN BOX}", " ") == s.data.tokenizer.decode([ids[t]])
             ratio = math.exp(value["log p now"] - value["log p sampled"])
             beyond = ratio > 1.2 if extreme > 0 else ratio < 0.8
             used = min(max(ratio, 0.8), 1.2) if beyond else ratio
