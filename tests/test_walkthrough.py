@@ -96,14 +96,14 @@ def test_every_test_and_file_and_function_it_names_exists() -> None:
 def test_problem_and_prompt(config: Config, problem: Problem) -> None:
     assert f"we follow number {PLACE + 1}, `{problem.id}`:" in WORDS and f"> {problem.question}\n" in PAGE
     assert f"The right answer is {problem.answer}." in WORDS
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(all_sentences=True)
     ids = Prompter(tokenizer, config.prompt).ids(problem.question)
     pairs = ", ".join(f"{i} {tokenizer.decode([i]).replace(' ', BLANK)}" for i in ids[:8])
     assert f"become {len(ids)} ids: `{pairs}` and so on" in WORDS
 
 
 def test_answers_seeds_lengths_and_verdicts(config: Config, problem: Problem) -> None:
-    rows, texts, tokenizer = table(REWARDS), answers(), make_tokenizer()
+    rows, texts, tokenizer = table(REWARDS), answers(), make_tokenizer(all_sentences=True)
     assert texts.keys() == {1, 3} and len(rows) == config.rollout.group_size
     assert f"the limit of {config.rollout.max_new_tokens}." in WORDS
     with Grader() as grader:
@@ -143,7 +143,7 @@ def test_typical_range_rewards_and_advantages(config: Config) -> None:
 
 
 def test_tokens_ratio_clip_share_and_pull(config: Config) -> None:
-    rows, loss_config, tokenizer = table(TOKENS), config.loss, make_tokenizer()
+    rows, loss_config, tokenizer = table(TOKENS), config.loss, make_tokenizer(all_sentences=True)
     first = {row["answer"]: row for row in table(REWARDS)}
     found = re.search(r"all tokens of the answers of the optimizer step, (\d+) here", WORDS)
     assert found
@@ -217,7 +217,7 @@ def test_stage_2() -> None:
     guidance = method.guidance(problem, 0, 0)
     n = guidance.budget
     assert n is not None and f"`<think>{guidance.inside}`" in WORDS
-    prompt = Prompter(make_tokenizer(), config.prompt).render("?", guidance)
+    prompt = Prompter(make_tokenizer(all_sentences=True), config.prompt).render("?", guidance)
     assert prompt.endswith(f"<think>{guidance.inside}"), "the number is printed as the prompter prints it"
     assert (
         f"beta = {method.beta:g}," in WORDS and f"a bell curve around n = {n:g} with sigma = {method.sigma:g}." in WORDS
