@@ -29,7 +29,7 @@ from torch import Tensor
 
 from nanolapo.config import Config, UserError
 from nanolapo.methods.base import Method
-from nanolapo.methods.tools import scale, speaks_of_thought, well_formed
+from nanolapo.methods.tools import scale, speaks_of_thought, stated, well_formed
 from nanolapo.problems import Problem
 from nanolapo.prompts import Guidance, exact_guidance, hbpo_guidance
 from nanolapo.rollouts import Rollouts
@@ -87,8 +87,8 @@ class Hbpo(Method):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         o, self.limit = self.options, config.rollout.max_new_tokens
-        scaled = (max(1, round(b * scale(config, PAPER_LIMIT))) for b in (512, 1024, 2048, 2560))
-        self.budgets = tuple(scaled) if o.budgets is None else o.budgets
+        published = (b * scale(config, PAPER_LIMIT) for b in (512, 1024, 2048, 2560))
+        self.budgets = tuple(stated(config, b) for b in o.budgets or published)
         self.think_tags = speaks_of_thought(config) if o.think_tags is None else o.think_tags
         if config.rollout.group_size % len(self.budgets):
             raise UserError(

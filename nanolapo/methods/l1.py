@@ -23,7 +23,7 @@ import numpy as np
 
 from nanolapo.config import Config, UserError
 from nanolapo.methods.base import Method
-from nanolapo.methods.tools import as_parts, scale
+from nanolapo.methods.tools import as_parts, scale, stated
 from nanolapo.problems import Problem
 from nanolapo.prompts import Guidance, outside_guidance
 from nanolapo.rollouts import Rollouts
@@ -66,9 +66,8 @@ class L1Exact(Method):
         return random.Random(f"{self.config.run.seed}/{problem_id}/{step if self.options.redraw else 'once'}")
 
     def budget(self, problem_id: str, step: int) -> int:
-        """n, as the prompt prints it: a reward for another number could not be learned."""
-        n, multiple = self.chance(problem_id, step).randint(self.low, self.high), self.config.prompt.length_multiple
-        return max(multiple, round(n / multiple) * multiple)
+        """n, as the prompt prints it."""
+        return stated(self.config, self.chance(problem_id, step).randint(self.low, self.high))
 
     def guidance(self, problem: Problem, rollout_index: int, step: int) -> Guidance:
         return outside_guidance(self.budget(problem.id, step))

@@ -17,6 +17,12 @@ def scale(config: Config, paper_limit: int) -> float:
     return config.rollout.max_new_tokens / paper_limit
 
 
+def stated(config: Config, length: float) -> int:
+    """A budget as the prompt will print it (prompt.length_multiple): a reward for another number could not be learned."""
+    multiple = config.prompt.length_multiple
+    return max(multiple, round(length / multiple) * multiple)
+
+
 def each_group(rollouts: Rollouts, reward: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
     """reward(lengths_G, correct_G) of every group, float64 [B]."""
     lengths_PG, correct_PG = rollouts.by_group(rollouts.lengths_B), rollouts.by_group(rollouts.correct_B)

@@ -27,6 +27,7 @@ import numpy as np
 from nanolapo.boxes import last_boxed
 from nanolapo.config import Config
 from nanolapo.methods.base import Method, SamplingPlan
+from nanolapo.methods.tools import stated
 from nanolapo.problems import Problem
 from nanolapo.prompts import Guidance, curriculum_guidance
 from nanolapo.rollouts import Rollouts
@@ -84,11 +85,11 @@ class TrainLongThinkShort(Method):
         self.step = 0
 
     def budget(self, step: int) -> int:
-        """B(t), cut to an integer."""
+        """B(t), cut to an integer, and as the prompt prints it."""
         o = self.options
         decays = step // o.interval if o.interval else int(self.progress * (o.decays + 1) + 1e-9)
         gamma = o.gamma if o.final_budget is None else (o.final_budget / o.start_budget) ** (1 / o.decays)
-        return max(1, int(o.start_budget * gamma**decays + 1e-9))
+        return stated(self.config, int(o.start_budget * gamma**decays + 1e-9))
 
     def sampling(self, step: int) -> SamplingPlan:
         self.step = step

@@ -19,9 +19,9 @@ from nanolapo.rollouts import Rollouts
 GOOD = r"x </think> \boxed{1}"
 
 
-def make(limit: int = 4096, group_size: int = 4, **options: object) -> Hbpo:
+def make(limit: int = 4096, group_size: int = 4, multiple: int = 1, **options: object) -> Hbpo:
     rollout = {"max_new_tokens": limit, "group_size": group_size, "prompts_per_step": 1}
-    return Hbpo(make_config(rollout=rollout, method={"options": options}))
+    return Hbpo(make_config(rollout=rollout, prompt={"length_multiple": multiple}, method={"options": options}))
 
 
 def group(lengths: list[int], correct: list[bool], budgets: list[float], size: int = 0) -> Rollouts:
@@ -39,6 +39,12 @@ def test_group_is_split_evenly_over_the_budgets():
     assert make(limit=256, budgets=[10, 20]).budgets == (10, 20)
     with pytest.raises(UserError, match="multiple of 4"):
         make(group_size=6)
+
+
+def test_a_budget_is_the_number_that_the_prompt_prints():
+    """Multiples of ten: 32, 64, 128 are printed, and rewarded, as 30, 60, 130; never as 0."""
+    assert make(limit=256, multiple=10).budgets == (30, 60, 130, 160)
+    assert make(limit=256, multiple=10, budgets=[2, 27]).budgets == (10, 30)
 
 
 def test_wording_stands_inside_the_thought():

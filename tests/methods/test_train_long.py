@@ -33,6 +33,13 @@ def test_main_schedule():
     assert budgets_at(make(), 6, list(range(6))) == [256, 256, 179, 125, 125, 87]
 
 
+def test_a_budget_is_the_number_that_the_prompt_prints():
+    """87, 60, 42, 29 in multiples of ten."""
+    method = make(prompt={"length_multiple": 10}, start_budget=87)
+    assert budgets_at(method, 4, [0, 1, 2, 3]) == [90, 60, 40, 30]
+    assert method.guidance(make_problems(1)[0], 0, 3).budget == 30
+
+
 def test_general_schedule():
     """T given; a final budget sets gamma = (S_f / S_0)^(1/n); never below one token."""
     assert [make(interval=10, gamma=0.5, start_budget=9).budget(s) for s in (9, 10, 25, 30, 40, 400)] == [
