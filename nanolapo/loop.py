@@ -36,7 +36,7 @@ from nanolapo.update import update_policy
 def run_step(s: Session) -> None:
     """One step of GRPO, with the method's hooks in the order in which they act."""
     method, policy, watch, tokens_before = s.method, s.policy, Stopwatch(), s.sampled_tokens
-    method.progress = s.progress
+    method.progress = policy.progress = s.progress
     plan = method.sampling(s.step)
     monitored = monitor_pass(s, watch)  # a second sampling, for the few methods that watch other prompts
     rounds: list[Round] = []

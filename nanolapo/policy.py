@@ -124,6 +124,7 @@ class Policy:
         self.trained = {plain_name(n): p for n, p in self.model.named_parameters() if p.requires_grad}
         self.reference = self.load_reference() if config.loss.kl_coef else None
         self.num_steps = 0  # optimizer steps taken
+        self.progress = 0.0  # share of the run done at the start of this step, set by the loop
         self.bad_steps = 0  # optimizer steps not taken in a row, because their gradient was not finite
         self.total_steps = config.train.steps * config.optimizer_steps_per_step
         t = config.train
@@ -171,16 +172,17 @@ class Policy:
         return batch.scatter(logprobs_N), None if entropy_N is None else batch.scatter(entropy_N)
 
     def learning_rate(self) -> float:
-        """Linear warm-up, then cosine decay to final_lr_fraction of the peak, over optimizer steps taken.
+        """Linear warm-up, then cosine decay to final_lr_fraction of the peak, over the share of the run that is done.
 
-        Batches that were skipped for want of any signal do not count, so a run with many of them ends above the floor.
+        That is the share of optimizer steps taken, or the loop's own where it is further: when sampled tokens end the run
+        (train.match_runs), or batches were skipped for want of any signal, the steps taken would stop short of the floor.
         """
         t = self.config.train
-        warmup = math.ceil(t.warmup_fraction * self.total_steps)
-        if self.num_steps < warmup:
-            return t.learning_rate * (self.num_steps + 1) / warmup
-        progress = (self.num_steps - warmup) / max(1, self.total_steps - warmup)
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        done = max(self.num_steps / self.total_steps, self.progress)
+        if done < t.warmup_fraction:
+            return t.learning_rate * min(1.0, (done + 1 / self.total_steps) / t.warmup_fraction)
+        decayed = (done - t.warmup_fraction) / (1 - t.warmup_fraction) if t.warmup_fraction < 1 else 1.0
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, decayed)))
         return t.learning_rate * (t.final_lr_fraction + (1 - t.final_lr_fraction) * cosine)
 
     def weights_changed(self) -> None:

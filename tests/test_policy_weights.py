@@ -63,7 +63,7 @@ def test_B16_small_steps_move_the_master_weights(tied_model, dtype):
 
 
 def test_learning_rate_schedule(tied_model):
-    """10 warm-up steps up to the peak, then a cosine that ends at a tenth of it; only taken steps count."""
+    """10 warm-up steps up to the peak, then a cosine that ends at a tenth of it."""
     train = {"steps": 50, "batch_size": 4, "warmup_fraction": 0.1, "final_lr_fraction": 0.1, "learning_rate": 2e-4}
     policy = Policy(make_config(tied_model, train=train), CPU)
     assert policy.total_steps == 100  # 50 rollout steps of 8 rollouts, 4 an optimizer step
@@ -77,6 +77,18 @@ def test_learning_rate_schedule(tied_model):
         assert rates[step] == pytest.approx(2e-4 * (0.1 + 0.9 * cosine))
     assert max(rates) == pytest.approx(2e-4) and rates[100] == pytest.approx(2e-5)
     assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_learning_rate_follows_a_run_that_tokens_end(tied_model):
+    """Half of the tokens sampled after 3 of 100 steps: the middle of the cosine, with a warm-up of a tenth in front."""
+    train = {"steps": 100, "warmup_fraction": 0.1, "final_lr_fraction": 0.1, "learning_rate": 2e-4}
+    policy = Policy(make_config(tied_model, train=train), CPU)
+    policy.num_steps, found = 3, {}
+    for policy.progress in (0.0, 0.05, 0.1, 0.55, 1.0, 1.2):
+        found[policy.progress] = policy.learning_rate() / 2e-4
+    # 0.0: three steps of a hundred are further than the loop says, so the fourth of ten warm-up steps
+    want = {0.0: 0.4, 0.05: 0.6, 0.1: 1.0, 0.55: 0.1 + 0.9 / 2, 1.0: 0.1, 1.2: 0.1}
+    assert found == pytest.approx(want)
 
 
 def test_learning_rate_is_the_one_the_optimizer_uses(tied_model):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -320,7 +321,11 @@ def test_progress_goes_by_steps_or_tokens_whichever_is_further():
     assert progress(config, 1000, 4, 1000) == 1
 
 
-def test_a_method_is_told_the_progress_of_the_run(base, tmp_path):
-    method, metrics = run(make_run(base, tmp_path, train={"steps": 50, "sampled_tokens": 500}), Dynamic)
+def test_method_and_learning_rate_are_told_the_progress_of_the_run(base, tmp_path):
+    """A limit of 500 tokens ends it after few of 50 steps; the learning rate has followed its cosine, a floor of 0."""
+    train = {"steps": 50, "sampled_tokens": 500, "learning_rate": 1e-4, "final_lr_fraction": 0.0}
+    method, metrics = run(make_run(base, tmp_path, train=train), Dynamic)
     before = [0.0, *[m["sampled_tokens"] / 500 for m in metrics]]
     assert method.told == before[:-1] and before[-2] < 1 <= before[-1] and len(metrics) < 50
+    cosine = [1e-4 * (1 + math.cos(math.pi * done)) / 2 for done in before[:-1]]
+    assert [m["learning_rate"] for m in metrics] == pytest.approx(cosine)
