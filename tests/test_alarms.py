@@ -55,8 +55,16 @@ def test_A0_exact_samplers_have_a_floor_and_nan_always_stops():
             alarms.check_mismatch(2, value)
     with pytest.raises(MismatchError):
         Alarms(make_config()).check_mismatch(0, math.nan)
-    with pytest.raises(RunStopped, match="limit 0.2"):  # wrong from the start: its own first value is no excuse
-        Alarms(make_config()).check_mismatch(0, 0.5)
+    with pytest.raises(RunStopped, match="limit 0.02"):  # wrong from the start: its own first value is no excuse
+        Alarms(make_config()).check_mismatch(0, 0.19)
+
+
+@pytest.mark.parametrize(("model", "sampler"), [("bfloat16", ""), ("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_A0_bfloat16_may_differ_more_at_first(model, sampler):
+    config = make_config(model={"dtype": model}, rollout={"dtype": sampler})
+    Alarms(config).check_mismatch(0, 0.19)
+    with pytest.raises(RunStopped, match="limit 0.2"):
+        Alarms(config).check_mismatch(0, 0.21)
 
 
 def test_A0_a_sampler_with_stale_weights_is_caught(tied_model):
