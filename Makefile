@@ -15,7 +15,7 @@ OUT ?= report.html
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet
 
-.PHONY: help install vllm demo demo-controls explain compare reproduce report test faults bench lint format clean
+.PHONY: help install vllm demo demo-controls explain compare reproduce report exercise test faults bench lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -69,6 +69,9 @@ reproduce: install  ## the paper's tables and figures (RECIPE=demo STEP="" SEEDS
 
 report: install  ## one HTML page with tables, plots and every logged rollout (RUNS="runs/demo/seed0/*" OUT=report.html)
 	$(PY) -m nanolapo.html_report $(RUNS) --out $(OUT)
+
+exercise: install  ## is exercise N of docs/EXERCISES.md right? (N=3)
+	@$(PY) tests/exercises/run.py $(N)
 
 test: vllm  ## every test that this machine can run, the real vLLM ones included
 	$(PY) -m pytest
