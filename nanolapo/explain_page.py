@@ -18,9 +18,12 @@ h2 { font-size: 1.15rem; margin: 2.2rem 0 0; border-top: 1px solid #ddd; padding
 p { margin: .4rem 0; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; margin: .6rem 0; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .2rem .7rem; text-align: right; white-space: pre; border-bottom: 1px solid #eee; }
+th, td { padding: .2rem .7rem; text-align: right; white-space: pre; vertical-align: top; border-bottom: 1px solid #eee; }
 th { font-weight: 600; color: #555; }
 .text { text-align: left; white-space: pre-wrap; overflow-wrap: anywhere; }
+/* A column of words is never narrower than its name, that of whole answers not than a phone. */
+th.text { white-space: pre; overflow-wrap: normal; }
+td.text:last-child { min-width: 20rem; }
 """
 CONSOLE_WIDTH = 116
 
