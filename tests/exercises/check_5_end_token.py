@@ -41,8 +41,8 @@ def model(tmp_path_factory) -> Path:
 
 def test_the_mask_is_broken_as_asked(model):
     rollouts = answers(model)
-    mask = make_microbatch(rollouts, range(4), CPU).mask_BT.tolist()
     width = 9
+    mask = [row + [0.0] * (width - len(row)) for row in make_microbatch(rollouts, range(4), CPU).mask_BT.tolist()]
     whole = [[1.0] * n + [0.0] * (width - n) for n in (5, 9, 3, 7)]
     broken = [[1.0] * (n - 1) + [0.0] * (width - n + 1) for n in (5, 9, 3, 7)]
     assert mask != whole, (

@@ -48,7 +48,7 @@ def compare(method: Method, limit: int, options: dict[str, float]) -> None:
         want = by_hand(n, c, f, limit, options)
         what = ("right" if c else "wrong") + ("" if f else ", cut")
         assert reward == pytest.approx(want), (
-            f"{n} tokens of {limit}, {what}: the formula gives {want:.4f}, the reward is {reward:.4f}"
+            f"{n} tokens of {limit}, {what}: the formula gives {want:.6g}, the reward is {reward:.6g}"
         )
     assert "correct" in parts and parts["correct"].tolist() == [float(c) for c in CORRECT], (
         'the part "correct" must be the plain verdict, 1 or 0; what length adds or takes is another part '
