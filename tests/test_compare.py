@@ -18,6 +18,8 @@ from nanolapo.compare import METHODS, Comparison, Runner, method_names, unverifi
 from nanolapo.compare_table import comparison_table, costs, mark_pareto, summarize_methods
 from nanolapo.config import UserError
 from nanolapo.config_file import build, read_yaml
+from nanolapo.evaluation import bootstrap_interval
+from nanolapo.over_seeds import mean_row
 from nanolapo.steps import ROOT
 
 DEMO = ROOT / "configs" / "demo"
@@ -107,13 +109,27 @@ def test_rows_over_seeds_by_hand() -> None:
     assert [r["model"] for r in rows] == ["a", "base", "b"]  # by mean AES: 0.35, 0, -0.05
     a = rows[0]
     assert (a["accuracy"], a["tokens"]) == (pytest.approx(0.8), 60) and a["aes"] == pytest.approx(0.35)
-    half = 0.1 / np.sqrt(2)
-    assert a["accuracy_interval"] == pytest.approx((0.8 - half, 0.8 + half))
+    assert a["accuracy_interval"] == pytest.approx((0.7, 0.9))  # the seeds share their problems
     assert a["by_level"] == {"1": {"accuracy": 1.0, "tokens": 30}, "10": {"accuracy": 0.5, "tokens": 120}}
     assert (a["best"]["tokens"], a["worst"]["tokens"]) == (50, 70) and a["worst"]["accuracy"] == 0.7
     assert [r["unverified"] for r in rows] == [False, False, True]
     text = comparison_table(rows)
     assert "| b (u) \\* |" in text and "| base |" in text and "| a \\* |" in text
+
+
+def test_the_interval_over_seeds_is_not_narrower_than_that_of_drawing_problems() -> None:
+    """Three seeds answer the same 200 problems, and a problem's length is mostly its own: reference is a bootstrap that
+    draws each problem with the answers of all seeds."""
+    rng = np.random.default_rng(1)
+    tokens_SQ = rng.gamma(2.0, 40.0, 200) + rng.normal(0, 5, (3, 200))
+    rows = [
+        {"set": "s", "temperature": 0.6, "model": "m", "guidance": "", "accuracy": 1.0, "aes": 0.0,
+         "tokens": float(tokens_Q.mean()), "tokens_interval": bootstrap_interval(tokens_Q.tolist(), 2000)}
+        for tokens_Q in tokens_SQ
+    ]  # fmt: skip
+    low, high = bootstrap_interval(tokens_SQ.mean(axis=0).tolist(), 2000)
+    found = mean_row(rows)["tokens_interval"]
+    assert 0.97 < (found[1] - found[0]) / (high - low) < 1.1
 
 
 def test_pareto_front_by_brute_force() -> None:
