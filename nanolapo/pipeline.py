@@ -1,18 +1,22 @@
 """Named steps, each a command, run in the order of their needs and only when something changed: for compare and reproduce.
 
 A step is done again when what its outcome depends on, or a step that it needs, has changed. What an interrupted step
-left is kept: the scripts resume by themselves. Every step has a log and a stamp below the pipeline's folder.
+left is kept: the scripts resume by themselves. Every step has a log and a stamp below the pipeline's folder. Only what a
+stamp speaks of is ever deleted, and one command at a time is at work in a folder.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import shutil
+import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -20,6 +24,8 @@ from threading import Event
 from typing import Any
 
 from nanolapo.config import Config, RunStopped, SourceConfig, UserError
+
+PATIENCE_S = 3  # for what was killed a moment ago
 
 
 @dataclass(frozen=True)
@@ -53,13 +59,21 @@ def changed(value: Any, default: Any) -> Any:
 
 
 class Pipeline:
-    """Steps with their stamps and logs in `folder`. Raises UserError for needs that do not exist."""
+    """Steps with their stamps and logs in `folder`. Raises UserError for needs that do not exist, and for two steps of one
+    name or with one folder."""
 
     def __init__(self, steps: Iterable[Step], folder: Path, say: Callable[[str], None] = print) -> None:
-        self.steps = {step.name: step for step in steps}
+        self.steps: dict[str, Step] = {}
         self.folder, self.say, self.stop = folder, say, Event()
         self.digests: dict[str, str] = {}
-        for step in self.steps.values():  # in the order given: a step comes after what it needs
+        for step in steps:  # in the order given: a step comes after what it needs
+            if step.name in self.steps:
+                raise UserError(f"two steps are called {step.name}: rename one of them")
+            for other in self.steps.values():
+                if step.clear is not None and step.clear == other.clear:
+                    raise UserError(f"steps {other.name} and {step.name} both write to {step.clear}: give each its own "
+                                    "run.name")  # fmt: skip
+            self.steps[step.name] = step
             for need in step.needs:
                 if need not in self.digests:
                     raise UserError(f"step {step.name} needs {need}, which is not a step before it")
@@ -80,7 +94,8 @@ class Pipeline:
     def write_stamp(self, name: str, done: bool, seconds: float) -> None:
         path = self.file("steps", name, ".json")
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"digest": self.digests[name], "done": done, "seconds": round(seconds, 1)})
+        stamp = {"digest": self.digests[name], "done": done, "seconds": round(seconds, 1)}
+        text = json.dumps(stamp | {"folder": str(self.steps[name].clear)})
         temporary = path.with_suffix(".tmp")
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
@@ -90,6 +105,38 @@ class Pipeline:
         step, stamp = self.steps[name], self.stamp(name)
         fresh = stamp.get("done") is True and stamp.get("digest") == self.digests[name]
         return fresh and (step.output is None or step.output.exists()) and all(map(self.is_done, step.needs))
+
+    def leftover(self, name: str) -> Path | None:
+        """The step's folder where it holds what another config has left, to be deleted.
+
+        Raises UserError for a folder that this step has not made here, as its stamp would tell.
+        """
+        folder, stamp = self.steps[name].clear, self.stamp(name)
+        if folder is None or not folder.exists() or stamp.get("digest") == self.digests[name]:
+            return None
+        if not stamp or stamp.get("folder", str(folder)) != str(folder):  # stamps of earlier versions name no folder
+            raise UserError(f"step {name}: {folder} is there, and not from here: move it away, or delete it")
+        return folder
+
+    @contextmanager
+    def locked(self) -> Iterator[int]:
+        """Hold the folder's lock. Steps are given its descriptor: one that outlives a killed pipeline still holds it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("wb") as file:
+            deadline = time.time() + PATIENCE_S
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.time() > deadline:
+                        raise UserError(f"{self.folder}: another command is at work here, or a step that it left behind; "
+                                        "wait for it, or end it") from None  # fmt: skip
+                    time.sleep(0.1)
+                except OSError as error:  # some network file systems have no locks
+                    self.say(f"{self.folder} cannot be locked ({error.strerror}): start no second command in it")
+                    break
+            yield file.fileno()
 
     def closure(self, wanted: Sequence[str]) -> list[str]:
         """The wanted steps and all that they need, in order. Raises UserError for a name that is no step."""
@@ -107,19 +154,36 @@ class Pipeline:
 
         Raises RunStopped at the end when steps failed, with the last line of the first one's log.
         """
+        if jobs < 1:
+            raise UserError(f"--jobs {jobs}: at least 1")
         names = self.closure(wanted or list(self.steps))
-        left = [name for name in names if not self.is_done(name)]
+        with self.locked() as lock:
+            left = [name for name in names if not self.is_done(name)]
+            for name in left:
+                self.leftover(name)  # to know before anything runs
+            if len(left) < len(names):
+                self.say(f"{len(names) - len(left)} of {len(names)} steps are done already")
+            before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the running steps, like Ctrl-C
+            try:
+                failed = self.work(names, left, jobs, lock)
+            finally:
+                signal.signal(signal.SIGTERM, before)
+        if failed:
+            raise RunStopped(f"{len(failed)} steps failed ({', '.join(failed)}), {len(left)} were not begun; the first "
+                             f"one's last line: {self.last_line(failed[0])}; log: {self.log(failed[0])}")  # fmt: skip
+
+    def work(self, names: Sequence[str], left: list[str], jobs: int, lock: int) -> list[str]:
+        """Run the steps of `left`, which are taken from it; what needs a failed one stays. Returns the failed ones."""
         done, failed, number = set(names) - set(left), list[str](), len(names) - len(left)
-        if number:
-            self.say(f"{number} of {len(names)} steps are done already")
         running: dict[Future[int], str] = {}
+        self.stop.clear()
         with ThreadPoolExecutor(jobs) as pool:
             try:
                 while left or running:
                     ready = [name for name in left if done.issuperset(self.steps[name].needs)]
                     for name in ready[: jobs - len(running)]:
                         left.remove(name)
-                        running[pool.submit(self.run_step, name)] = name
+                        running[pool.submit(self.run_step, name, lock)] = name
                     if not running:
                         break  # everything left needs a step that failed
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -128,12 +192,9 @@ class Pipeline:
                         seconds = self.stamp(name).get("seconds")
                         self.say(f"[{number}/{len(names)}] {name}: {f'exit code {code}' if code else f'{seconds} s'}")
                         (failed.append if code else done.add)(name)
-            except KeyboardInterrupt:
-                self.stop.set()  # the commands got the same Ctrl-C, or are told to end by run_step
-                raise
-        if failed:
-            raise RunStopped(f"{len(failed)} steps failed ({', '.join(failed)}), {len(left)} were not begun; the first "
-                             f"one's last line: {self.last_line(failed[0])}; log: {self.log(failed[0])}")  # fmt: skip
+            finally:
+                self.stop.set()  # after an interruption or an error: the running steps end, too
+        return failed
 
     def log(self, name: str) -> Path:
         return self.file("logs", name, ".log")
@@ -142,19 +203,22 @@ class Pipeline:
         lines = self.log(name).read_text(encoding="utf-8", errors="replace").split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
-    def run_step(self, name: str) -> int:
-        """Run one command to its end and return its exit code; a stop request ends it."""
+    def run_step(self, name: str, lock: int) -> int:
+        """Run one command to its end and return its exit code; a stop request ends it. `lock`: see `locked`."""
         step, started = self.steps[name], time.time()
-        if step.clear and step.clear.exists() and self.stamp(name).get("digest") != self.digests[name]:
-            self.say(f"{name}: its config has changed, {step.clear} is made anew")
-            shutil.rmtree(step.clear)
+        if old := self.leftover(name):
+            self.say(f"{name}: its config has changed, {old} is made anew")
+            shutil.rmtree(old)
         self.write_stamp(name, False, 0.0)
         self.log(name).parent.mkdir(parents=True, exist_ok=True)
         with self.log(name).open("ab") as log:
-            process = subprocess.Popen(step.command, stdout=log, stderr=subprocess.STDOUT)
+            try:
+                process = subprocess.Popen(step.command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[lock])
+            except FileNotFoundError:
+                raise UserError(f"step {name}: there is no command {step.command[0]}; see --launcher") from None
             while (code := process.poll()) is None:
                 if self.stop.wait(0.2):
-                    process.terminate()
+                    process.terminate()  # after a Ctrl-C it got that as well, and knows them for one request
                     code = process.wait()
                     break
         if code == 0 and step.output is not None and not step.output.exists():

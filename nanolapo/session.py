@@ -214,7 +214,10 @@ def progress(config: Config, token_limit: int, steps_done: int, sampled_tokens: 
 
 
 class StopRequest:
-    """Turns the first Ctrl-C into a wish to stop after this step; the second stops at once."""
+    """Turns the first Ctrl-C into a wish to stop after this step; the second stops at once.
+
+    SIGTERM is the same wish, but never the second one: launchers send it beside the Ctrl-C that the terminal sends to all.
+    """
 
     def __init__(self) -> None:
         self.wanted = False
@@ -223,7 +226,9 @@ class StopRequest:
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.wanted:
-            raise KeyboardInterrupt
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         self.wanted = True
         print("\nstopping after this step, with a checkpoint; press Ctrl-C again to stop at once", flush=True)
 

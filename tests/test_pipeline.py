@@ -72,8 +72,9 @@ def test_a_step_runs_once_and_again_when_something_it_depends_on_changes(lab: La
     assert lab.run(steps(config_a="2", config_b="2")) == ["a", "b"]  # b needs a; c does not
     (lab.folder / "out" / "b" / "result").unlink()
     assert lab.run(steps(config_a="2", config_b="2")) == ["b"]
-    (lab.folder / "pipe" / "steps" / "a.json").write_text('{"digest": "cut off by a ki')
-    assert lab.run(steps(config_a="2", config_b="2"))[0] == "a"
+    (lab.folder / "pipe" / "steps" / "c.json").write_text('{"digest": "cut off by a ki')
+    with pytest.raises(UserError, match="step c: .*out/c is there, and not from here"):  # whose it is, nobody knows
+        lab.run(steps(config_a="2", config_b="2"))
 
 
 def test_a_changed_config_clears_its_folder_and_an_interruption_does_not(lab: Lab) -> None:
@@ -154,3 +155,95 @@ def test_identity_holds_what_differs_from_the_defaults() -> None:
     assert SourceConfig("d", "demo", levels=(1, 2)) in config.data.sources
     others = [{"lapo": {"beta": 0.7}}, {"method": {"options": {"a": 1}}}, {"evaluate": {"models": ["a=b"]}}]
     assert len({identity("s.py", build(Config, values, "")) for values in ({}, *others)}) == 4
+
+
+# ----------------------------------------------------------------------------------------- what may be deleted, and by whom
+
+
+def test_a_folder_that_the_pipeline_has_not_made_is_never_deleted(lab: Lab) -> None:
+    """--out runs/demo would have removed what `make demo` left there; run.dir=... in an override any folder at all."""
+    precious = lab.folder / "out" / "a" / "thesis"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("years of work")
+    with pytest.raises(UserError, match=r"step a: .*out/a is there, and not from here: move it away, or delete it"):
+        lab.run([lab.step("b"), lab.step("a")])
+    assert precious.exists() and lab.ran() == []  # told before anything runs
+    precious.unlink()
+    precious.parent.rmdir()
+    assert lab.run([lab.step("a")]) == ["a"]
+
+    other = lab.folder / "elsewhere"  # a stamp of this step, but of another folder
+    other.mkdir()
+    with pytest.raises(UserError, match="elsewhere is there, and not from here"):
+        lab.run([dataclasses.replace(lab.step("a", config="2"), clear=other)])
+    assert other.exists()
+
+
+def test_two_steps_of_one_name_or_one_folder_are_refused(lab: Lab) -> None:
+    """Two phases without a run.name of their own: the second would delete the first one's model and start anew."""
+    with pytest.raises(UserError, match="two steps are called a"):
+        lab.run([lab.step("a"), lab.step("a", config="2")])
+    with pytest.raises(UserError, match=r"steps a and b both write to .*out/a: give each its own run\.name"):
+        lab.run([lab.step("a"), dataclasses.replace(lab.step("b"), clear=lab.step("a").clear)])
+
+
+# ------------------------------------------------------------------------------------------- signals, and two at once
+
+PIPELINE = """
+import sys; sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from nanolapo import cli
+from test_pipeline import Lab
+lab = Lab(Path(sys.argv[2]))
+cli.run(lambda: lab.run([lab.step("a"), lab.step("b", "a", wait_for=str(lab.folder / "go"))]))
+"""
+
+
+def pipeline_at_b(lab: Lab) -> subprocess.Popen[str]:
+    """A pipeline in a process of its own, whose step b waits until lab.folder / "go" exists."""
+    command = [sys.executable, "-c", PIPELINE, str(Path(__file__).parent), str(lab.folder)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 60
+    while lab.ran() != ["a", "b"] and time.time() < deadline:
+        time.sleep(0.05)
+    assert lab.ran() == ["a", "b"]
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_running_step_too(lab: Lab, number: int) -> None:
+    process = pipeline_at_b(lab)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and err == "interrupted; the same command goes on from what was saved\n"
+    assert lab.run([lab.step("a"), lab.step("b", "a")]) == ["b"]  # it could not, if the step still held the lock
+
+
+def test_a_second_pipeline_is_refused_while_one_is_at_work_or_its_orphan_is(lab: Lab) -> None:
+    """Two trainings in one folder would spoil each other. After kill -9 of the pipeline its training goes on alone."""
+    process = pipeline_at_b(lab)
+    steps = [lab.step("a"), lab.step("b", "a")]
+    refused = "pipe: another command is at work here, or a step that it left behind; wait for it, or end it"
+    with pytest.raises(UserError, match=refused):
+        lab.run(steps)
+    process.kill()
+    process.communicate()
+    with pytest.raises(UserError, match=refused):
+        lab.run(steps)
+    (lab.folder / "go").touch()  # the orphan ends
+    deadline = time.time() + 30
+    while time.time() < deadline:
+        try:
+            assert lab.run(steps) == ["b"]  # it wrote its output, but nobody wrote down that it ended well
+            break
+        except UserError:
+            time.sleep(0.1)
+    assert lab.ran() == ["a", "b", "b"]
+
+
+def test_a_command_that_is_not_there_is_one_line_and_stops_at_once(lab: Lab) -> None:
+    step = dataclasses.replace(lab.step("a"), command=("torchrum", "x.py"))
+    with pytest.raises(UserError, match="step a: there is no command torchrum"):
+        lab.run([step])
+    with pytest.raises(UserError, match="--jobs 0: at least 1"):
+        lab.run([lab.step("a")], jobs=0)

@@ -6,6 +6,8 @@ Run: python -m pytest tests/test_session.py
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -80,3 +82,16 @@ def test_when_no_problem_is_left_the_message_says_why(tmp_path):
         Grader() as grader,
     ):
         load_data(config, grader)
+
+
+def test_only_a_second_ctrl_c_stops_at_once() -> None:
+    """A launcher or pipeline that gets a Ctrl-C passes it on as SIGTERM, beside the SIGINT that the terminal sent: the two
+    are one request, and the step must still end with its checkpoint."""
+    program = (
+        "import os, signal\nfrom nanolapo.session import StopRequest\nstop = StopRequest()\n"
+        "for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):\n    os.kill(os.getpid(), number)\n"
+        "print('wanted', stop.wanted, flush=True)\nos.kill(os.getpid(), signal.SIGINT)\nprint('not reached')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert "wanted True" in done.stdout and done.stdout.count("stopping after this step") == 1
+    assert "not reached" not in done.stdout and "KeyboardInterrupt" in done.stderr
