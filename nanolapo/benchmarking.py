@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from nanolapo.benchmark_plan import Model, Pass, load_sets, parse_models, passes, wanted_samples
 from nanolapo.config import Config
-from nanolapo.evaluation import Answer, add_aes, per_problem, read_answers, sample_file, score_sets
+from nanolapo.evaluation import Answer, add_aes, model_identity, per_problem, read_answers, sample_file, score_sets
 from nanolapo.grader import Grader
 from nanolapo.metrics import append, write_config
 from nanolapo.problems import Problem
@@ -141,17 +141,6 @@ class Benchmark:
                     for file, lines in by_file.items():
                         append(file, lines)
                 bar.update(len(part))
-
-
-def model_identity(path: str) -> str:
-    """The hub name, or for a local folder a hash of its weights: samples of a model trained anew are sampled anew."""
-    files = sorted(Path(path).glob("*.safetensors"))
-    digest = sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(2**24):
-                digest.update(block)
-    return digest.hexdigest() if files else path
 
 
 def stated_lengths(asked: Pass, unguided: Sequence[Answer]) -> dict[str, float]:

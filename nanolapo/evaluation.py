@@ -232,3 +232,14 @@ def sample_file(folder: Path, model: str, source: str, temperature: float, setti
     model, source = (re.sub(r"[^\w .=+-]", "_", name) for name in (model, source))  # org/name is no folder here
     digest = sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
     return folder / f"{model}--{source}--T{temperature:g}--{digest}.jsonl"
+
+
+def model_identity(path: str) -> str:
+    """The hub name, or for a local folder a hash of its weights: samples of a model trained anew are sampled anew."""
+    files = sorted(Path(path).glob("*.safetensors"))
+    digest = sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(2**24):
+                digest.update(block)
+    return digest.hexdigest() if files else path

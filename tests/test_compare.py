@@ -5,6 +5,7 @@ Run: python -m pytest tests/test_compare.py
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -14,13 +15,14 @@ import numpy as np
 import pytest
 from round_methods import make_base
 
-from nanolapo.compare import METHODS, Comparison, Runner, method_names, unverified
+from nanolapo.compare import METHODS, Comparison, Runner, make_steps, method_names, unverified
 from nanolapo.compare_table import comparison_table, costs, mark_pareto, summarize_methods
 from nanolapo.config import UserError
 from nanolapo.config_file import build, read_yaml
 from nanolapo.evaluation import bootstrap_interval
 from nanolapo.over_seeds import mean_row
-from nanolapo.steps import ROOT
+from nanolapo.pipeline import Pipeline
+from nanolapo.steps import ROOT, base_step, evaluation_step, file_hash, model_hash, training_step
 
 DEMO = ROOT / "configs" / "demo"
 
@@ -191,6 +193,60 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "    - {script: train_stage2.py, config: stage2.yaml, share: 0.5}\n"
     )
     return folder
+
+
+# -------------------------------------------------------------------------------------------------------- what is an input
+
+
+def problem_file(path: Path, first: int) -> None:
+    rows = [{"problem": f"What is {first + i} + 1?", "answer": str(first + i + 1)} for i in range(4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_problems_and_models_edited_in_place_are_other_inputs(recipe: Path, tmp_path: Path) -> None:
+    """The config names the same file, but what is in it has changed: a training on the old one is no longer done."""
+    data, model = tmp_path / "mine.jsonl", tmp_path / "model"
+    overrides = [f"data.sources=[{{name: mine, path: '{data}'}}]", f"model.path={model}", f"run.dir={tmp_path}/runs"]
+
+    def inputs() -> tuple[str, str]:
+        file_hash.cache_clear()
+        model_hash.cache_clear()
+        train = training_step("a", "train_stage1.py", recipe / "stage1.yaml", overrides, (), ("python",))
+        return train.config, evaluation_step("b", recipe / "evaluate.yaml", overrides, (), ("python",)).config
+
+    missing = inputs()
+    problem_file(data, 1)
+    some = inputs()
+    problem_file(data, 2)
+    other = inputs()
+    (model).mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+    with_model = inputs()
+    (model / "model.safetensors").write_bytes(b"others!")
+    for before, after in itertools.pairwise((missing, some, other, with_model, inputs())):
+        assert before[0] != after[0] and before[1] != after[1]
+    assert all(inputs() == inputs() for _ in range(2))
+
+
+def test_what_the_steps_make_is_no_such_file() -> None:
+    """Steps that name each other's outputs must not change when those appear: their needs stand for them."""
+    runner = demo_runner()
+    for step in make_steps(runner, [0], method_names(runner.comparison)):
+        json.loads(step.config)  # one JSON value: nothing of files behind it
+
+
+def test_a_base_model_of_another_config_is_made_anew(recipe: Path, tmp_path: Path) -> None:
+    """warm_start keeps a model that is there. The pipeline took that for the new config's."""
+
+    def base(steps: int) -> bytes:
+        overrides = [f"run.dir={tmp_path}/runs", "model.path=${run.dir}/warm", f"warm_start.model={recipe}/model",
+                     f"warm_start.steps={steps}", "warm_start.batch_tokens=200"]  # fmt: skip
+        step = base_step("base", "nanolapo.warm_start", recipe / "base.yaml", overrides)
+        Pipeline([step], tmp_path, lambda line: None).run()
+        return (tmp_path / "runs/warm/model.safetensors").read_bytes()
+
+    first = base(1)
+    assert base(1) == first != base(2)
 
 
 def compare(recipe: Path, out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -20,7 +20,6 @@ from tiny import make_answer, make_config
 
 from nanolapo import cli
 from nanolapo.benchmark_plan import Pass, parse_models
-from nanolapo.benchmarking import model_identity
 from nanolapo.config import EvaluateConfig, PromptConfig, RunStopped, UserError
 from nanolapo.demo import DemoConfig, make_model, make_tokenizer
 from nanolapo.evaluation import (
@@ -28,6 +27,7 @@ from nanolapo.evaluation import (
     bootstrap_interval,
     interval_of_average,
     keyword_counts,
+    model_identity,
     pass_at_1,
     pass_at_k,
     pass_at_powers,
