@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +136,9 @@ class Runner:
         return {label: self.folder / f"seed{seed}" / run for label, run in places.items() if run in self.runs}
 
     def rows(self, evaluation: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
-        """Rows of an evaluation at the paper's temperature, means over those seeds that have been evaluated."""
+        """Rows of an evaluation at the paper's temperature, means over these seeds, which must have been evaluated."""
         paths = [self.folder / f"seed{seed}" / evaluation / "results.json" for seed in seeds]
-        results = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+        results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
         return [row for row in mean_rows(results) if row["temperature"] == PAPER_TEMPERATURE] if results else []
 
 
@@ -180,20 +180,29 @@ def main() -> None:
 
 
 def write_outputs(runner: Runner, seeds: Sequence[int]) -> list[Path]:
-    """Tables and figures of everything that has been evaluated, from the evaluations' files alone."""
+    """Tables and figures of everything that has been evaluated, from the evaluations' files alone.
+
+    A results.json of another config, or of models that have to be trained again, is left out: it may contradict the others.
+    """
     folder, recipe = runner.folder, runner.recipe
+    pipeline = Pipeline([step for seed in seeds for step in runner.steps(seed)], folder)
+    done = {
+        name: [seed for seed in seeds if pipeline.is_done(f"seed{seed}/{name}")] for name in runner.evaluations
+    }  # fmt: skip
     comparisons = []
     for table in runner.tables.values():
-        ours = [row for name in table.evaluations for row in runner.rows(name, seeds)]
+        ours = [row for name in table.evaluations for row in runner.rows(name, done[name])]
         if ours:
-            comparisons.append(compare(table.number, recipe.paper_base, ours, table.rows))
+            made = compare(table.number, recipe.paper_base, ours, table.rows)
+            over = [f"{name}, seeds {', '.join(map(str, done[name]))}" for name in table.evaluations if done[name]]
+            comparisons.append(replace(made, notes=(*made.notes, f"Ours: {'; '.join(over)}.")))
     written = write_tables(comparisons, folder) if comparisons else []
     for name in runner.evaluations:
-        rows = runner.rows(name, seeds)
+        rows = runner.rows(name, done[name])
         if rows:
             figures = folder / "figures" / name
             figures.mkdir(parents=True, exist_ok=True)
-            written += plots({"rows": rows}, runner.runs_of(name, seeds[0]), figures)
+            written += plots({"rows": rows}, runner.runs_of(name, done[name][0]), figures)
     first = folder / f"seed{seeds[0]}"
     if there := [first / name for name in (*runner.runs, *runner.evaluations) if (first / name).exists()]:
         write_report(there, folder / "report.html")

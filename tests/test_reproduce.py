@@ -154,8 +154,33 @@ def test_a_real_reproduction_and_its_second_run(recipe: Path, tmp_path: Path) ->
     changed["rows"][-1]["tokens"] += 100
     path.write_text(json.dumps(changed))
     write_outputs(Runner(recipe / "reproduce.yaml", tmp_path, ["python"]), [1, 2])
-    rows_now = {row["model"]: row for row in json.loads((tmp_path / "tables.json").read_text())["tables"][0]["rows"]}
+    table = json.loads((tmp_path / "tables.json").read_text())["tables"][0]
+    rows_now = {row["model"]: row for row in table["rows"]}
     assert rows_now["+LAPO-I"]["tokens"] == pytest.approx(rows["+LAPO-I"]["tokens"] + 50)
+
+
+def test_a_result_of_another_config_is_left_out(recipe: Path, tmp_path: Path) -> None:
+    """Its models have to be trained again: beside the new results of another table it would contradict them. Files and
+    stamps are those of three evaluated seeds; the stage 1 of the second was another one, that of the third did not end."""
+    runner = Runner(recipe / "reproduce.yaml", tmp_path, ["python"])
+    pipeline = Pipeline([step for seed in (1, 2, 3) for step in runner.steps(seed)], tmp_path)
+    for name, step in pipeline.steps.items():
+        assert step.output is not None
+        step.output.parent.mkdir(parents=True, exist_ok=True)
+        rows = [evaluated(model, 10.0 * int(name[4])) for model in ("base", "D", "I")]
+        step.output.write_text(json.dumps({"rows": rows}))
+        pipeline.write_stamp(name, name != "seed3/stage1", 1.0)
+    stamp = tmp_path / "steps" / "seed2-stage1.json"
+    stamp.write_text(json.dumps(json.loads(stamp.read_text()) | {"digest": "of another config"}))
+    write_outputs(runner, [1, 2, 3])
+    table = json.loads((tmp_path / "tables.json").read_text())["tables"][0]
+    assert table["notes"][-1] == "Ours: main, seeds 1."
+    assert {row["tokens"] for row in table["rows"] if row["ours"]} == {10.0}
+
+
+def evaluated(model: str, tokens: float) -> dict[str, object]:
+    row = {"model": model, "set": "demo", "temperature": 0.6, "guidance": "", "accuracy": 0.5, "tokens": tokens}
+    return row | {"truncated": 0.0, "aes": 0.0, "tokens_correct": tokens, "problems": 8, "samples": 16, "by_level": {}}
 
 
 def test_evaluations_share_their_samples(recipe: Path, tmp_path: Path) -> None:
