@@ -6,6 +6,7 @@ step that the run resumes from, so a step never appears twice and none is missin
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import resource
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -205,9 +206,14 @@ def shorten(text: str, limit: int = 400) -> str:
 
 
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Add JSON lines to a file. A half-written last line (a kill) is closed first, so that it spoils no other."""
+    """Add JSON lines to a file. A half-written last line (a kill) is closed first, so that it spoils no other.
+
+    Two evaluations may share a sample file: the lock keeps their lines apart.
+    """
     with path.open("ab+") as file:
-        if file.tell():
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             file.write(b"" if file.read(1) == b"\n" else b"\n")
         file.writelines((json.dumps(row, ensure_ascii=False, default=float) + "\n").encode() for row in rows)

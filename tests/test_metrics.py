@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from tiny import CPU, make_config, make_rows, score_rows, update
 from nanolapo.checkpoint import save_checkpoint
 from nanolapo.config import Config
 from nanolapo.config_file import load_config
-from nanolapo.metrics import RunLog, Stopwatch, keep_steps_before, rollout_metrics
+from nanolapo.metrics import RunLog, Stopwatch, append, keep_steps_before, rollout_metrics
 from nanolapo.policy import Policy
 
 ROLLOUTS = make_rows([3, 9, 5, 7], correct=[True, False, False, False], budgets=[math.nan, 5, 5, 5])
@@ -166,3 +168,24 @@ def test_D11_no_tracker_no_problem(tmp_path, monkeypatch, capsys):
     write_steps(run_config(tmp_path, wandb={"mode": "online"}), 0, 2)
     assert steps_in(tmp_path / "r/metrics.jsonl") == [0, 1]
     assert "wandb could not start" in capsys.readouterr().out
+
+
+def test_two_processes_may_append_to_one_file(tmp_path: Path) -> None:
+    """Evaluations that share their samples run beside each other (make reproduce JOBS=2): no line may break another."""
+    path = tmp_path / "samples.jsonl"
+    rows = [{"row": i, "text": "x" * (300_000 + i)} for i in range(50)]  # long answers: more than a buffer holds
+
+    def write(ready: Barrier) -> None:
+        for _ in range(3):
+            ready.wait()
+            append(path, rows)
+
+    context = multiprocessing.get_context("fork")
+    ready = context.Barrier(2)
+    both = [context.Process(target=write, args=(ready,)) for _ in "ab"]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(timeout=120)
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(found) == 2 * 3 * 50 and all(len(row["text"]) == 300_000 + row["row"] for row in found)
