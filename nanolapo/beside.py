@@ -171,7 +171,14 @@ def latex(comparison: Comparison) -> str:
 
 
 def _escape(text: str) -> str:
-    return "".join(rf"\{letter}" if letter in "&%$#_{}" else letter for letter in text)
+    r"""Text as LaTeX prints it, on one line.
+
+    >>> print(_escape(r"a_1 \input{x} ~2^n"))
+    a\_1 \textbackslash{}input\{x\} \textasciitilde{}2\textasciicircum{}n
+    """
+    words = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    words |= {letter: rf"\{letter}" for letter in "&%$#_{}"}
+    return "".join(words.get(letter, letter) for letter in " ".join(text.split()))
 
 
 def write_tables(comparisons: Sequence[Comparison], folder: Path) -> list[Path]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from nanolapo.compare_table import summarize_methods, write_comparison
 from nanolapo.config import UserError
 from nanolapo.config_file import build, load_config, read_yaml
 from nanolapo.pipeline import Pipeline, Step
-from nanolapo.steps import ROOT, base_step, evaluation_step, seed_overrides, training_step, words
+from nanolapo.steps import ROOT, base_step, evaluation_step, override, seed_overrides, training_step, words
 
 METHODS = ROOT / "configs" / "methods"
 
@@ -63,7 +64,13 @@ def phases_of(comparison: Comparison, method: str) -> list[Phase]:
         return [Phase(method=method)]
     if not isinstance(given, list) or not given:
         raise UserError(f"phases.{method} in compare.yaml: give a list of phases")
-    return [build(Phase, item, f"phases.{method}[{i}]") for i, item in enumerate(given)]
+    phases = [build(Phase, item, f"phases.{method}[{i}]") for i, item in enumerate(given)]
+    total = sum(phase.share for phase in phases)
+    if min(phase.share for phase in phases) <= 0 or abs(total - 1) > 1e-6:
+        raise UserError(
+            f"phases.{method} in compare.yaml: the shares add up to {total:g}; give positive ones that add up to 1"
+        )
+    return phases
 
 
 @dataclass(frozen=True)
@@ -87,8 +94,8 @@ class Runner:
         for i, phase in enumerate(phases):
             tokens = round(phase.share * self.comparison.tokens)
             overrides = [f"method={METHODS / phase.method}.yaml"] if phase.method else []
-            overrides += [*seed_overrides(self.folder, seed), f"train.sampled_tokens={tokens}", f"run.name={method}"]
-            overrides += [*self.comparison.overrides, *phase.overrides]
+            overrides += [*seed_overrides(self.folder, seed), f"train.sampled_tokens={tokens}"]
+            overrides += [override("run.name", method), *self.comparison.overrides, *phase.overrides]
             name = f"seed{seed}/{method}" + (f"/phase{i}" if i < len(phases) - 1 else "")
             path = self.recipe / phase.config
             steps.append(training_step(name, phase.script, path, overrides, needs, self.launcher))
@@ -100,7 +107,7 @@ class Runner:
         overrides, folder = seed_overrides(self.folder, seed), self.folder / f"seed{seed}"
         base = load_config(self.recipe / "base.yaml", overrides).model.path
         models = [f"base={base}", *(f"{method}={folder / method / 'model'}" for method in methods)]
-        overrides += ["run.name=evaluate", f"evaluate.models={json.dumps(models)}", "evaluate.guidance_factors=[]"]
+        overrides += ["run.name=evaluate", override("evaluate.models", models), "evaluate.guidance_factors=[]"]
         needs = [f"seed{seed}/{method}" for method in methods]
         return evaluation_step(f"seed{seed}/evaluate", self.recipe / "evaluate.yaml", overrides, needs, self.launcher)
 
@@ -127,7 +134,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", default="", help="numbers separated by commas or blanks; default: those of the file")
     parser.add_argument("--tokens", type=int, help="sampled by every method; default: that of the file")
     parser.add_argument("--jobs", type=int, default=1, help="training runs at a time")
-    parser.add_argument("--launcher", default=sys.executable, help='e.g. "torchrun --nproc_per_node=8"')
+    parser.add_argument("--launcher", default=shlex.quote(sys.executable), help='e.g. "torchrun --nproc_per_node=8"')
     parser.add_argument("--out", type=Path, help="default: runs/compare/RECIPE")
     parser.add_argument("--dry-run", action="store_true", help="check all configs and list the steps")
     return parser.parse_args()
@@ -136,8 +143,12 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     given = parse_arguments()
     comparison = build(Comparison, read_yaml(given.config), "")
-    if given.tokens:
+    if given.tokens is not None:
         comparison = build(Comparison, read_yaml(given.config) | {"tokens": given.tokens}, "")
+    if comparison.tokens < 1:
+        raise UserError(
+            f"tokens={comparison.tokens}: give at least 1; without a limit no two methods would cost the same"
+        )
     known, recipe = method_names(comparison), given.config.parent
     methods = words(given.methods) or known
     if wrong := [name for name in methods if name not in known]:
@@ -146,10 +157,8 @@ def main() -> None:
         seeds = [int(word) for word in words(given.seeds)] or list(comparison.seeds)
     except ValueError:
         raise UserError(f"--seeds {given.seeds!r}: give whole numbers") from None
-    if given.jobs < 1:
-        raise UserError(f"--jobs {given.jobs}: at least 1")
     folder = given.out or Path("runs") / "compare" / recipe.name
-    runner = Runner(recipe, comparison, folder, tuple(given.launcher.split()))
+    runner = Runner(recipe, comparison, folder, tuple(shlex.split(given.launcher)))
     pipeline = Pipeline(make_steps(runner, seeds, methods), folder)
     if given.dry_run:
         for name in pipeline.steps:

@@ -48,15 +48,15 @@ def label(row: Row) -> str:
 
 
 def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, first column left, the others right.
+    r"""A Markdown table, first column left, the others right.
 
-    >>> print(table(["a", "b"], [["x", "1"]]))
+    >>> print(table(["a", "b"], [["x|y", "1"]]))
     | a | b |
     | :-- | --: |
-    | x | 1 |
+    | x\|y | 1 |
     """
     lines = [head, [":--", *["--:"] * (len(head) - 1)], *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
 
 
 def number(value: float | None, form: str) -> str:

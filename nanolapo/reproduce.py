@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,7 @@ from nanolapo.over_seeds import mean_rows
 from nanolapo.pipeline import Pipeline, Step
 from nanolapo.report import plots
 from nanolapo.reproduce_plan import show_plan
-from nanolapo.steps import base_step, evaluation_step, seed_overrides, training_step, words
+from nanolapo.steps import base_step, evaluation_step, override, seed_overrides, training_step, words
 
 PAPER_TEMPERATURE = 0.6  # of the paper's evaluations
 
@@ -102,7 +103,7 @@ class Runner:
             needs = [made[0].name]
         for name, run in self.runs.items():
             before = [*needs, *(f"seed{seed}/{other}" for other in run.after)]
-            overrides = [*common, f"run.name={name}", *run.overrides]
+            overrides = [*common, override("run.name", name), *run.overrides]
             path = self.configs / run.config
             made.append(training_step(f"seed{seed}/{name}", run.script, path, overrides, before, self.launcher))
         base = load_config(self.configs / "base.yaml", common).model.path
@@ -115,8 +116,11 @@ class Runner:
                 folder = self.folder / f"seed{seed}" / run_name / (rest or "model")
                 models.append(f"{label}={base if run_name == 'base' else folder}")
                 before += [] if run_name == "base" else [f"seed{seed}/{run_name}"]
-            overrides = [*common, f"run.name={name}", f"evaluate.models={json.dumps(models)}"]
-            overrides += [f"evaluate.samples_dir={self.folder / f'seed{seed}' / 'samples'}", *evaluation.overrides]
+            overrides = [*common, override("run.name", name), override("evaluate.models", models)]
+            overrides += [
+                override("evaluate.samples_dir", str(self.folder / f"seed{seed}" / "samples")),
+                *evaluation.overrides,
+            ]
             before = list(dict.fromkeys(before))
             path = self.configs / evaluation.config
             made.append(evaluation_step(f"seed{seed}/{name}", path, overrides, before, self.launcher))
@@ -148,7 +152,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--step", default="", help="a table, run or evaluation with all it needs; default: everything")
     parser.add_argument("--seeds", default="", help="numbers separated by commas or blanks; default: those of the file")
     parser.add_argument("--jobs", type=int, default=1, help="steps at a time")
-    parser.add_argument("--launcher", default=sys.executable, help='e.g. "torchrun --nproc_per_node=8"')
+    parser.add_argument("--launcher", default=shlex.quote(sys.executable), help='e.g. "torchrun --nproc_per_node=8"')
     parser.add_argument("--out", type=Path, help="default: runs/reproduce/RECIPE")
     parser.add_argument("--machine", default="", help="dry run: what to plan for, e.g. 8xH100-80GB")
     parser.add_argument("--dry-run", action="store_true", help="check all configs; list steps with their cost")
@@ -158,7 +162,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     given = parse_arguments()
     name = given.config.parent.name
-    runner = Runner(given.config, given.out or Path("runs") / "reproduce" / name, given.launcher.split())
+    runner = Runner(given.config, given.out or Path("runs") / "reproduce" / name, shlex.split(given.launcher))
     try:
         seeds = [int(word) for word in words(given.seeds)] or list(runner.recipe.seeds)
     except ValueError:

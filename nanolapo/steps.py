@@ -22,7 +22,16 @@ ROOT = Path(__file__).parents[1]  # where the scripts are
 
 def seed_overrides(folder: Path, seed: int) -> list[str]:
     """What tells one seed's runs from another's."""
-    return [f"run.dir={folder / f'seed{seed}'}", f"run.seed={seed}"]
+    return [override("run.dir", str(folder / f"seed{seed}")), f"run.seed={seed}"]
+
+
+def override(key: str, value: object) -> str:
+    """section.key=value for any value: a path such as "out #1" or a name such as "on" is more than text to YAML.
+
+    >>> override("run.dir", "out #1")
+    'run.dir="out #1"'
+    """
+    return f"{key}={json.dumps(value, ensure_ascii=False)}"
 
 
 def base_step(name: str, module: str, config_path: Path, overrides: Sequence[str]) -> Step:

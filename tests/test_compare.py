@@ -75,8 +75,22 @@ def test_unknown_method_of_a_phase_and_an_empty_list_are_refused() -> None:
         demo_runner(phases={"x": [{"method": "nothing"}]}).train(0, "x")
     with pytest.raises(UserError, match=r"phases\.x in compare\.yaml: give a list of phases"):
         demo_runner(phases={"x": []}).train(0, "x")
+    for shares in ([0.5, 0.6], [1.5, -0.5], [0.3]):
+        with pytest.raises(UserError, match=r"phases\.x in compare\.yaml: the shares add up to .*; give positive ones"):
+            demo_runner(phases={"x": [{"share": share} for share in shares]}).train(0, "x")
     with pytest.raises(UserError, match=r"unknown key phases\.x\[0\]\.shares; did you mean phases\.x\[0\]\.share"):
         demo_runner(phases={"x": [{"shares": 1}]}).train(0, "x")
+
+
+def test_folders_and_names_that_yaml_would_read_otherwise(tmp_path: Path) -> None:
+    """ "run.dir=out #1/seed0" was "out": the runs of all seeds in one folder, outside of --out."""
+    comparison = build(Comparison, read_yaml(DEMO / "compare.yaml") | {"phases": {"on": [{"method": "grpo"}]}}, "")
+    for name in ("out #1", "a: b", "[x", "ä 🚀", "0"):
+        runner = Runner(DEMO, comparison, tmp_path / name, ("python",))
+        for step in (runner.train(1, "on")[0], runner.evaluate(1, ["on"])):
+            run = json.loads(step.config)[1]["run"]
+            assert run["dir"] == str(tmp_path / name / "seed1") and run["name"] in ("on", "evaluate")
+        assert json.loads(step.config)[1]["evaluate"]["models"][1] == f"on={tmp_path}/{name}/seed1/on/model"
 
 
 def test_unverified_methods_are_marked_from_their_files() -> None:
@@ -275,6 +289,7 @@ def test_bad_arguments_are_one_line(recipe: Path, tmp_path: Path) -> None:
         (("--methods", "lap"), "--methods: no lap; there are accuracy-only, aepo"),
         (("--seeds", "one"), "--seeds 'one': give whole numbers"),
         (("--jobs", "0"), "--jobs 0: at least 1"),
+        (("--tokens", "0"), "tokens=0: give at least 1"),
     ]:
         done = compare(recipe, tmp_path, *arguments)
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
