@@ -143,7 +143,8 @@ def cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 
 def markdown(comparison: Comparison) -> str:
     against = {row["against"] for row in comparison.rows}
-    measured = f"Changes, gains and AES are measured against {' and '.join(sorted(against))}; 95 %: problems resampled."
+    base = " and ".join(sorted(against))
+    measured = f"Changes, gains and AES (of the mean scores) are measured against {base}; 95 %: problems resampled."
     notes = " ".join([measured, *comparison.notes])
     return f"### {comparison.title}\n\n{table(*cells(comparison))}\n\n{notes}\n"
 

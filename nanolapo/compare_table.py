@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
 from nanolapo.over_seeds import mean_rows, none_first
 from nanolapo.report import Row, number, read_metrics, table
@@ -83,8 +85,8 @@ def seed_cell(r: Row) -> str:
     return f"{r['accuracy']:.1%} / {r['tokens']:.1f}"
 
 
-def write_comparison(folder: Path, rows: Sequence[Row], tokens: int, seeds: Sequence[int]) -> None:
-    """results.md, results.json and pareto.png in `folder`."""
+def comparison_text(rows: Sequence[Row], tokens: int, seeds: Sequence[int]) -> str:
+    """results.md: one table per set and temperature, and how to read them."""
     parts = []
     for source, temperature in dict.fromkeys((r["set"], r["temperature"]) for r in rows):
         mine = [r for r in rows if (r["set"], r["temperature"]) == (source, temperature)]
@@ -92,22 +94,24 @@ def write_comparison(folder: Path, rows: Sequence[Row], tokens: int, seeds: Sequ
         parts.append(comparison_table(mine) + "\n")
     parts.append("Best AES first. \\* on the Pareto front of accuracy and tokens. (u) something of the method is "
                  "unverified, see its file. Interval: problems only, not training. Seconds: of training, without start-up. "
-                 "Best and worst seed by AES, accuracy / tokens.\n")  # fmt: skip
-    (folder / "results.md").write_text("\n".join(parts), encoding="utf-8")
+                 "AES: its mean over the seeds. Best and worst seed by AES, accuracy / tokens.\n")  # fmt: skip
+    return "\n".join(parts)
+
+
+def write_comparison(folder: Path, rows: Sequence[Row], tokens: int, seeds: Sequence[int]) -> None:
+    """results.md, results.json and pareto.png in `folder`."""
+    (folder / "results.md").write_text(comparison_text(rows, tokens, seeds), encoding="utf-8")
     text = json.dumps({"tokens": tokens, "seeds": list(seeds), "rows": list(rows)}, indent=1)
     (folder / "results.json").write_text(text, encoding="utf-8")
     plot(folder / "pareto.png", rows)
 
 
+@rc_context({"text.parse_math": False})  # a name with a $ is no formula
 def plot(path: Path, rows: Sequence[Row]) -> None:
     """Accuracy against tokens, one panel per set and temperature, the Pareto front as a line, every point named."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     places = list(dict.fromkeys((r["set"], r["temperature"]) for r in rows))
-    figure, axes = plt.subplots(1, len(places), figsize=(8 * len(places), 6.5), squeeze=False)
+    figure = Figure(figsize=(8 * len(places), 6.5))
+    axes = figure.subplots(1, len(places), squeeze=False)
     for axis, place in zip(axes[0], places, strict=True):
         mine = [r for r in rows if (r["set"], r["temperature"]) == place]
         front = sorted((r["tokens"], r["accuracy"]) for r in mine if r["pareto"])
@@ -125,4 +129,3 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
         axis.set_title(f"{place[0]}, temperature {place[1]:g}")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -2,7 +2,8 @@
 
 A step is done again when what its outcome depends on, or a step that it needs, has changed. What an interrupted step
 left is kept: the scripts resume by themselves. Every step has a log and a stamp below the pipeline's folder. Only what a
-stamp speaks of is ever deleted, and one command at a time is at work in a folder.
+stamp speaks of is ever deleted, and one command at a time is at work in a folder. A change of the code is not seen: after
+one, use another folder or delete the steps' stamps.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from nanolapo.evaluation import KEYWORDS, rank_correlation
@@ -163,6 +164,7 @@ def accuracy_limits(percents: Sequence[float]) -> tuple[float, float]:
     return min(top - 4.0, min(percents) - room), top
 
 
+@rc_context({"text.parse_math": False})  # a name with a $ is no formula
 def plots(results: dict[str, Any], run_dirs: dict[str, Path], out: Path) -> list[Path]:
     """The paper's figures 1, 3, 4 and 5 as far as the results have them, and the curves of the training runs.
 

@@ -16,7 +16,7 @@ import pytest
 from round_methods import make_base
 
 from nanolapo.compare import METHODS, Comparison, Runner, make_steps, method_names, unverified
-from nanolapo.compare_table import comparison_table, costs, mark_pareto, summarize_methods
+from nanolapo.compare_table import comparison_table, costs, mark_pareto, summarize_methods, write_comparison
 from nanolapo.config import UserError
 from nanolapo.config_file import build, read_yaml
 from nanolapo.evaluation import bootstrap_interval
@@ -266,6 +266,12 @@ def test_a_base_model_of_another_config_is_made_anew(recipe: Path, tmp_path: Pat
 def compare(recipe: Path, out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "nanolapo.compare", str(recipe / "compare.yaml"), "--out", str(out), *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+
+
+def test_a_name_that_is_no_formula_can_be_drawn(tmp_path: Path) -> None:
+    seeds = [{"rows": [row | {"model": f"{row['model']} $\\bad{{$"} for row in seed["rows"]]} for seed in two_seeds()]
+    write_comparison(tmp_path, summarize_methods(seeds, {}, set()), 300, [0, 1])
+    assert (tmp_path / "pareto.png").stat().st_size > 5000
 
 
 def test_a_real_comparison_and_its_second_run(recipe: Path, tmp_path: Path) -> None:

@@ -77,6 +77,13 @@ def test_plots_need_neither_metrics_nor_levels(tmp_path):
     assert written == ["training.png", "tradeoff.png", "length_by_level.png", "keywords.png"]
 
 
+def test_a_name_that_is_no_formula_can_be_drawn(tmp_path):
+    name = r"cost $\bad{$"  # as mathematics it would end the drawing
+    rows = [row | {"model": name} if row["model"] == "new" else row for row in results()["rows"]]
+    assert name in {row["model"] for row in rows}
+    assert len(plots(results() | {"rows": rows}, {}, tmp_path)) == 3
+
+
 def test_pass_at_k_in_the_tables():
     found = [make_answer("a", i, correct=i == 0) for i in range(4)] + [
         make_answer("b", i, correct=True) for i in range(4)
