@@ -15,7 +15,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +144,7 @@ def main() -> None:
     given = parse_arguments()
     comparison = build(Comparison, read_yaml(given.config), "")
     if given.tokens is not None:
-        comparison = build(Comparison, read_yaml(given.config) | {"tokens": given.tokens}, "")
+        comparison = replace(comparison, tokens=given.tokens)
     if comparison.tokens < 1:
         raise UserError(
             f"tokens={comparison.tokens}: give at least 1; without a limit no two methods would cost the same"

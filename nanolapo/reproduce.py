@@ -126,6 +126,9 @@ class Runner:
             made.append(evaluation_step(f"seed{seed}/{name}", path, overrides, before, self.launcher))
         return made
 
+    def pipeline(self, seeds: Sequence[int]) -> Pipeline:
+        return Pipeline([step for seed in seeds for step in self.steps(seed)], self.folder)
+
     def wanted(self, step: str, seeds: Sequence[int]) -> list[str]:
         """Names of the pipeline's steps that --step asks for: a table, a run, an evaluation; all when it is empty."""
         known = [*(["base"] if self.recipe.prepare else []), *self.runs, *self.evaluations]
@@ -167,7 +170,7 @@ def main() -> None:
         seeds = [int(word) for word in words(given.seeds)] or list(runner.recipe.seeds)
     except ValueError:
         raise UserError(f"--seeds {given.seeds!r}: give whole numbers") from None
-    pipeline = Pipeline([step for seed in seeds for step in runner.steps(seed)], runner.folder)
+    pipeline = runner.pipeline(seeds)
     wanted = runner.wanted(given.step, seeds)
     if given.dry_run:
         base = load_config(given.config.parent / "base.yaml", seed_overrides(runner.folder, seeds[0])).model.path
@@ -189,7 +192,7 @@ def write_outputs(runner: Runner, seeds: Sequence[int]) -> list[Path]:
     A results.json of another config, or of models that have to be trained again, is left out: it may contradict the others.
     """
     folder, recipe = runner.folder, runner.recipe
-    pipeline = Pipeline([step for seed in seeds for step in runner.steps(seed)], folder)
+    pipeline = runner.pipeline(seeds)
     done = {
         name: [seed for seed in seeds if pipeline.is_done(f"seed{seed}/{name}")] for name in runner.evaluations
     }  # fmt: skip
