@@ -26,7 +26,7 @@ DATA_SHEET = {
 TRAIN_EFFICIENCY, DECODE_EFFICIENCY, STEP_S, ROW_S = 0.35, 0.6, 5e-3, 1e-5
 # Measured with configs/demo (float32) and configs/smollm2-135m (bfloat16) on an AMD EPYC of the fourth generation: FLOP/s
 # of a thread in training and in decoding, seconds per layer and decode step. The memory bandwidth is an estimate.
-CPU_FLOPS, CPU_DECODE = {"float32": 36e9, "bfloat16": 110e9}, {"float32": 24e9, "bfloat16": 100e9}
+CPU_FLOPS, CPU_DECODE = {"float32": 48e9, "bfloat16": 110e9}, {"float32": 24e9, "bfloat16": 100e9}
 CPU_LAYER_S, CPU_BANDWIDTH = 5e-4, 2e10
 
 

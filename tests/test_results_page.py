@@ -1,4 +1,4 @@
-"""docs/RESULTS.md prints what docs/results/compare.json says: its tables are made again from it, letter by letter.
+"""docs/RESULTS.md prints what the JSON in docs/results says: its tables are made again from it, letter by letter.
 
 Run: python -m pytest tests/test_results_page.py
 """
@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from nanolapo.beside import Comparison, markdown
 from nanolapo.compare_table import comparison_text
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -30,3 +31,10 @@ def results(name: str) -> dict[str, Any]:
 def test_the_comparison_is_that_of_its_json():
     found = results("compare")
     assert len(found["seeds"]) >= 3 and between("compare") == comparison_text(**found)
+
+
+def test_the_papers_tables_are_those_of_their_json():
+    found = [Comparison(t["table"], t["title"], t["rows"], tuple(t["notes"])) for t in results("reproduce")["tables"]]
+    assert [comparison.number for comparison in found] == [1, 2, 3, 4, 6, 7]
+    assert all("seeds 0, 1, 2." in comparison.notes[-1] for comparison in found)
+    assert between("reproduce") == "\n".join(markdown(comparison) for comparison in found)
