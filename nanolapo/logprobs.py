@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LOGIT_ELEMENTS = 2**24  # at most this many float32 logits exist at a time (64 MiB), whatever the vocabulary
+# float32 logits that exist at a time, at most, whatever the vocabulary: on a CPU what allocator.py can keep, else 256 MiB
+LOGIT_ELEMENTS = {"cpu": 2**23 - 2**14, "cuda": 2**26}
 
 
 class HeadLogprobs(torch.autograd.Function):
@@ -24,48 +25,45 @@ class HeadLogprobs(torch.autograd.Function):
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, head: nn.Module, targets_N: Tensor,
         temperature: float, with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N)
-        ctx.temperature, ctx.chunk, ctx.with_entropy = (
-            temperature,
-            max(1, LOGIT_ELEMENTS // len(weight_VD)),
-            with_entropy,
-        )
-        logprobs, entropies = [], []
+        ctx.temperature, ctx.with_entropy = temperature, with_entropy
+        ctx.chunk = max(1, LOGIT_ELEMENTS[hidden_ND.device.type] // len(weight_VD))
+        logprobs, entropies, log_zs = [], [], []
         for hidden, targets in zip(hidden_ND.split(ctx.chunk), targets_N.split(ctx.chunk), strict=True):
-            logits = (
-                head(hidden).float() / temperature
-            )  # the module: a head in host memory fetches its weights when called
+            # The module and not its weight: a head in host memory fetches it when called.
+            logits = head(hidden).float().div_(temperature)
             log_z = torch.logsumexp(logits, dim=-1)
             logprobs.append(logits.gather(-1, targets[:, None]).squeeze(-1) - log_z)
             if with_entropy:
                 entropies.append(log_z - (torch.softmax(logits, dim=-1) * logits).sum(-1))
+            log_zs.append(log_z)
         logprobs_N = torch.cat(logprobs)
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, torch.cat(log_zs))
         return logprobs_N, torch.cat(entropies) if with_entropy else logprobs_N.new_zeros(0)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_ND, weight_VD, bias_V, targets_N = ctx.saved_tensors
+        hidden_ND, weight_VD, bias_V, targets_N, log_z_N = ctx.saved_tensors
         grad_logprobs_N, grad_entropy_N = gradients
         grad_hidden_ND = torch.empty_like(hidden_ND)
         # Summed over chunks in float32; a frozen head (LoRA) gets none.
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if bias_V is not None else None
+        product_VD = torch.empty_like(weight_VD) if grad_weight_VD is not None else None  # one chunk's
         for first in range(0, len(hidden_ND), ctx.chunk):
             part = slice(first, first + ctx.chunk)
             hidden, targets, g = hidden_ND[part], targets_N[part], grad_logprobs_N[part, None]
-            logits = F.linear(hidden, weight_VD, bias_V).float().div_(ctx.temperature)
+            logits = F.linear(hidden, weight_VD, bias_V).float().div_(ctx.temperature).sub_(log_z_N[part, None])
             if ctx.with_entropy:
-                logp = torch.log_softmax(logits, dim=-1)
-                p = logp.exp()
-                entropy = -(p * logp).sum(-1, keepdim=True)
-                grad_logits = -p * (g + grad_entropy_N[part, None] * (logp + entropy))
+                p = logits.exp()
+                entropy = -(p * logits).sum(-1, keepdim=True)
+                grad_logits = -p * (g + grad_entropy_N[part, None] * (logits + entropy))
             else:
-                grad_logits = torch.softmax(logits, dim=-1).mul_(-g)
+                grad_logits = logits.exp_().mul_(-g)
             grad_logits.scatter_add_(-1, targets[:, None], g)
             grad_logits = grad_logits.div_(ctx.temperature).to(hidden.dtype)
-            grad_hidden_ND[part] = grad_logits @ weight_VD
+            torch.mm(grad_logits, weight_VD, out=grad_hidden_ND[part])
             if grad_weight_VD is not None:
-                grad_weight_VD += grad_logits.T @ hidden
+                grad_weight_VD += torch.mm(grad_logits.T, hidden, out=product_VD)
             if grad_bias_V is not None:
                 grad_bias_V += grad_logits.sum(0)
         return (

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from nanolapo.allocator import keep_freed_memory
 from nanolapo.attention import use_stems
 from nanolapo.config import Config, UserError
 from nanolapo.logprobs import token_logprobs
@@ -85,6 +86,14 @@ def plain_name(name: str) -> str:
     return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
+def compile_token_wise(model: PreTrainedModel) -> None:
+    """Compile, in place, what looks at one token at a time: MLPs and norms, the same code for any number of tokens.
+    Attention reads lists of rows that differ in every micro-batch, and is one fused kernel a row anyway."""
+    for name, module in model.get_decoder().named_modules():
+        if name.rsplit(".", 1)[-1] in ("mlp", "input_layernorm", "post_attention_layernorm"):
+            module.compile(dynamic=True)
+
+
 class Scorer(nn.Module):
     """A causal LM asked one question: how likely were these tokens? This forward is the only way into the model, so that
     the hooks of sharding always run."""
@@ -111,6 +120,8 @@ class Policy:
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
         self.dtype = getattr(torch, config.model.dtype)
+        if device.type == "cpu":
+            keep_freed_memory()
         # One rank has nothing to cut. A model that will be cut is loaded into host memory and moved layer by layer.
         self.sharded = config.model.sharding == "fsdp2" and dist.is_initialized()
         self.model = load_model(config.model.path, torch.device("cpu") if self.sharded else device)
@@ -136,6 +147,8 @@ class Policy:
     def spread(self, model: PreTrainedModel, offload: bool = False) -> Scorer:
         """Cut the model up over the ranks if it is to be; all computing goes through what is returned."""
         use_stems(model)
+        if self.config.model.compile:
+            compile_token_wise(model)
         scorer = Scorer(model)
         if self.sharded:
             shard(scorer, model.get_decoder().layers, self.dtype, offload and self.device.type != "cpu")

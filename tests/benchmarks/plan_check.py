@@ -2,8 +2,8 @@
 
     python tests/benchmarks/plan_check.py RUN_DIR [RUN_DIR ...]
 
-Lengths, and the share of answers that was trained on, are the run's own (as for `--dry-run` of a run that has begun), so that
-what is checked is the arithmetic and the machine's constants. Run it from where the runs were started.
+Lengths, and the share of answers that was trained on, are the run's own (as for `--dry-run` of a run that has begun), so
+that what is checked is the arithmetic and the machine's constants. Run it from where the runs were started.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def main() -> None:
     print(table([["run", "sample: plan", "measured", "train: plan", "measured", "plan / measured"], *rows]))
     ratios = [row[-1] for row in rows]
     near = sum(1 / 1.3 <= ratio <= 1.3 for ratio in ratios)
-    print(f"\nmedian {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}; within 30 %: {near} of {len(rows)}")
+    print(f"\nmedian {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}")
+    print(f"within 30 %: {near} of {len(rows)}")
 
 
 if __name__ == "__main__":
