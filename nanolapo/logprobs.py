@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# float32 logits that exist at a time, at most, whatever the vocabulary: on a CPU what allocator.py can keep, else 256 MiB
-LOGIT_ELEMENTS = {"cpu": 2**23 - 2**14, "cuda": 2**26}
+# float32 logits that exist at a time, at most, whatever the vocabulary: 64 MiB on a CPU; larger products suit a GPU
+LOGIT_ELEMENTS = {"cpu": 2**24, "cuda": 2**26}
 
 
 class HeadLogprobs(torch.autograd.Function):

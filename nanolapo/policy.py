@@ -19,7 +19,6 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from nanolapo.allocator import keep_freed_memory
 from nanolapo.attention import use_stems
 from nanolapo.config import Config, UserError
 from nanolapo.logprobs import token_logprobs
@@ -120,8 +119,6 @@ class Policy:
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
         self.dtype = getattr(torch, config.model.dtype)
-        if device.type == "cpu":
-            keep_freed_memory()
         # One rank has nothing to cut. A model that will be cut is loaded into host memory and moved layer by layer.
         self.sharded = config.model.sharding == "fsdp2" and dist.is_initialized()
         self.model = load_model(config.model.path, torch.device("cpu") if self.sharded else device)
