@@ -184,7 +184,10 @@ def the_rewards(v: View) -> Section:
         names, total = {"correct": "c", "length": "alpha R1 (Eq. 5)"}, "R_D (Eq. 4)"
         if right.any():
             low, high = typical_range(lengths[right], (c.percentiles[0], c.percentiles[1]))
-            columns["d"] = [num(d) for d in tokens_outside(lengths, low, high)]
+            d = tokens_outside(lengths, low, high)
+            columns["d"] = [num(x) for x in d]
+            if not np.allclose(parts["length"], c.alpha * right * np.maximum(0.0, 1.0 - d / method.decay)):
+                formula += ". THE CODE HAS ANOTHER RULE BY NOW: the column shows what it gave, not this formula"
     if isinstance(method, Internalization):
         formula = (
             f"R_I = c + beta R2, beta = {num(method.beta)}; R2 = exp(-(L - n)^2 / (2 sigma^2)) for a right answer, "

@@ -66,6 +66,7 @@ class HeadLogprobs(torch.autograd.Function):
                 grad_weight_VD += torch.mm(grad_logits.T, hidden, out=product_VD)
             if grad_bias_V is not None:
                 grad_bias_V += grad_logits.sum(0)
+        del product_VD  # before the sum is cast, which takes as much again
         return (
             grad_hidden_ND,
             None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype),

@@ -147,12 +147,13 @@ class RunLog:
             self.tracker.log(metrics, step=step)
         done = step + 1 - self.start_step
         left = (time.time() - self.started) / done * (self.config.train.steps - step - 1)
-        m = metrics
+        m, t = metrics, self.config.train
+        bound = "at most " if t.sampled_tokens or t.match_runs else ""  # the tokens end such a run before its steps do
         print(
             f"step {step + 1}/{self.config.train.steps} | reward {m['reward']:.3f} | acc {m['accuracy']:.1%} | "
             f"len {m['length']:.1f} p90 {m['length_p90']:.0f} | cut {m['truncated']:.1%} | "
             f"no signal {m['no_signal']:.0%} | mismatch {m['mismatch']:.1e} | grad {m['grad_norm']:.3f} | "
-            f"{m['tokens_per_second']:,.0f} tok/s | {m['memory_gb']:.1f} GB | {left / 60:.1f} min left",
+            f"{m['tokens_per_second']:,.0f} tok/s | {m['memory_gb']:.1f} GB | {bound}{left / 60:.1f} min left",
             flush=True,
         )
 

@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+import nanolapo.methods.lapo as lapo_module
 from nanolapo.config import Config, UserError
 from nanolapo.config_file import load_config
 from nanolapo.explain import beside, explain, first_step, story
@@ -357,6 +358,20 @@ def test_stage_2(demo_base: Path, tmp_path: Path, unsolved: bool) -> None:
     assert titled(sections, "M(q)").body[0].startswith("Eq. 8, median")
     assert titled(sections, "M(q)").body[0].endswith(f"after: {after:g} tokens")
     assert trace.metrics["reward"] == first_line(s.config.run_dir)["reward"]
+
+
+def test_a_formula_that_the_code_no_longer_follows_says_so(
+    told: tuple[Path, Session, Trace, list[Section]],
+    demo_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A student edits discovery_reward and looks at the page: the printed Eq. 5 must not claim to be what was done."""
+    original, warning = lapo_module.discovery_reward, "ANOTHER RULE"
+    monkeypatch.setattr(lapo_module, "discovery_reward", lambda *a, **k: 1.5 * original(*a, **k))
+    _, _, sections = watch(write_config(demo_base, tmp_path))
+    assert warning in str(titled(sections, "its reward").body[0])
+    assert warning not in str(titled(told[3], "its reward").body[0])
 
 
 @pytest.mark.parametrize("name", ["accuracy-only", "dapo", "l1-exact", "drpo", "sas", "aepo"])
