@@ -23,6 +23,7 @@ help:  ## list the targets
 install: .venv/.core  ## virtual environment with the pinned packages (no vLLM)
 
 .venv/.core: pyproject.toml
+	@echo "installing PyTorch and others into .venv: one to three minutes without a word"
 	$(PYTHON) -m venv .venv
 	$(PIP) -e ".[dev]"
 	@touch $@
