@@ -44,7 +44,7 @@ class ModelConfig:
     path: str = ""  # a local Hugging Face folder or a hub name
     dtype: str = "bfloat16"  # of the arithmetic; master weights and optimizer state are always float32
     gradient_checkpointing: bool = False  # recompute activations layer by layer in the backward pass
-    compile: bool = False  # torch.compile MLPs and norms: the first step takes a minute longer, later ones less
+    compile: bool = False  # torch.compile MLPs and norms: the first step takes longer, later ones less
     sharding: str = "ddp"  # over ranks. ddp: a whole copy on each; fsdp2: a slice of every weight and moment on each
     offload_reference: bool = False  # keep the reference model (loss.kl_coef) in host memory, not on the GPU
     lora_rank: int = 0  # 0: all weights are trained; else LoRA beside every linear layer, merged on export

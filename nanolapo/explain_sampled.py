@@ -186,7 +186,10 @@ def the_rewards(v: View) -> Section:
             low, high = typical_range(lengths[right], (c.percentiles[0], c.percentiles[1]))
             d = tokens_outside(lengths, low, high)
             columns["d"] = [num(x) for x in d]
-            if not np.allclose(parts["length"], c.alpha * right * np.maximum(0.0, 1.0 - d / method.decay)):
+            r1 = right * np.maximum(0.0, 1.0 - d / method.decay)
+            if method.readings.strict_range and not low < high:
+                r1, formula = 0.0 * r1, f"{formula}; 0 for all here: lapo.fidelity leaves out a range of a single point"
+            if not np.allclose(parts["length"], c.alpha * r1):
                 formula += ". THE CODE HAS ANOTHER RULE BY NOW: the column shows what it gave, not this formula"
     if isinstance(method, Internalization):
         formula = (

@@ -116,15 +116,18 @@ def memory(config: Config, shape: Shape, machine: Machine, e: Expected) -> dict[
     state = {"weights": 4 * n / cut, "Adam": 8 * trained / cut, "reference": reference if at_hand else 0.0}
     together = shape.head * (2 - shape.tied) + 2 * shape.layer_weights
     state["copies"] = size * together if cut > 1 else n * size * (size == 2)
-    share, again = prompt_share(config, machine.count), m.gradient_checkpointing
-    tokens = microbatch_tokens(config, machine, e)
-    rows, logits = tokens / (e.answer + share * e.prompt), LOGIT_ELEMENTS["cpu" if machine.is_cpu else "cuda"]
+    share, tokens, again = (
+        prompt_share(config, machine.count),
+        microbatch_tokens(config, machine, e),
+        m.gradient_checkpointing,
+    )
+    rows = tokens / (e.answer + share * e.prompt)
     layer = shape.activation_bytes(size, machine.is_cpu, rows, e.answer, e.prompt, share)
     kept = shape.layers * (tokens * size * shape.hidden if again else layer)
     update = {
         "gradients": 4 * trained / cut,
         "activations": kept + layer * (2 if again else 1),
-        "head": 4 * LOGIT_COPIES * min(logits, tokens * shape.vocab) + (4 + size) * shape.head * (not lora),
+        "head": 4 * LOGIT_COPIES * min(LOGIT_ELEMENTS, tokens * shape.vocab) + (4 + size) * shape.head * (not lora),
     }
     sampler = sampler_memory(config, shape, machine, e)
     if machine.is_cpu:  # torch's cache lives only while it samples

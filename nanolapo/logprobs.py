@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# float32 logits that exist at a time, at most, whatever the vocabulary: 64 MiB on a CPU; larger products suit a GPU
-LOGIT_ELEMENTS = {"cpu": 2**24, "cuda": 2**26}
+LOGIT_ELEMENTS = 2**24  # at most this many float32 logits exist at a time (64 MiB), whatever the vocabulary
 
 
 class HeadLogprobs(torch.autograd.Function):
@@ -26,7 +25,7 @@ class HeadLogprobs(torch.autograd.Function):
         temperature: float, with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         ctx.temperature, ctx.with_entropy = temperature, with_entropy
-        ctx.chunk = max(1, LOGIT_ELEMENTS[hidden_ND.device.type] // len(weight_VD))
+        ctx.chunk = max(1, LOGIT_ELEMENTS // len(weight_VD))
         logprobs, entropies, log_zs = [], [], []
         for hidden, targets in zip(hidden_ND.split(ctx.chunk), targets_N.split(ctx.chunk), strict=True):
             # The module and not its weight: a head in host memory fetches it when called.

@@ -374,6 +374,14 @@ def test_a_formula_that_the_code_no_longer_follows_says_so(
     assert warning not in str(titled(told[3], "its reward").body[0])
 
 
+def test_a_range_of_one_point_is_told_as_the_code_reads_it(demo_base: Path, tmp_path: Path) -> None:
+    """lapo.fidelity=code gives no length reward where P30 = P70: that is a reading of Eq. 5, and no changed code."""
+    _, trace, sections = watch(write_config(demo_base, tmp_path, "lapo.fidelity=code", "lapo.percentiles=[50, 50]"))
+    section = titled(sections, "its reward")
+    assert column(section, "alpha R1 (Eq. 5)") == [0.0] * trace.rewards_PG.shape[1]
+    assert "single point" in str(section.body[0]) and "ANOTHER RULE" not in str(section.body[0])
+
+
 @pytest.mark.parametrize("name", ["accuracy-only", "dapo", "l1-exact", "drpo", "sas", "aepo"])
 def test_other_methods_have_a_page_too(demo_base: Path, tmp_path: Path, name: str) -> None:
     """Their rewards, groups and tokens are looked up in other shapes: dropped groups, a prompt per answer, [B, T]."""

@@ -177,7 +177,7 @@ def test_head_in_chunks_equals_the_whole_including_gradients(monkeypatch, with_e
     targets = torch.randint(0, VOCAB, (50,))
     results = []
     for elements in (2**24, 7 * VOCAB, 1):
-        monkeypatch.setitem(logprobs_module.LOGIT_ELEMENTS, "cpu", elements)
+        monkeypatch.setattr(logprobs_module, "LOGIT_ELEMENTS", elements)
         torch.manual_seed(1)
         hidden = torch.randn(50, 32, requires_grad=True)
         head.zero_grad()

@@ -8,7 +8,6 @@ that what is checked is the arithmetic and the machine's constants. Run it from 
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -19,12 +18,13 @@ from common import table
 from nanolapo.config_file import load_config
 from nanolapo.machines import this_machine
 from nanolapo.plan import plan
+from nanolapo.report import read_metrics
 
 
 def compare(run_dir: Path) -> list[Any]:
     """One row: name, predicted and measured seconds of sampling and of training, and the ratio of their sums."""
     config = load_config(run_dir / "config.yaml", [])
-    steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = read_metrics(run_dir)
     found = plan(config, this_machine(config))
     sample, train = (statistics.mean(step[f"seconds/{phase}"] for step in steps) for phase in ("sample", "update"))
     ratio = (found.sample_seconds + found.train_seconds) / (sample + train)
