@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from nanolapo.config import Config, UserError
-from nanolapo.logprobs import LOGIT_ELEMENTS
+from nanolapo.logprobs import CPU_LOGITS, GPU_LOGITS
 from nanolapo.machines import Machine, Shape
 from nanolapo.session import GUIDANCE_ROOM, pick_engine
 
-LOGIT_COPIES = 4  # live float32 copies of a chunk of logits: as they come, tempered, softmax or gradient, its cast
+LOGIT_COPIES = 4  # live float32 copies of a block of logits: as they come, tempered, softmax or gradient, its cast
 GPU_RUNTIME, VLLM_RUNTIME = 3e9, 2e9  # ESTIMATES, bytes: CUDA, NCCL, fragmentation; vLLM's activations and graphs
 CPU_RUNTIME, CPU_VLLM = 0.5e9, 1e9  # measured, bytes: a process before it has a model, and what vLLM adds
 CPU_CACHE = 2**30  # bytes of vLLM's cache on a CPU, see ENVIRONMENT in sampler_vllm.py
@@ -104,8 +104,7 @@ def memory(config: Config, shape: Shape, machine: Machine, e: Expected) -> dict[
 
     copies: under ddp the bf16 working copy (precision.py); under fsdp2 embedding, head and two layers, brought together.
     activations: all layers' (with checkpointing only their inputs), and of one layer the gradients and, with checkpointing,
-    the activations computed again. head: logits, a chunk at a time, the head's gradient, and what is added to it
-    (logprobs.py).
+    the activations computed again. head: a block of logits, under fsdp2 also its gradient as summed and as handed over.
     """
     m, size = config.model, bytes_of(config.model.dtype)
     cut = machine.count if m.sharding == "fsdp2" else 1
@@ -124,10 +123,11 @@ def memory(config: Config, shape: Shape, machine: Machine, e: Expected) -> dict[
     rows = tokens / (e.answer + share * e.prompt)
     layer = shape.activation_bytes(size, machine.is_cpu, rows, e.answer, e.prompt, share)
     kept = shape.layers * (tokens * size * shape.hidden if again else layer)
+    logits = CPU_LOGITS if machine.is_cpu else GPU_LOGITS
     update = {
         "gradients": 4 * trained / cut,
         "activations": kept + layer * (2 if again else 1),
-        "head": 4 * LOGIT_COPIES * min(LOGIT_ELEMENTS, tokens * shape.vocab) + (4 + size) * shape.head * (not lora),
+        "head": 4 * LOGIT_COPIES * min(logits, tokens * shape.vocab) + (size + 4) * shape.head * (cut > 1 and not lora),
     }
     sampler = sampler_memory(config, shape, machine, e)
     if machine.is_cpu:  # torch's cache lives only while it samples

@@ -2,87 +2,127 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LOGIT_ELEMENTS = 2**24  # at most this many float32 logits exist at a time (64 MiB), whatever the vocabulary
+# At most this many logits exist at a time, whatever the vocabulary. On a CPU 8 MiB of float32: they stay in the cache, and
+# the C library keeps such blocks, where the pages of larger ones are cleared anew. On a GPU 256 MiB: few launches.
+CPU_LOGITS, GPU_LOGITS = 2**21, 2**26
 
 
 class HeadLogprobs(torch.autograd.Function):
-    """Log-softmax of the head's logits at one target per token, and the entropy; `chunk` tokens at a time, both ways.
+    """Log-softmax of the head's logits at one target per token, and the entropy; a block of the vocabulary at a time.
 
     For one token with logits z = W h / temperature, p = softmax(z), target y and entropy H = log Z - p.z, the gradient
     with respect to z is g (1[y] - p) for the log-prob and -g p (log p + H) for the entropy. So the backward pass needs the
-    logits of one chunk at a time again, and autograd keeps nothing of size [N, V].
+    logits of one block at a time again, and autograd keeps nothing of size [N, V]. Blocks go over the vocabulary and not
+    over the tokens, so that each row of W meets its gradient once.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, head: nn.Module, targets_N: Tensor,
-        temperature: float, with_entropy: bool,
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, temperature: float,
+        with_entropy: bool, gradient_sum: Callable[[], Tensor] | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        ctx.temperature, ctx.with_entropy = temperature, with_entropy
-        ctx.chunk = max(1, LOGIT_ELEMENTS // len(weight_VD))
-        logprobs, entropies, log_zs = [], [], []
-        for hidden, targets in zip(hidden_ND.split(ctx.chunk), targets_N.split(ctx.chunk), strict=True):
-            # The module and not its weight: a head in host memory fetches it when called.
-            logits = head(hidden).float().div_(temperature)
-            log_z = torch.logsumexp(logits, dim=-1)
-            logprobs.append(logits.gather(-1, targets[:, None]).squeeze(-1) - log_z)
-            if with_entropy:
-                entropies.append(log_z - (torch.softmax(logits, dim=-1) * logits).sum(-1))
-            log_zs.append(log_z)
-        logprobs_N = torch.cat(logprobs)
-        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, torch.cat(log_zs))
-        return logprobs_N, torch.cat(entropies) if with_entropy else logprobs_N.new_zeros(0)
+        ctx.temperature, ctx.with_entropy, ctx.gradient_sum = temperature, with_entropy, gradient_sum
+        log_z_N = torch.full_like(targets_N, -torch.inf, dtype=torch.float32)  # of the blocks so far, like the next two
+        chosen_N, mean_N = torch.zeros_like(log_z_N), torch.zeros_like(log_z_N)  # the target's logit, and p.z
+        for block, logits_NC in blocks(hidden_ND, weight_VD, bias_V, temperature):
+            here_N, index_N1 = inside(targets_N, block)
+            chosen_N = torch.where(here_N, logits_NC.gather(-1, index_N1).squeeze(-1), chosen_N)
+            before_N, top_N1 = log_z_N, logits_NC.amax(dim=-1, keepdim=True)
+            z_NC = logits_NC.clone() if with_entropy else None
+            p_NC = logits_NC.sub_(top_N1).exp_()  # in place: a tensor of this size less; p / exp(top) so far
+            log_z_N = torch.logaddexp(before_N, p_NC.sum(-1).log_().add_(top_N1[:, 0]))
+            if z_NC is not None:
+                added_N = (p_NC * z_NC).sum(-1) * (top_N1[:, 0] - log_z_N).exp()
+                mean_N = mean_N * (before_N - log_z_N).exp() + added_N
+        entropy_N = log_z_N - mean_N
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, log_z_N, entropy_N)
+        return chosen_N - log_z_N, entropy_N if with_entropy else entropy_N[:0]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_ND, weight_VD, bias_V, targets_N, log_z_N = ctx.saved_tensors
+        hidden_ND, weight_VD, bias_V, targets_N, log_z_N, entropy_N = ctx.saved_tensors
         grad_logprobs_N, grad_entropy_N = gradients
-        grad_hidden_ND = torch.empty_like(hidden_ND)
-        # Summed over chunks in float32; a frozen head (LoRA) gets none.
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if bias_V is not None else None
-        product_VD = torch.empty_like(weight_VD) if grad_weight_VD is not None else None  # one chunk's
-        for first in range(0, len(hidden_ND), ctx.chunk):
-            part = slice(first, first + ctx.chunk)
-            hidden, targets, g = hidden_ND[part], targets_N[part], grad_logprobs_N[part, None]
-            logits = F.linear(hidden, weight_VD, bias_V).float().div_(ctx.temperature).sub_(log_z_N[part, None])
+        grad_hidden_ND = torch.zeros_like(hidden_ND, dtype=torch.float32)
+        grad_weight_VD = None  # a frozen head (LoRA) gets none
+        if ctx.needs_input_grad[1]:
+            grad_weight_VD = (
+                ctx.gradient_sum() if ctx.gradient_sum else torch.zeros_like(weight_VD, dtype=torch.float32)
+            )
+        grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
+        for block, logits_NC in blocks(hidden_ND, weight_VD, bias_V, ctx.temperature):
+            logp_NC = logits_NC.sub_(log_z_N[:, None])
             if ctx.with_entropy:
-                p = logits.exp()
-                entropy = -(p * logits).sum(-1, keepdim=True)
-                grad_logits = -p * (g + grad_entropy_N[part, None] * (logits + entropy))
+                grad_entropy = grad_entropy_N[:, None] * (logp_NC + entropy_N[:, None])
+                grad_NC = -logp_NC.exp_() * (grad_logprobs_N[:, None] + grad_entropy)
             else:
-                grad_logits = logits.exp_().mul_(-g)
-            grad_logits.scatter_add_(-1, targets[:, None], g)
-            grad_logits = grad_logits.div_(ctx.temperature).to(hidden.dtype)
-            torch.mm(grad_logits, weight_VD, out=grad_hidden_ND[part])
+                grad_NC = logp_NC.exp_().mul_(-grad_logprobs_N[:, None])
+            here_N, index_N1 = inside(targets_N, block)
+            grad_NC.scatter_add_(-1, index_N1, (grad_logprobs_N * here_N)[:, None])
+            if ctx.temperature != 1:
+                grad_NC.div_(ctx.temperature)
+            grad_NC = grad_NC.to(hidden_ND.dtype)
+            grad_hidden_ND += grad_NC @ weight_VD[block]
             if grad_weight_VD is not None:
-                grad_weight_VD += torch.mm(grad_logits.T, hidden, out=product_VD)
+                grad_weight_VD[block] += grad_NC.T @ hidden_ND
             if grad_bias_V is not None:
-                grad_bias_V += grad_logits.sum(0)
-        del product_VD  # before the sum is cast, which takes as much again
-        return (
-            grad_hidden_ND,
-            None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype),
-            None if grad_bias_V is None else grad_bias_V.to(weight_VD.dtype),
-            None, None, None, None,
-        )  # fmt: skip
+                grad_bias_V[block] += grad_NC.sum(0)
+        returned = None if grad_weight_VD is None or ctx.gradient_sum else grad_weight_VD.to(weight_VD.dtype)
+        grad_bias_V = None if grad_bias_V is None else grad_bias_V.to(weight_VD.dtype)
+        return grad_hidden_ND.to(hidden_ND.dtype), returned, grad_bias_V, None, None, None, None
 
 
-def token_logprobs(
-    hidden_ND: Tensor, targets_N: Tensor, head: nn.Module, temperature: float, with_entropy: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """Log-prob (and entropy) of each target under softmax(head(hidden) / temperature), both float32 [N].
+def blocks(
+    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, temperature: float
+) -> Iterator[tuple[slice, Tensor]]:
+    """(block of the vocabulary, its logits / temperature [N, C] in float32), the caller's to write to."""
+    most = CPU_LOGITS if hidden_ND.device.type == "cpu" else GPU_LOGITS
+    size = max(1, most // max(1, len(hidden_ND)))
+    for first in range(0, len(weight_VD), size):
+        block = slice(first, first + size)
+        logits_NC = F.linear(hidden_ND, weight_VD[block], None if bias_V is None else bias_V[block]).float()
+        yield block, logits_NC if temperature == 1 else logits_NC.div_(temperature)
 
-    The softmax runs in float32, a chunk of tokens at a time, computed again in the backward pass, so a [N, V] tensor never
-    exists. The temperature divides the logits, exactly as the sampler's does.
+
+def inside(targets_N: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+    """Which targets lie in the block [N], and where [N, 1], with 0 for those that do not.
+
+    >>> inside(torch.tensor([3, 4, 7]), slice(4, 8))
+    (tensor([False,  True,  True]), tensor([[0],
+            [0],
+            [3]]))
     """
-    logprobs_N, entropy_N = HeadLogprobs.apply(
-        hidden_ND, head.weight, getattr(head, "bias", None), head, targets_N, temperature, with_entropy
-    )
-    return logprobs_N, entropy_N if with_entropy else None
+    here_N = (targets_N >= block.start) & (targets_N < block.stop)
+    return here_N, ((targets_N - block.start) * here_N)[:, None]
+
+
+class LogprobHead(nn.Module):
+    """A model's head that is asked for log-probs and not for logits; weights and names are those of the linear layer.
+
+    A module, so that whoever moves weights about (a head in host memory, a sharded one) has them in place during `forward`.
+    """
+
+    def __init__(self, head: nn.Module, gradient_sum: Callable[[], Tensor] | None = None) -> None:
+        super().__init__()
+        self.weight, self.bias = head.weight, getattr(head, "bias", None)
+        # The float32 tensor [V, D] that the weight's gradient is added to; without it autograd gets a gradient of its own.
+        self.gradient_sum = gradient_sum
+
+    def forward(
+        self, hidden_ND: Tensor, targets_N: Tensor, temperature: float, with_entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-prob (and entropy) of each target under softmax(W hidden / temperature), both float32 [N].
+
+        The softmax runs in float32 over a block of the vocabulary at a time, computed again in the backward pass, so a
+        [N, V] tensor never exists. The temperature divides the logits, exactly as the sampler's does.
+        """
+        logprobs_N, entropy_N = HeadLogprobs.apply(
+            hidden_ND, self.weight, self.bias, targets_N, temperature, with_entropy, self.gradient_sum
+        )
+        return logprobs_N, entropy_N if with_entropy else None

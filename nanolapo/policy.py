@@ -7,8 +7,9 @@ Master weights, gradients and optimizer state are float32 whatever the arithmeti
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nanolapo.attention import use_stems
 from nanolapo.config import Config, UserError
-from nanolapo.logprobs import token_logprobs
+from nanolapo.logprobs import LogprobHead
 from nanolapo.lora import adapters_off, add_lora, lora_layers, merged_delta
 from nanolapo.microbatches import MicroBatch
-from nanolapo.precision import WorkingCopy, cast_parameters
+from nanolapo.precision import WorkingCopy, cast_parameters, gradient_of, only_rows_read
 from nanolapo.sharding import shard, sum_gradients, whole
 
 
@@ -107,9 +108,7 @@ class Scorer(nn.Module):
             input_ids=batch.ids_S[None], position_ids=batch.positions_S[None], use_cache=False, stems=batch.stems
         ).last_hidden_state
         head = self.model.get_output_embeddings()
-        return token_logprobs(
-            hidden_1SD[0, batch.before_N], batch.ids_S[batch.tokens_N], head, temperature, with_entropy
-        )
+        return head(hidden_1SD[0, batch.before_N], batch.ids_S[batch.tokens_N], temperature, with_entropy)
 
 
 class Policy:
@@ -128,7 +127,13 @@ class Policy:
         if config.model.lora_rank:
             add_lora(self.model, config.model.lora_rank, config.model.lora_alpha)
         self.working = None if self.sharded or self.dtype == torch.float32 else WorkingCopy(self.model, self.dtype)
-        self.scorer = self.spread(self.working.model if self.working else self.model)
+        model, head_gradient = self.working.model if self.working else self.model, None
+        if (
+            not self.sharded
+        ):  # fsdp2 must get whole gradients to cut up; here nothing of the vocabulary's size is in the way
+            head_gradient = partial(gradient_of, self.model.get_output_embeddings().weight)
+            only_rows_read(model.get_input_embeddings())
+        self.scorer = self.spread(model, head_gradient)
         self.trained = {plain_name(n): p for n, p in self.model.named_parameters() if p.requires_grad}
         self.reference = self.load_reference() if config.loss.kl_coef else None
         self.num_steps = 0  # optimizer steps taken
@@ -141,14 +146,22 @@ class Policy:
             weight_decay=t.weight_decay, fused=True,
         )  # fmt: skip
 
-    def spread(self, model: PreTrainedModel, offload: bool = False) -> Scorer:
-        """Cut the model up over the ranks if it is to be; all computing goes through what is returned."""
+    def spread(
+        self, model: PreTrainedModel, head_gradient: Callable[[], Tensor] | None = None, offload: bool = False
+    ) -> Scorer:
+        """Cut the model up over the ranks if it is to be; all computing goes through what is returned.
+
+        head_gradient: see LogprobHead; offload: weights stay in host memory and visit the device while they are used.
+        """
         use_stems(model)
+        model.set_output_embeddings(LogprobHead(model.get_output_embeddings(), head_gradient))
         if self.config.model.compile:
             compile_token_wise(model)
         scorer = Scorer(model)
         if self.sharded:
             shard(scorer, model.get_decoder().layers, self.dtype, offload and self.device.type != "cpu")
+        elif offload:
+            cpu_offload(model, self.device)  # layer by layer
         return scorer
 
     def load_reference(self) -> Scorer:
@@ -160,9 +173,7 @@ class Policy:
         model = load_model(self.config.model.path, at_start).eval().requires_grad_(False)
         if not self.sharded:
             cast_parameters(model, self.dtype)
-        if offload and not self.sharded:
-            cpu_offload(model, self.device)  # each layer's weights visit the device while they are used
-        return self.spread(model, offload)
+        return self.spread(model, offload=offload)
 
     @property
     def vocab_size(self) -> int:

@@ -15,11 +15,34 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+PIECE = 4096  # rows of a weight
+
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
     """In place. Parameters only: rotary frequencies are buffers and stay float32."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
+
+
+def gradient_of(parameter: nn.Parameter) -> Tensor:
+    """Its gradient so far, to be added to: zeros where there is none yet."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def only_rows_read(embedding: nn.Module) -> None:
+    """Let the embedding's gradient be that of the rows that were read, and not a tensor of the vocabulary's size, of which
+    nearly all is zero. The parameter's .grad stays what it is for any other: a dense sum."""
+
+    def rows(gradient: Tensor) -> Tensor:
+        gradient_of(weight)  # what sparse gradients are added to stays dense
+        return gradient.coalesce()  # sorted: sums of rows that were read twice have an order on GPUs, too
+
+    weight = embedding.get_parameter("weight")
+    embedding.sparse = True  # type: ignore[assignment]
+    if weight.dtype == torch.float32 and weight.requires_grad:  # a working copy's is added to its master's by hand_over
+        weight.register_hook(rows)
 
 
 class WorkingCopy:
@@ -44,11 +67,15 @@ class WorkingCopy:
 
 def hand_over(master: nn.Parameter) -> Callable[[Tensor], None]:
     def add(mine: Tensor) -> None:
-        assert mine.grad is not None
-        if master.grad is None:
+        if mine.grad is None:
+            return  # the head, which has added its own already (logprobs.py)
+        if mine.grad.is_sparse:
+            gradient_of(master).add_(mine.grad.float().coalesce())
+        elif master.grad is None:
             master.grad = mine.grad.float()
-        else:
-            master.grad.add_(mine.grad)
+        else:  # in pieces: on a CPU adding another dtype first makes a float32 copy, and a small one stays in the cache
+            for total, part in zip(master.grad.split(PIECE), mine.grad.split(PIECE), strict=True):
+                total.add_(part)
         mine.grad = None
 
     return add

@@ -179,7 +179,7 @@ class VLLMSampler:
             max_tokens=request.max_new_tokens,
             min_tokens=0,
             stop_token_ids=self.end_ids,
-            ignore_eos=False,
+            ignore_eos=True,  # end_ids has them all; vLLM would end at its own reading of the config besides
             logprobs=0,  # the sampled token's only
             flat_logprobs=True,  # flat lists instead of one dict per token
             detokenize=False,

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from nanolapo.precision import gradient_of
+
 
 def shard(scorer: nn.Module, layers: Iterable[nn.Module], dtype: torch.dtype, offload: bool = False) -> None:
     """Cut every parameter of `scorer` into one slice a rank (along its first dimension), each of `layers` as a unit.
@@ -37,10 +39,9 @@ def shard(scorer: nn.Module, layers: Iterable[nn.Module], dtype: torch.dtype, of
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Sum gradients over ranks. Slices were summed in the backward pass; a missing gradient counts as zero."""
     for p in parameters:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
+        gradient = gradient_of(p)
         if dist.is_initialized() and not isinstance(p, DTensor):
-            dist.all_reduce(p.grad)
+            dist.all_reduce(gradient)
 
 
 def whole(tensor: Tensor) -> Tensor:

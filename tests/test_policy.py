@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import nanolapo.logprobs as logprobs_module
 import nanolapo.policy as policy_module
 from nanolapo.attention import Stem
-from nanolapo.logprobs import token_logprobs
+from nanolapo.logprobs import LogprobHead
 from nanolapo.microbatches import make_microbatch, plan_microbatches
 from nanolapo.policy import Policy
 from nanolapo.rollouts import Request, Rollouts, Sample, make_rollouts
@@ -155,7 +155,7 @@ def test_A13_softmax_and_gather_are_float32_under_bf16(untied_model):
     hidden = torch.randn(50, 32).bfloat16() * 3
     targets = torch.randint(0, 2000, (50,))
     with torch.no_grad():
-        got, entropy = token_logprobs(hidden, targets, head, 1.0, with_entropy=True)
+        got, entropy = LogprobHead(head)(hidden, targets, 1.0, with_entropy=True)
         logits = head(hidden)
     want = logits.double().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
     coarse = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
@@ -170,18 +170,18 @@ def test_A13_softmax_and_gather_are_float32_under_bf16(untied_model):
 
 
 @pytest.mark.parametrize("with_entropy", [False, True])
-def test_head_in_chunks_equals_the_whole_including_gradients(monkeypatch, with_entropy):
-    """7 tokens a time or all at once: the same log-probs, entropies and gradients of hidden states and head."""
+def test_head_in_blocks_equals_the_whole_including_gradients(monkeypatch, with_entropy):
+    """7 words at a time, one, or all: the same log-probs, entropies and gradients of hidden states and head."""
     torch.manual_seed(0)
     head = torch.nn.Linear(32, VOCAB)
     targets = torch.randint(0, VOCAB, (50,))
     results = []
-    for elements in (2**24, 7 * VOCAB, 1):
-        monkeypatch.setattr(logprobs_module, "LOGIT_ELEMENTS", elements)
+    for elements in (2**24, 7 * 50, 1):
+        monkeypatch.setattr(logprobs_module, "CPU_LOGITS", elements)
         torch.manual_seed(1)
         hidden = torch.randn(50, 32, requires_grad=True)
         head.zero_grad()
-        logprobs, entropy = token_logprobs(hidden, targets, head, 0.7, with_entropy)
+        logprobs, entropy = LogprobHead(head)(hidden, targets, 0.7, with_entropy)
         assert (entropy is not None) == with_entropy
         loss = (logprobs * torch.arange(50)).sum() + (entropy.sum() if entropy is not None else 0)
         loss.backward()
@@ -189,7 +189,7 @@ def test_head_in_chunks_equals_the_whole_including_gradients(monkeypatch, with_e
         results.append([logprobs, *([] if entropy is None else [entropy]), *gradients])
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)  # of sums near 100
     exact = torch.nn.Linear(
         32, VOCAB, dtype=torch.float64
     )  # and all of it by autograd over the whole matrix in float64

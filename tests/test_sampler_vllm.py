@@ -272,6 +272,16 @@ def test_A15_A16_every_end_token_ends_and_only_those(tied: tuple[VLLMSampler, Pr
     assert exactly.finished and not cut.finished and cut.ids.tolist() == samples[i].ids.tolist()[:-1]
 
 
+def test_A16_end_ids_are_all_that_ends_a_row(tied: tuple[VLLMSampler, PreTrainedModel]) -> None:
+    """With none of them (benchmarks, calibration) no row ends, whatever the engine itself reads in config.json."""
+    sampler, _ = tied
+    ends, sampler.end_ids = sampler.end_ids, []
+    samples = sampler.generate(make_requests(128, length=100), Decoding(1.5))
+    sampler.end_ids = ends
+    assert all(len(s.ids) == 100 and not s.finished for s in samples)
+    assert sum(END_CONFIG in s.ids for s in samples) > 64
+
+
 def test_A19_the_seed_decides_and_nothing_else(tied: tuple[VLLMSampler, PreTrainedModel]) -> None:
     sampler, _ = tied
     requests = make_requests(12)

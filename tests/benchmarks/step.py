@@ -129,6 +129,8 @@ def main() -> None:
             parts = [log.metrics[f"seconds/{phase}"] for phase in PHASES]
             for phase, value in zip(seconds, [*parts, total - sum(parts), total], strict=True):
                 seconds[phase].append(value)
+            if log.metrics["length"] != args.tokens:
+                raise SystemExit(f"{log.metrics['length']} tokens an answer, not {args.tokens}: something ended them")
             mismatch = log.metrics["mismatch"]
             print(f"step {total:.2f} s, memory peak {memory_gb():.2f} GB, mismatch {mismatch:.4f}", flush=True)
     memory["peak"] = memory_gb()
