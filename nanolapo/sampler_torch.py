@@ -152,9 +152,14 @@ class TorchSampler:
 
     @torch.inference_mode()
     def generate(
-        self, requests: Sequence[Request], decoding: Decoding, progress: Callable[[int], None] | None = None
+        self,
+        requests: Sequence[Request],
+        decoding: Decoding,
+        progress: Callable[[int], None] | None = None,
+        finished: Callable[[int, Sample], None] | None = None,
     ) -> list[Sample]:
-        """Sample every request; results in the order of the requests. `progress` gets the number of new tokens."""
+        """Sample every request; results in the order of the requests. `progress` gets the number of new tokens, `finished`
+        the number of a request and its row, while others are still being sampled."""
         if not requests:
             return []
         rows = min(self.max_rows, len(requests))
@@ -208,8 +213,10 @@ class TorchSampler:
             for row in done_R.nonzero()[:, 0].tolist():
                 num = int(count_R[row])
                 row_ids, row_logprobs = (buffer[row, :num].cpu().numpy().copy() for buffer in (ids, logprobs))
-                samples[owner[row]] = Sample(row_ids, row_logprobs, bool(ended_R[row]))
-                owner[row] = -1
+                number, sample = int(owner[row]), Sample(row_ids, row_logprobs, bool(ended_R[row]))
+                samples[number], owner[row] = sample, -1
+                if finished is not None:
+                    finished(number, sample)
             if (owner >= 0).any():
                 used = int(column_R[busy_R].max()) + 1
                 hidden = self._hidden(token_R[:, None], column_R[:, None].clamp(max=used - 1), cache, used)

@@ -136,9 +136,14 @@ class VLLMSampler:
             self.llm.llm_engine.engine_core._finalizer.detach()
 
     def generate(
-        self, requests: Sequence[Request], decoding: Decoding, progress: Callable[[int], None] | None = None
+        self,
+        requests: Sequence[Request],
+        decoding: Decoding,
+        progress: Callable[[int], None] | None = None,
+        finished: Callable[[int, Sample], None] | None = None,
     ) -> list[Sample]:
-        """Sample every request; results in the order of the requests. `progress` gets the tokens of each finished row.
+        """Sample every request; results in the order of the requests. `progress` gets the tokens of each finished row,
+        `finished` the number of its request and the row itself while others are still being sampled.
 
         Log-probs are those of softmax(logits / temperature) in fp32; at temperature 0 those of temperature 1, with top_p
         those of the cut distribution. Where the weights give no finite numbers the log-probs are NaN and are handed on
@@ -152,16 +157,19 @@ class VLLMSampler:
             if not all(0 <= token < self.vocab_size for token in request.prompt_ids):
                 raise ValueError(f"request {i}: a prompt id is not in [0, {self.vocab_size})")
         params = [self._params(request, decoding) for request in requests]
-        engine, outputs = self.llm.llm_engine, []
+        engine, samples = self.llm.llm_engine, dict[int, Sample]()
         with self._whole("generate"):
-            self.llm.enqueue(prompts, params, use_tqdm=False)
+            names = self.llm.enqueue(prompts, params, use_tqdm=False)  # the name that an output bears, and a suffix
+            numbers = {name.partition("-")[0]: i for i, name in enumerate(names)}
             while engine.has_unfinished_requests():
                 for output in engine.step():  # the rows that have just finished
-                    outputs.append(output)
+                    number = numbers[output.request_id]
+                    samples[number] = _to_sample(output.outputs[0])
                     if progress is not None:
-                        progress(len(output.outputs[0].token_ids))
-        outputs.sort(key=lambda output: int(output.request_id))  # a counter: the order of the requests
-        return [_to_sample(output.outputs[0]) for output in outputs]
+                        progress(len(samples[number].ids))
+                    if finished is not None:
+                        finished(number, samples[number])
+        return [samples[number] for number in range(len(requests))]
 
     def _params(self, request: Request, decoding: Decoding) -> Any:
         """vLLM's SamplingParams with every field that changes the distribution written out."""

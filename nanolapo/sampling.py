@@ -6,7 +6,8 @@ round, and afterwards each holds all rows. Every seed is a pure function of its 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +20,7 @@ from nanolapo.rollouts import (
     Decoding,
     Request,
     Rollouts,
+    Sample,
     concatenate,
     join_ranks,
     make_rollouts,
@@ -86,20 +88,27 @@ def monitor_pass(s: Session, watch: Stopwatch) -> dict[str, float]:
 
 
 def sample_and_grade(s: Session, plan: SamplingPlan | MonitorPlan, draw: Draw, watch: Stopwatch) -> Rollouts:
-    """Sample a group for each of these problems and grade it. From here on every rank holds all rows."""
-    with watch("sample"):
-        mine = sample(s, plan, draw)
-    with watch("grade"):
-        grade(s, mine, range(len(mine)))
-        everyone = s.ranks.gather(mine)
-        rollouts = join_ranks(everyone[:: s.config.rollout.tensor_parallel])  # the ranks of an engine sampled the same
+    """Sample a group for each of these problems and grade it while others are still being sampled. From here on every rank
+    holds all rows."""
+    with ThreadPoolExecutor(1) as beside:
+        with watch("sample"):
+            mine, verdicts = sample(s, plan, draw, beside)
+        with watch("grade"):  # what is left of it
+            mark(s, mine, range(len(mine)), [verdict for group in verdicts for verdict in group.result()])
+            everyone = s.ranks.gather(mine)
+            rollouts = join_ranks(everyone[:: s.config.rollout.tensor_parallel])  # an engine's ranks sampled the same
     rollouts.regrade = lambda edited, rows: regrade(s, edited, rows)
     s.sampled_tokens += int(rollouts.lengths_B.sum())  # as sampled: a method may shorten answers later
     return rollouts
 
 
-def sample(s: Session, plan: SamplingPlan | MonitorPlan, draw: Draw) -> Rollouts:
-    """Sample this engine's share of the problems: whole groups, every seed a pure function of its place in the step."""
+def sample(
+    s: Session, plan: SamplingPlan | MonitorPlan, draw: Draw, beside: Executor
+) -> tuple[Rollouts, list[Future[list[bool]]]]:
+    """Sample this engine's share of the problems: whole groups, every seed a pure function of its place in the step.
+
+    As soon as a group is complete `beside` grades it; the verdicts come with the rollouts, a list for each group.
+    """
     engine, engines = s.ranks.engine(s.config.rollout.tensor_parallel)
     places = list(draw)[engine::engines]  # engine e of N takes prompts e, e + N, e + 2N, ...
     problems = [s.data.problems[draw[place]] for place in places]
@@ -114,23 +123,28 @@ def sample(s: Session, plan: SamplingPlan | MonitorPlan, draw: Draw) -> Rollouts
         seed = row_seed(s.config.run.seed, s.step, places[p], g)
         requests.append(Request(prompts[key], seed, plan.max_new_tokens))
     total = len(requests) * plan.max_new_tokens
+    texts, missing, verdicts = [""] * len(requests), [plan.group_size] * len(problems), dict[int, Future[list[bool]]]()
 
     def advance(tokens: int) -> None:
         bar.update(tokens)
 
+    def finished(row: int, answer: Sample) -> None:
+        p = row // plan.group_size
+        texts[row], missing[p] = s.data.decode(answer.ids), missing[p] - 1
+        if not missing[p]:
+            group = texts[p * plan.group_size : (p + 1) * plan.group_size]
+            verdicts[p] = beside.submit(s.grader.grade_all, group, [problems[p].answer] * plan.group_size)
+
     with tqdm(total=total, unit="tok", desc="sampling", leave=False, disable=None if s.log else True) as bar:
-        samples = s.sampler.generate(requests, Decoding(plan.temperature), advance) if requests else []
+        samples = s.sampler.generate(requests, Decoding(plan.temperature), advance, finished) if requests else []
     budgets = [guidance.budget for guidance in guidances]
     rollouts = make_rollouts(problems, plan.group_size, requests, budgets, samples, s.policy.vocab_size)
-    rollouts.texts = [s.data.decode(ids) for ids in rollouts.response_ids]
-    return rollouts
+    rollouts.texts = texts
+    return rollouts, [verdicts[p] for p in range(len(problems))]
 
 
-def grade(s: Session, rollouts: Rollouts, rows: Iterable[int]) -> None:
+def mark(s: Session, rollouts: Rollouts, rows: Sequence[int], verdicts: Sequence[bool]) -> None:
     """Fill in correct_B. An answer that was cut off counts as wrong unless the method says otherwise."""
-    rows = list(rows)
-    golds = [rollouts.problems[row // rollouts.group_size].answer for row in rows]
-    verdicts = s.grader.grade_all([rollouts.texts[row] for row in rows], golds)
     s.grader.stop_if_untrustworthy()
     for row, verdict in zip(rows, verdicts, strict=True):
         rollouts.correct_B[row] = verdict and (rollouts.finished_B[row] or s.method.cut_answers_count)
@@ -142,5 +156,6 @@ def regrade(s: Session, rollouts: Rollouts, rows: Sequence[int]) -> None:
     for row in rows:
         rollouts.texts[row] = s.data.decode(rollouts.response_ids[row])
     if s.log:
-        grade(s, rollouts, rows)
+        golds = [rollouts.problems[row // rollouts.group_size].answer for row in rows]
+        mark(s, rollouts, rows, s.grader.grade_all([rollouts.texts[row] for row in rows], golds))
     rollouts.correct_B = s.ranks.gather(rollouts.correct_B)[0]

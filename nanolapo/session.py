@@ -40,7 +40,11 @@ class Sampler(Protocol):
     """What the loop asks of an engine; sampler_torch.py and sampler_vllm.py both are one."""
 
     def generate(
-        self, requests: Sequence[Request], decoding: Decoding, progress: Callable[[int], None] | None = None
+        self,
+        requests: Sequence[Request],
+        decoding: Decoding,
+        progress: Callable[[int], None] | None = None,
+        finished: Callable[[int, Sample], None] | None = None,
     ) -> list[Sample]: ...
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None: ...
     def sleep(self) -> None: ...

@@ -301,7 +301,9 @@ def test_progress_counts_every_token_and_requests_are_checked(tied: tuple[VLLMSa
     sampler, _ = tied
     seen: list[int] = []
     requests = make_requests(70)  # more than max_rows
-    samples = sampler.generate(requests, Decoding(), progress=seen.append)
+    ended: dict[int, Sample] = {}
+    samples = sampler.generate(requests, Decoding(), seen.append, ended.__setitem__)
+    assert all(ended[i] is sample for i, sample in enumerate(samples)) and list(ended) != sorted(ended)
     assert sum(seen) == sum(len(s.ids) for s in samples) and len(seen) > 1
     assert sampler.generate([], Decoding()) == []
     with pytest.raises(ValueError, match="request 1: prompt .* 513 > max_model_len 512"):

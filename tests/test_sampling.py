@@ -11,6 +11,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,15 @@ from tiny import CPU, make_config, make_rows, score_rows, update
 
 from nanolapo.alarms import MismatchError
 from nanolapo.config import Config
+from nanolapo.grader import Grader
 from nanolapo.loop import train
 from nanolapo.methods.base import Method, MonitorPlan, SamplingPlan
 from nanolapo.order import batch_indices, round_indices, weighted_order
 from nanolapo.policy import Policy
-from nanolapo.rollouts import concatenate, take_groups
-from nanolapo.session import progress
+from nanolapo.problems import load_problems
+from nanolapo.rollouts import Sample, concatenate, take_groups
+from nanolapo.sampler_torch import TorchSampler
+from nanolapo.session import Data, progress
 
 ROOT = Path(__file__).parents[1]
 TIMING = ("seconds/", "tokens_per_second", "memory_gb")
@@ -271,6 +275,56 @@ def test_take_groups_and_concatenate():
     assert [p.id for p in last.problems] == ["demo:2", "demo:0"] and last.unmatched_B.tolist() == [1, 0, 0, 0]
     both = concatenate([last, take_groups(rollouts, [1])])
     assert both.lengths_B.tolist() == [5, 6, 1, 2, 3, 4] and [p.id for p in both.problems][2] == "demo:1"
+
+
+# ------------------------------------------------------------------------------------------------------ grading
+
+
+class CutCounts(Dynamic):
+    max_rounds, cut_answers_count = 1, True
+
+
+def test_groups_are_graded_while_others_are_sampled(base, tmp_path, monkeypatch):
+    """Two rows at a time: the first groups are complete, and graded, before the last is sampled. Every row gets the verdict
+    on its own text: made up here, and right for some."""
+    tokens, asked, graded = [0], [0], threading.Event()
+    at_first_group, calls = list[int](), list[int]()
+    generate, grade_all = TorchSampler.generate, Grader.grade_all
+
+    def told_generate(self: TorchSampler, requests: Any, decoding: Any, progress: Any, finished: Any) -> list[Sample]:
+        def counted(new: int) -> None:
+            tokens[0] += new
+            progress(new)
+
+        def then_wait(row: int, sample: Sample) -> None:
+            finished(row, sample)
+            asked[0] += 1
+            if asked[0] == 4:
+                assert graded.wait(60)
+                at_first_group.append(tokens[0])
+
+        return generate(self, requests, decoding, counted, then_wait)
+
+    def told_grade(self: Grader, texts: list[str], golds: list[str]) -> list[bool]:
+        calls.append(len(texts))
+        graded.set()
+        return grade_all(self, texts, golds)
+
+    monkeypatch.setattr(TorchSampler, "generate", told_generate)
+    monkeypatch.setattr(Grader, "grade_all", told_grade)
+    problems, _ = load_problems(make_run(base, tmp_path).data.sources)
+    often = Counter(int(problem.answer) for problem in problems).most_common(3)
+    guesses = [answer for answer, _ in often]
+    monkeypatch.setattr(Data, "decode", lambda _, ids: rf"\boxed{{{guesses[ids[0] % 3]}}}")
+    method, _ = run(make_run(base, tmp_path, rollout={"max_rows": 2}), CutCounts)
+    first_step = method.of("reward")[0].lengths_B
+    assert at_first_group == [first_step[:4].sum()] and calls == [4] * 8
+    verdicts = []
+    for rollouts in method.of("reward"):
+        for row, ids in enumerate(rollouts.response_ids):
+            verdicts.append(int(rollouts.problems[row // 4].answer) == guesses[ids[0] % 3])
+            assert rollouts.correct_B[row] == verdicts[-1]
+    assert any(verdicts) and not all(verdicts)
 
 
 # ------------------------------------------------------------------------------------------------------ resume and ranks
