@@ -14,6 +14,7 @@ from nanolapo.alarms import Alarms
 from nanolapo.checkpoint import load_checkpoint, prune, save_checkpoint, save_model
 from nanolapo.config import Config
 from nanolapo.grader import Grader
+from nanolapo.locks import alone_in
 from nanolapo.methods.base import Method
 from nanolapo.metrics import RunLog, Stopwatch, memory_gb, rollout_metrics
 from nanolapo.policy import Policy
@@ -92,7 +93,7 @@ def record(s: Session, sampled: Round, metrics: dict[str, float], watch: Stopwat
 def train(config: Config, method: Method) -> None:
     """Run the method to the end, resuming where an earlier run of the same name stopped. Fills config.run_dir."""
     ranks, stop, limit = set_up_process(config), StopRequest(), token_limit(config)
-    with Grader(rule=method.grader_rule) as grader:
+    with alone_in(config.run_dir, ranks.is_main), Grader(rule=method.grader_rule) as grader:
         data = load_data(config, grader)
         method.start(data.problems)
         say(ranks, *data.report, f"{len(data.problems)} problems; {config.arithmetic(ranks.count)}")
