@@ -18,6 +18,7 @@ from nanolapo.locks import alone_in
 from nanolapo.methods.base import Method
 from nanolapo.metrics import RunLog, Stopwatch, memory_gb, rollout_metrics
 from nanolapo.policy import Policy
+from nanolapo.provenance import what_next
 from nanolapo.ranks import Ranks
 from nanolapo.sampling import Round, join_rounds, monitor_pass, next_draw, sample_and_grade
 from nanolapo.session import (
@@ -105,8 +106,10 @@ def train(config: Config, method: Method) -> None:
             method.load_state_dict(saved["method"])
             method.loss_state |= saved.get("loss", {})
             alarms.load_state_dict(saved["alarms"])
-            say(ranks, f"resuming {config.run_dir} at step {step}")
-        if progress(config, limit, step, sampled_tokens) < 1:
+        was_complete = progress(config, limit, step, sampled_tokens) >= 1
+        if not was_complete:
+            if saved:
+                say(ranks, f"resuming {config.run_dir} at step {step}")
             sampler = make_sampler(config, config.model.path, config.rollout.max_new_tokens, ranks)
             # Before the first rollout too: a resumed run must sample from the model it trains.
             sampler.load_weights(policy.named_weights())
@@ -132,7 +135,10 @@ def train(config: Config, method: Method) -> None:
             method.export(config.run_dir)
             # A kill may have come between the last save and its pruning.
             prune(config.run_dir / "checkpoints", config.run.keep_checkpoints)
-        say(ranks, f"{config.run_dir}: complete; {final_model(config)} is a plain Hugging Face folder")
+            end = f"; {final_model(config)} is a plain Hugging Face folder"
+            if was_complete:
+                end = f": trained to step {step} already, nothing left to do; {what_next(config.run_dir)}"
+            print(f"{config.run_dir}: complete{end}", flush=True)
         ranks.wait()
 
 

@@ -9,9 +9,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from test_explain import write_config
 from tiny import make_config
 
 import nanolapo.provenance
+from nanolapo.loop import train
+from nanolapo.methods import load_method
 from nanolapo.metrics import RunLog
 from nanolapo.provenance import MOST_BYTES, code_state, git, provenance, save_code, what_next
 
@@ -125,3 +128,21 @@ def test_a_finished_run_says_what_to_do_after_a_change(root, tmp_path):
     assert what_next(tmp_path, root) == f"after a change of code or config {end}"
     edit(root, "reward = 2\n")
     assert what_next(tmp_path, root) == f"this checkout has changed since (see its code.diff): {end}"
+
+
+def test_a_finished_run_started_again_is_one_line_of_advice(demo_base, root, tmp_path, monkeypatch, capsys):
+    for function in (save_code, what_next):
+        monkeypatch.setattr(function, "__defaults__", (root,))
+    config = write_config(demo_base, tmp_path, "train.steps=1")
+    ends = []
+    for _ in range(2):
+        train(config, load_method(config))
+        ends.append(capsys.readouterr().out.splitlines())
+        edit(root, "reward = 2\n")
+    run = tmp_path / "run"
+    assert ends[0][-1] == f"{run}: complete; {run / 'model'} is a plain Hugging Face folder"
+    assert ends[1][-1] == (
+        f"{run}: complete: trained to step 1 already, nothing left to do; this checkout has changed since (see its "
+        f"code.diff): take another run.name, or delete {run}"
+    )
+    assert not any("resuming" in line for line in ends[1])
