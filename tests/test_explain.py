@@ -360,6 +360,24 @@ def test_stage_2(demo_base: Path, tmp_path: Path, unsolved: bool) -> None:
     assert titled(sections, "M(q)").body[0].startswith("Eq. 8, median")
     assert titled(sections, "M(q)").body[0].endswith(f"after: {after:g} tokens")
     assert trace.metrics["reward"] == first_line(s.config.run_dir)["reward"]
+    assert "ANOTHER RULE" not in str(rewards.body[0])
+
+
+def test_stage_2_says_that_the_code_no_longer_follows_its_formula(
+    demo_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A narrower bell than Eq. 7's; the printed sigma must not claim to be what was done."""
+    original = lapo_module.internalization_reward
+    monkeypatch.setattr(lapo_module, "internalization_reward", lambda *a: original(*a[:-1], 0.9 * a[-1]))
+    config = write_config(
+        demo_base, tmp_path, "method.name=lapo:Internalization", f"lapo.length_map={tmp_path}/map.json"
+    )
+    known = LengthMap()
+    with Grader() as grader:
+        known.entries = {p.id: 20.4 for p in load_data(config, grader).problems}
+    known.save(tmp_path / "map.json")
+    _, _, sections = watch(config)
+    assert "ANOTHER RULE" in str(titled(sections, "its reward").body[0])
 
 
 def test_a_formula_that_the_code_no_longer_follows_says_so(
