@@ -150,10 +150,11 @@ def test_the_last_table_is_the_line_of_metrics_jsonl(told: tuple[Path, Session, 
     text = console(sections)
     for row in text[text.index("The step in metrics.jsonl") :].splitlines()[4:]:
         name, value = row.split()
-        printed[name] = float(value)
+        printed[name] = None if value == "null" else float(value)
     assert {"reward", "accuracy", "length", "grad_norm", "mismatch", "clip_fraction", "loss"} < printed.keys()
     assert printed == {name: value for name, value in line.items() if name != "step"}
-    assert printed["clip_fraction"] > 0, "no token is clipped: the tests below would prove little"
+    assert printed["map/moved_mean"] is None, "M(q) cannot have moved in the first step"
+    assert (printed["clip_fraction"] or 0) > 0, "no token is clipped: the tests below would prove little"
 
 
 def test_the_followed_problem_is_in_rollouts_jsonl_with_the_same_numbers(

@@ -20,6 +20,7 @@ from tiny import CPU, make_config, make_rows, score_rows, update
 from nanolapo.checkpoint import save_checkpoint
 from nanolapo.config import Config
 from nanolapo.config_file import load_config
+from nanolapo.methods.base import Method
 from nanolapo.metrics import RunLog, Stopwatch, append, keep_steps_before, rollout_metrics
 from nanolapo.policy import Policy
 
@@ -101,6 +102,12 @@ def test_accuracy_is_the_verdict_and_reward_the_sum_of_parts():
     assert metrics["length"] == 6 and metrics["length_correct"] == 3 and metrics["length_p90"] == pytest.approx(8.4)
     none_right = make_rows([3, 9])
     assert math.isnan(rollout_metrics(none_right, {"correct": np.zeros(2)})["length_correct"])
+
+
+def test_a_method_without_a_length_reward_logs_none():
+    """A 0 would look like a length reward that nobody gets."""
+    logged = rollout_metrics(ROLLOUTS, Method(make_config()).reward(ROLLOUTS))
+    assert [name for name in logged if name.startswith("reward/")] == ["reward/correct"]
 
 
 def test_config_yaml_of_a_run_reads_back_and_names_versions(tmp_path):
