@@ -333,6 +333,17 @@ def test_the_real_run_is_left_alone(demo_base: Path, tmp_path: Path, capsys: pyt
     )
 
 
+def test_the_sections_are_those_of_the_walkthrough(told: tuple[Path, Session, Trace, list[Section]]) -> None:
+    """By number, as it says at its top: each names a file that the section of the page gives as the place of the code."""
+    walk = (ROOT / "docs/WALKTHROUGH.md").read_text(encoding="utf-8").partition("\n## Stage 2")[0]
+    parts = re.split(r"^## (\d+)\..*$", walk, flags=re.MULTILINE)
+    sections = told[3]
+    assert parts[1::2] == [str(n) for n in range(1, 12)] and len(sections) == 12
+    for number, text in zip(parts[1::2], parts[2::2], strict=True):
+        files = re.findall(r"[\w/]+\.py", sections[int(number) - 1].where)
+        assert files and any(f"`nanolapo/{file}`" in text for file in files), (number, files)
+
+
 @pytest.mark.parametrize("unsolved", [False, True])
 def test_stage_2(demo_base: Path, tmp_path: Path, unsolved: bool) -> None:
     overrides = ["method.name=lapo:Internalization", f"lapo.length_map={tmp_path}/map.json", "train.steps=5"]
