@@ -82,7 +82,7 @@ def record(s: Session, sampled: Round, metrics: dict[str, float], watch: Stopwat
         "tokens_per_second": tokens / watch.total(),
         **{f"seconds/{phase}": seconds for phase, seconds in watch.seconds.items()},
     }
-    s.log.step(s.step, metrics)
+    s.log.step(s.step, metrics, progress(s.config, s.token_limit, s.step + 1, s.sampled_tokens))
     s.log.rollouts(s.step, rollouts, parts)
     every = s.config.run.print_every
     if every and s.step % every == 0:
@@ -106,14 +106,14 @@ def train(config: Config, method: Method) -> None:
             method.load_state_dict(saved["method"])
             method.loss_state |= saved.get("loss", {})
             alarms.load_state_dict(saved["alarms"])
-        was_complete = progress(config, limit, step, sampled_tokens) >= 1
-        if not was_complete:
+        share = progress(config, limit, step, sampled_tokens)
+        if share < 1:
             if saved:
                 say(ranks, f"resuming {config.run_dir} at step {step}")
             sampler = make_sampler(config, config.model.path, config.rollout.max_new_tokens, ranks)
             # Before the first rollout too: a resumed run must sample from the model it trains.
             sampler.load_weights(policy.named_weights())
-            log = RunLog(config, step, saved.get("wandb_id")) if ranks.is_main else None
+            log = RunLog(config, step, saved.get("wandb_id"), share) if ranks.is_main else None
             s = Session(config, method, ranks, data, grader, policy, sampler, alarms, log, limit, step, sampled_tokens)
             while s.progress < 1:
                 run_step(s)
@@ -136,7 +136,7 @@ def train(config: Config, method: Method) -> None:
             # A kill may have come between the last save and its pruning.
             prune(config.run_dir / "checkpoints", config.run.keep_checkpoints)
             end = f"; {final_model(config)} is a plain Hugging Face folder"
-            if was_complete:
+            if share >= 1:  # before this process
                 end = f": trained to step {step} already, nothing left to do; {what_next(config.run_dir)}"
             print(f"{config.run_dir}: complete{end}", flush=True)
         ranks.wait()

@@ -97,8 +97,9 @@ def write_config(config: Config) -> None:
 class RunLog:
     """Writes the files of a run directory; on ranks other than 0 it is never made."""
 
-    def __init__(self, config: Config, start_step: int, wandb_id: str | None) -> None:
-        self.config, self.started, self.start_step = config, time.time(), start_step
+    def __init__(self, config: Config, start_step: int, wandb_id: str | None, start_share: float = 0.0) -> None:
+        """start_share: what of the run was done before this process, see session.progress."""
+        self.config, self.started, self.start_share = config, time.time(), start_share
         self.dir = config.run_dir
         self.dir.mkdir(parents=True, exist_ok=True)
         write_config(config)
@@ -120,22 +121,20 @@ class RunLog:
             except wandb.Error as error:
                 print(f"wandb could not start, the run goes on without it: {error}", flush=True)
 
-    def step(self, step: int, metrics: dict[str, float]) -> None:
-        """Append one line to metrics.jsonl, send it to wandb, print the console line."""
+    def step(self, step: int, metrics: dict[str, float], share: float) -> None:
+        """Append one line to metrics.jsonl, send it to wandb, print the console line. `share` of the run is done now."""
         # JSON has no NaN: a mean over nothing is written as null.
         plain = {name: value if np.isfinite(value) else None for name, value in metrics.items()}
         append(self.dir / "metrics.jsonl", [{"step": step, **plain}])
         if self.tracker is not None:
             self.tracker.log(metrics, step=step)
-        done = step + 1 - self.start_step
-        left = (time.time() - self.started) / done * (self.config.train.steps - step - 1)
-        m, t = metrics, self.config.train
-        bound = "at most " if t.sampled_tokens or t.match_runs else ""  # the tokens end such a run before its steps do
+        left = (time.time() - self.started) / (share - self.start_share) * max(0.0, 1 - share)
+        m = metrics
         print(
             f"step {step + 1}/{self.config.train.steps} | reward {m['reward']:.3f} | acc {m['accuracy']:.1%} | "
             f"len {m['length']:.1f} p90 {m['length_p90']:.0f} | cut {m['truncated']:.1%} | "
             f"no signal {m['no_signal']:.0%} | mismatch {m['mismatch']:.1e} | grad {m['grad_norm']:.3f} | "
-            f"{m['tokens_per_second']:,.0f} tok/s | {m['memory_gb']:.1f} GB | {bound}{left / 60:.1f} min left",
+            f"{m['tokens_per_second']:,.0f} tok/s | {m['memory_gb']:.1f} GB | {left / 60:.1f} min left",
             flush=True,
         )
 
