@@ -72,7 +72,8 @@ report: install  ## one HTML page with tables, plots and every logged rollout (R
 	$(PY) -m nanolapo.html_report $(RUNS) --out $(OUT)
 
 exercise: install  ## is exercise N of docs/EXERCISES.md right? (N=3)
-	@$(PY) tests/exercises/run.py $(N)
+	@$(PY) tests/exercises/run.py $(N) || { code=$$?; \
+	  if [ $$code = 1 ]; then echo "(make calls this an error in the next line; nothing has crashed)"; fi; exit $$code; }
 
 test: vllm  ## every test that this machine can run, the real vLLM ones included
 	$(PY) -m pytest

@@ -35,6 +35,7 @@ from nanolapo import cli
 from nanolapo.checkpoint import save_model
 from nanolapo.demo_sentences import state_length
 from nanolapo.demo_task import LABELS, LEVELS, Chain, random_chain
+from nanolapo.locks import make_once
 from nanolapo.prompts import NO_GUIDANCE
 
 TEMPLATE = "{question} <think>"  # prompt.template of the demo configs
@@ -272,11 +273,9 @@ def main(settings: DemoConfig = DemoConfig()) -> None:  # noqa: B008 (frozen)
     config, action = cli.parse(__doc__ or "")
     if action == "dry-run":
         print(settings)
-    elif (Path(config.model.path) / "config.json").exists():
-        print(f"{config.model.path} exists; remove it to pre-train again")
     else:
         torch.set_num_threads(config.run.threads or torch.get_num_threads())
-        pretrain(config.model.path, settings, config.run.seed)
+        make_once(Path(config.model.path), lambda: pretrain(config.model.path, settings, config.run.seed))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from nanolapo.explain_sampled import (
 from nanolapo.explain_trace import Trace
 from nanolapo.explain_trained import the_line, the_memory, the_sync, the_tokens, the_update
 from nanolapo.grader import Grader
+from nanolapo.locks import alone_in
 from nanolapo.loop import run_step
 from nanolapo.methods.base import Method
 from nanolapo.metrics import RunLog
@@ -40,7 +41,7 @@ def explain(config: Config, method: Method) -> None:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("--explain watches one process: start the script with python, not with torchrun")
     config = beside(config)
-    with Grader(rule=method.grader_rule) as grader:
+    with alone_in(config.run_dir), Grader(rule=method.grader_rule) as grader:
         s, trace = first_step(config, method, grader)
         sections = story(s, trace)
     print(console(sections))

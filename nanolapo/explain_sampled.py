@@ -25,6 +25,7 @@ from nanolapo.session import Session
 MOST_TEXT = 2000  # characters of a prompt or an answer; the middle of a longer one is left out
 MOST_IDS = 200  # of a prompt
 BLANK = "\N{OPEN BOX}"
+OTHER_RULE = ". THE CODE HAS ANOTHER RULE BY NOW: the column shows what it gave, not this formula"
 
 
 @dataclass(frozen=True)
@@ -190,14 +191,18 @@ def the_rewards(v: View) -> Section:
             if method.readings.strict_range and not low < high:
                 r1, formula = 0.0 * r1, f"{formula}; 0 for all here: lapo.fidelity leaves out a range of a single point"
             if not np.allclose(parts["length"], c.alpha * r1):
-                formula += ". THE CODE HAS ANOTHER RULE BY NOW: the column shows what it gave, not this formula"
+                formula += OTHER_RULE
     if isinstance(method, Internalization):
         formula = (
             f"R_I = c + beta R2, beta = {num(method.beta)}; R2 = exp(-(L - n)^2 / (2 sigma^2)) for a right answer, "
         )
         formula += f"sigma = {num(method.sigma)}, 0 for a wrong one"
         names, total = {"correct": "c", "length": "beta R2 (Eq. 7)"}, "R_I (Eq. 6)"
-        columns["n"] = [num(v.trace.centers[v.problem.id])] * len(lengths)
+        n = v.trace.centers[v.problem.id]
+        columns["n"] = [num(n)] * len(lengths)
+        r2 = right * np.exp(-((lengths - n) ** 2) / (2 * method.sigma**2))
+        if not np.allclose(parts["length"], method.beta * np.nan_to_num(r2)):  # without an n there is no length reward
+            formula += OTHER_RULE
     for name, values in parts.items():
         columns[names.get(name, name)] = [num(value) for value in values]
     columns[total] = [num(value) for value in v.trace.rewards_PG[v.group]]

@@ -105,7 +105,7 @@ class Trace:
             (s.method, "advantage", on_advantage),
             (s.method, "loss", on_loss),
             (s.policy, "step", lambda norm: self.norms.append(norm)),
-            (s.log, "step", lambda _, step, metrics: self.metrics.update(metrics)),
+            (s.log, "step", lambda _, step, metrics, share: self.metrics.update(metrics)),
         ):
             ears.enter_context(listening(part, name, hear))
         if isinstance(s.method, Internalization):

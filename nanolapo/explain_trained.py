@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -141,7 +143,8 @@ def the_memory(v: View) -> Section:
 
 
 def the_line(v: View) -> Section:
-    rows = [[name, repr(float(value))] for name, value in v.trace.metrics.items()]
+    # A mean over nothing is nan to us, and null in the file.
+    rows = [[name, repr(float(x)) if math.isfinite(x) else "null"] for name, x in v.trace.metrics.items()]
     return Section(
         "The step in metrics.jsonl",
         "metrics.py: rollout_metrics; update.py: summarize; docs/METRICS.md explains every name",

@@ -14,9 +14,11 @@ from nanolapo.alarms import Alarms
 from nanolapo.checkpoint import load_checkpoint, prune, save_checkpoint, save_model
 from nanolapo.config import Config
 from nanolapo.grader import Grader
+from nanolapo.locks import alone_in
 from nanolapo.methods.base import Method
 from nanolapo.metrics import RunLog, Stopwatch, memory_gb, rollout_metrics
 from nanolapo.policy import Policy
+from nanolapo.provenance import what_next
 from nanolapo.ranks import Ranks
 from nanolapo.sampling import Round, join_rounds, monitor_pass, next_draw, sample_and_grade
 from nanolapo.session import (
@@ -80,7 +82,7 @@ def record(s: Session, sampled: Round, metrics: dict[str, float], watch: Stopwat
         "tokens_per_second": tokens / watch.total(),
         **{f"seconds/{phase}": seconds for phase, seconds in watch.seconds.items()},
     }
-    s.log.step(s.step, metrics)
+    s.log.step(s.step, metrics, progress(s.config, s.token_limit, s.step + 1, s.sampled_tokens))
     s.log.rollouts(s.step, rollouts, parts)
     every = s.config.run.print_every
     if every and s.step % every == 0:
@@ -92,7 +94,7 @@ def record(s: Session, sampled: Round, metrics: dict[str, float], watch: Stopwat
 def train(config: Config, method: Method) -> None:
     """Run the method to the end, resuming where an earlier run of the same name stopped. Fills config.run_dir."""
     ranks, stop, limit = set_up_process(config), StopRequest(), token_limit(config)
-    with Grader(rule=method.grader_rule) as grader:
+    with alone_in(config.run_dir, ranks.is_main), Grader(rule=method.grader_rule) as grader:
         data = load_data(config, grader)
         method.start(data.problems)
         say(ranks, *data.report, f"{len(data.problems)} problems; {config.arithmetic(ranks.count)}")
@@ -104,12 +106,14 @@ def train(config: Config, method: Method) -> None:
             method.load_state_dict(saved["method"])
             method.loss_state |= saved.get("loss", {})
             alarms.load_state_dict(saved["alarms"])
-            say(ranks, f"resuming {config.run_dir} at step {step}")
-        if progress(config, limit, step, sampled_tokens) < 1:
+        share = progress(config, limit, step, sampled_tokens)
+        if share < 1:
+            if saved:
+                say(ranks, f"resuming {config.run_dir} at step {step}")
             sampler = make_sampler(config, config.model.path, config.rollout.max_new_tokens, ranks)
             # Before the first rollout too: a resumed run must sample from the model it trains.
             sampler.load_weights(policy.named_weights())
-            log = RunLog(config, step, saved.get("wandb_id")) if ranks.is_main else None
+            log = RunLog(config, step, saved.get("wandb_id"), share) if ranks.is_main else None
             s = Session(config, method, ranks, data, grader, policy, sampler, alarms, log, limit, step, sampled_tokens)
             while s.progress < 1:
                 run_step(s)
@@ -131,7 +135,10 @@ def train(config: Config, method: Method) -> None:
             method.export(config.run_dir)
             # A kill may have come between the last save and its pruning.
             prune(config.run_dir / "checkpoints", config.run.keep_checkpoints)
-        say(ranks, f"{config.run_dir}: complete; {final_model(config)} is a plain Hugging Face folder")
+            end = f"; {final_model(config)} is a plain Hugging Face folder"
+            if share >= 1:  # before this process
+                end = f": trained to step {step} already, nothing left to do; {what_next(config.run_dir)}"
+            print(f"{config.run_dir}: complete{end}", flush=True)
         ranks.wait()
 
 

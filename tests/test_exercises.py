@@ -90,6 +90,30 @@ def test_the_solution_passes(number, tmp_path):
     assert run(tree, number) == (0, [f"exercise {number}: right"])
 
 
+@pytest.mark.slow
+def test_make_says_that_its_own_error_line_is_no_crash(tmp_path):
+    """And hands the exit code on: make's is 2 for any failure, and names run.py's."""
+    tree = copy_of_the_tree(tmp_path / "tree")
+    shutil.copy(ROOT / "Makefile", tree)
+    (tree / ".venv").mkdir()
+    (tree / ".venv/.core").touch()  # installed, as far as make can see
+
+    def make(number: int) -> subprocess.CompletedProcess[str]:
+        command = ["make", "exercise", f"N={number}", f"PY={sys.executable}"]
+        environment = os.environ | {"LC_ALL": "C"}
+        return subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=tree, env=environment)
+
+    wrong = make(1)
+    first, second = wrong.stdout.splitlines()
+    assert first.startswith("exercise 1: not right yet: ") and "nothing has crashed" in second
+    assert wrong.returncode == 2 and "Error 1" in wrong.stderr
+    missing = make(99)
+    assert "give the number" in missing.stdout and "crashed" not in missing.stdout and "Error 2" in missing.stderr
+    apply(SOLUTIONS[1], tree)
+    right = make(1)
+    assert (right.returncode, right.stdout, right.stderr) == (0, "exercise 1: right\n", "")
+
+
 def test_run_says_which_exercises_there_are():
     for numbers in ([], [str(len(CHECKS) + 1)], ["one"]):
         command = [sys.executable, str(ROOT / "tests/exercises/run.py"), *numbers]

@@ -150,10 +150,11 @@ def test_the_last_table_is_the_line_of_metrics_jsonl(told: tuple[Path, Session, 
     text = console(sections)
     for row in text[text.index("The step in metrics.jsonl") :].splitlines()[4:]:
         name, value = row.split()
-        printed[name] = float(value)
+        printed[name] = None if value == "null" else float(value)
     assert {"reward", "accuracy", "length", "grad_norm", "mismatch", "clip_fraction", "loss"} < printed.keys()
     assert printed == {name: value for name, value in line.items() if name != "step"}
-    assert printed["clip_fraction"] > 0, "no token is clipped: the tests below would prove little"
+    assert printed["map/moved_mean"] is None, "M(q) cannot have moved in the first step"
+    assert (printed["clip_fraction"] or 0) > 0, "no token is clipped: the tests below would prove little"
 
 
 def test_the_followed_problem_is_in_rollouts_jsonl_with_the_same_numbers(
@@ -321,13 +322,26 @@ def test_the_real_run_is_left_alone(demo_base: Path, tmp_path: Path, capsys: pyt
         explain(config, load_method(config))
         assert state() == before
         names = sorted(path.name for path in (tmp_path / "explain-run").iterdir())
-        assert names == ["config.yaml", "explain.html", "metrics.jsonl", "rollouts.jsonl"]
+        assert [name for name in names if name != "code.diff"] == [  # code.diff: in a git checkout
+            "config.yaml", "explain.html", "metrics.jsonl", "rollouts.jsonl",
+        ]  # fmt: skip
         assert len((tmp_path / "explain-run/metrics.jsonl").read_text().splitlines()) == 1
     output = capsys.readouterr().out
     assert (
         output.count("12. The step in metrics.jsonl") == 2
         and f"wrote {tmp_path / 'explain-run/explain.html'}" in output
     )
+
+
+def test_the_sections_are_those_of_the_walkthrough(told: tuple[Path, Session, Trace, list[Section]]) -> None:
+    """By number, as it says at its top: each names a file that the section of the page gives as the place of the code."""
+    walk = (ROOT / "docs/WALKTHROUGH.md").read_text(encoding="utf-8").partition("\n## Stage 2")[0]
+    parts = re.split(r"^## (\d+)\..*$", walk, flags=re.MULTILINE)
+    sections = told[3]
+    assert parts[1::2] == [str(n) for n in range(1, 12)] and len(sections) == 12
+    for number, text in zip(parts[1::2], parts[2::2], strict=True):
+        files = re.findall(r"[\w/]+\.py", sections[int(number) - 1].where)
+        assert files and any(f"`nanolapo/{file}`" in text for file in files), (number, files)
 
 
 @pytest.mark.parametrize("unsolved", [False, True])
@@ -358,6 +372,24 @@ def test_stage_2(demo_base: Path, tmp_path: Path, unsolved: bool) -> None:
     assert titled(sections, "M(q)").body[0].startswith("Eq. 8, median")
     assert titled(sections, "M(q)").body[0].endswith(f"after: {after:g} tokens")
     assert trace.metrics["reward"] == first_line(s.config.run_dir)["reward"]
+    assert "ANOTHER RULE" not in str(rewards.body[0])
+
+
+def test_stage_2_says_that_the_code_no_longer_follows_its_formula(
+    demo_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A narrower bell than Eq. 7's; the printed sigma must not claim to be what was done."""
+    original = lapo_module.internalization_reward
+    monkeypatch.setattr(lapo_module, "internalization_reward", lambda *a: original(*a[:-1], 0.9 * a[-1]))
+    config = write_config(
+        demo_base, tmp_path, "method.name=lapo:Internalization", f"lapo.length_map={tmp_path}/map.json"
+    )
+    known = LengthMap()
+    with Grader() as grader:
+        known.entries = {p.id: 20.4 for p in load_data(config, grader).problems}
+    known.save(tmp_path / "map.json")
+    _, _, sections = watch(config)
+    assert "ANOTHER RULE" in str(titled(sections, "its reward").body[0])
 
 
 def test_a_formula_that_the_code_no_longer_follows_says_so(

@@ -467,6 +467,16 @@ def test_other_directories_are_named_and_model_folders_passed_over(tmp_path):
     assert found.data["rollouts"]["runs"] == ["r"]  # given twice, shown once
 
 
+def test_what_explain_has_left_is_no_run(tmp_path):
+    """It has the files of a run, with a single step in them, and the default RUNS of make report names it."""
+    folders = two_stages(tmp_path)
+    explained = write_run(tmp_path / "explain-stage1", [rollout()])
+    (explained / "explain.html").write_text("<!DOCTYPE html>")
+    material = read_all([*folders, explained])
+    assert [run.name for run in material.runs] == ["stage1", "stage2"] and material.notes == []
+    assert html(*folders, explained) == html(*folders)
+
+
 def test_names_tell_seeds_apart(tmp_path):
     assert names([tmp_path / "seed0/a", tmp_path / "seed1/a", tmp_path / "b"]) == ["seed0/a", "seed1/a", "b"]
 

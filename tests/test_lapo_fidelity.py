@@ -236,4 +236,14 @@ def test_metrics_of_the_map():
     logged = stage2.after_step(pair([700, 900], budget=1000))
     assert logged["map/solved_fraction"] == 1 and logged["map/target_mean"] == 800
     assert logged["map/moved_mean"] == -200 and logged["budget/above_length"] == 200
-    assert not any(np.isnan(list(method(Discovery, "recommended").after_step(pair([5, 5])).values())))
+
+
+def test_a_mean_over_no_problem_is_no_number():
+    """0 would say that M(q) stands still, or that no token suffices."""
+    stage1 = method(Discovery, "recommended")
+    first = stage1.after_step(pair([5, 5]))
+    assert first["map/target_mean"] == 5 and np.isnan(first["map/moved_mean"])
+    assert stage1.after_step(pair([9, 9]))["map/moved_mean"] == 4
+    unsolved = stage1.after_step(make_rows([7, 7], correct=[False, False]))
+    assert unsolved["map/solved_fraction"] == 0 and np.isnan(unsolved["map/target_mean"])
+    assert np.isnan(unsolved["map/moved_mean"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import time
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
@@ -15,11 +16,15 @@ import numpy as np
 import pytest
 import wandb
 import yaml
+from test_explain import write_config as write_explain_config
 from tiny import CPU, make_config, make_rows, score_rows, update
 
+from nanolapo import loop
 from nanolapo.checkpoint import save_checkpoint
 from nanolapo.config import Config
 from nanolapo.config_file import load_config
+from nanolapo.methods import load_method
+from nanolapo.methods.base import Method
 from nanolapo.metrics import RunLog, Stopwatch, append, keep_steps_before, rollout_metrics
 from nanolapo.policy import Policy
 
@@ -40,9 +45,9 @@ def run_config(folder: Path, **sections: dict[str, object]) -> Config:
 
 
 def write_steps(config: Config, start: int, stop: int) -> RunLog:
-    log = RunLog(config, start, None)
+    log = RunLog(config, start, None, start / 100)
     for step in range(start, stop):
-        log.step(step, step_metrics())
+        log.step(step, step_metrics(), (step + 1) / 100)
         log.rollouts(step, ROLLOUTS, PARTS)
     log.close()
     return log
@@ -77,7 +82,7 @@ def test_D11_a_half_written_last_line_goes(tmp_path, tail):
 
 def test_nan_and_infinity_become_null(tmp_path):
     log = RunLog(run_config(tmp_path), 0, None)
-    log.step(0, step_metrics() | {"length_correct": math.nan, "grad_norm": math.inf, "other": np.float32(2)})
+    log.step(0, step_metrics() | {"length_correct": math.nan, "grad_norm": math.inf, "other": np.float32(2)}, 0.01)
     text = (tmp_path / "r/metrics.jsonl").read_text()
     row = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert row["length_correct"] is None and row["grad_norm"] is None and row["other"] == 2
@@ -103,6 +108,12 @@ def test_accuracy_is_the_verdict_and_reward_the_sum_of_parts():
     assert math.isnan(rollout_metrics(none_right, {"correct": np.zeros(2)})["length_correct"])
 
 
+def test_a_method_without_a_length_reward_logs_none():
+    """A 0 would look like a length reward that nobody gets."""
+    logged = rollout_metrics(ROLLOUTS, Method(make_config()).reward(ROLLOUTS))
+    assert [name for name in logged if name.startswith("reward/")] == ["reward/correct"]
+
+
 def test_config_yaml_of_a_run_reads_back_and_names_versions(tmp_path):
     config = run_config(tmp_path, train={"steps": 7})
     RunLog(config, 0, None)
@@ -114,13 +125,50 @@ def test_config_yaml_of_a_run_reads_back_and_names_versions(tmp_path):
 
 def test_one_console_line_a_step_and_two_examples(tmp_path, capsys):
     log = RunLog(run_config(tmp_path, train={"steps": 5}), 0, None)
-    log.step(0, step_metrics())
+    log.step(0, step_metrics(), 0.2)
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and out.startswith("step 1/5 | reward 0.375 | acc 25.0% | len 6.0")
     log.show_examples(0, ROLLOUTS, PARTS)
     out = capsys.readouterr().out
     assert "best rollout: correct 1.00, length 0.50 | length 3 | budget none" in out
     assert "worst rollout: correct 0.00, length 0.00 | length 9 | budget 5" in out
+
+
+@pytest.mark.parametrize(("before", "now", "left"), [(0.0, 0.25, "3.0"), (0.5, 0.75, "1.0"), (0.0, 1.1, "0.0")])
+def test_the_time_left_follows_the_share_that_is_done(tmp_path, capsys, before, now, left):
+    """A minute for a quarter of the run leaves three for the rest, whatever the step's number. More than all: the last step
+    may sample more tokens than were left."""
+    log = RunLog(run_config(tmp_path, train={"steps": 400}), 3, None, before)
+    log.started = time.time() - 60
+    log.step(3, step_metrics(), now)
+    assert capsys.readouterr().out.endswith(f" | {left} min left\n")
+
+
+@pytest.mark.slow
+def test_a_run_that_ends_by_its_tokens_counts_them_for_the_time_left(tmp_path, monkeypatch, demo_base):
+    """Resumed, too: the share that is told after a step is that of the sampled tokens in its line."""
+    told = []
+
+    class Told(RunLog):
+        def step(self, step: int, metrics: dict[str, float], share: float) -> None:
+            told.append((step, self.start_share, share))
+            super().step(step, metrics, share)
+
+    monkeypatch.setattr(loop, "RunLog", Told)
+    for steps in (2, 400):  # the first time its steps end the run
+        overrides = [
+            f"train.steps={steps}",
+            "train.sampled_tokens=20000",
+            "train.learning_rate=1e-4",
+            "run.log_rollouts=0",
+        ]
+        config = write_explain_config(demo_base, tmp_path, *overrides)
+        loop.train(config, load_method(config))
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    tokens = [line["sampled_tokens"] / 20000 for line in lines]
+    assert tokens[1] < 1 <= tokens[-1] and 3 < len(tokens) < 10
+    assert told[:2] == [(0, 0.0, 0.5), (1, 0.0, 1.0)]
+    assert told[2:] == [(i, tokens[1], tokens[i]) for i in range(2, len(tokens))]
 
 
 def test_stopwatch_adds_up():

@@ -136,14 +136,14 @@ class Lapo(Method):
         return [(p, lengths[g][usable[g]]) for g, p in enumerate(rollouts.problems)]
 
     def map_metrics(self, problems: Sequence[Problem], before: Sequence[float | None]) -> dict[str, float]:
-        """How far the map has come: solved share, mean target, mean change on this step's problems."""
+        """How far the map has come: solved share, mean target, mean change on this step's problems; nan: of nothing."""
         known = [t for t in self.length_map.entries.values() if t is not None]
         pairs = [(self.length_map.target(p.id), b) for p, b in zip(problems, before, strict=True)]
         moved = [t - b for t, b in pairs if t is not None and b is not None]
         return {
             "map/solved_fraction": len(known) / max(1, len(self.length_map)),
-            "map/target_mean": float(np.mean(known)) if known else 0.0,
-            "map/moved_mean": float(np.mean(moved)) if moved else 0.0,
+            "map/target_mean": float(np.mean(known)) if known else math.nan,
+            "map/moved_mean": float(np.mean(moved)) if moved else math.nan,
         }
 
 
