@@ -84,6 +84,7 @@ faults: vllm  ## break runs in 70 ways and resume them: docs/RELIABILITY.md (COU
 bench: vllm  ## docs/PERFORMANCE.md's numbers: step against its floors, growth, TRL (MODEL=folder or hub name; half an hour)
 	$(PIP) -e ".[bench]"
 	$(PY) tests/benchmarks/step.py --model $(MODEL) --engine torch --out runs/bench/step_torch_bfloat16.json
+	$(PY) tests/benchmarks/step.py --model $(MODEL) --engine torch --compile --no-floors --out runs/bench/step_compiled_bfloat16.json
 	$(PY) tests/benchmarks/step.py --model $(MODEL) --engine vllm --out runs/bench/step_vllm_bfloat16.json
 	$(PY) tests/benchmarks/step.py --model $(MODEL) --engine torch --dtype float32 --out runs/bench/step_torch_float32.json
 	$(PY) tests/benchmarks/growth.py --out runs/bench/growth.json

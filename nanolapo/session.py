@@ -27,7 +27,7 @@ from nanolapo.config_checks import validate
 from nanolapo.grader import Grader
 from nanolapo.methods.base import Method
 from nanolapo.metrics import RunLog
-from nanolapo.policy import Policy
+from nanolapo.policy import Policy, compile_token_wise
 from nanolapo.problems import Problem, load_problems
 from nanolapo.prompts import Prompter, split_by_length
 from nanolapo.ranks import Ranks
@@ -179,9 +179,12 @@ def make_sampler(config: Config, model_path: str, max_new_tokens: int, ranks: Ra
         if r.engine == "auto" and ranks.is_main:
             print("rollouts: vLLM is not installed, using the torch sampler; `make vllm` installs vLLM")
         try:
-            return TorchSampler(model_path, dtype, ranks.device, max_rows=r.max_rows)
+            sampler = TorchSampler(model_path, dtype, ranks.device, max_rows=r.max_rows)
         except (OSError, ValueError, SafetensorError) as error:  # in evaluation nobody has loaded these weights before
             raise UserError(f"{model_path}: the model cannot be loaded ({str(error).strip()[:200]})") from None
+        if config.model.compile:
+            compile_token_wise(sampler.model)
+        return sampler
     from nanolapo.sampler_vllm import VLLMSampler
 
     return VLLMSampler(

@@ -12,11 +12,15 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
-from nanolapo.config import UserError
+from nanolapo.config import Config, UserError
+from nanolapo.config_file import build
+from nanolapo.ranks import Ranks
 from nanolapo.rollouts import Decoding, Request
 from nanolapo.sampler_torch import TorchSampler, pick_tokens
+from nanolapo.session import make_sampler as make_run_sampler
 
 VOCAB = 40
 SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -133,6 +137,22 @@ def test_first_token_has_the_right_frequencies(tmp_path: Path, temperature: floa
     assert (np.abs(counts - 4000 * probs) <= 5 * np.sqrt(4000 * probs * (1 - probs)) + 1e-9).all()
     for sample in samples[:50]:  # log-probs are those of the full distribution, also under top-p
         assert sample.logprobs[0] == pytest.approx(np.log(full[sample.ids[0]]), abs=1e-4)
+
+
+def test_compiling_changes_speed_not_samples(tmp_path: Path) -> None:
+    """With model.compile: few graphs serve prompts and single tokens, whatever the number of rows, and are really used."""
+    folder, asked = save_model(tmp_path), requests(40)
+    plain = make_sampler(folder, 16).generate(asked, Decoding())
+    torch._dynamo.reset()
+    counters.clear()
+    values = {
+        "model": {"path": folder, "dtype": "float32", "compile": True},
+        "rollout": {"engine": "torch", "max_rows": 16},
+    }
+    compiled = make_run_sampler(build(Config, values, ""), folder, 24, Ranks()).generate(asked, Decoding())
+    assert 2 <= counters["stats"]["unique_graphs"] <= 6
+    for a, b in zip(plain, compiled, strict=True):
+        assert a.ids.tolist() == b.ids.tolist() and np.abs(a.logprobs - b.logprobs).max() < 1e-4
 
 
 def test_zero_probability_is_never_drawn() -> None:

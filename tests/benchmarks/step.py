@@ -50,7 +50,7 @@ class LastMetrics:
 
     metrics: dict[str, float] = {}
 
-    def step(self, step: int, metrics: dict[str, float]) -> None:
+    def step(self, step: int, metrics: dict[str, float], share: float) -> None:
         self.metrics = metrics
 
     def rollouts(self, *_: Any) -> None: ...
@@ -59,7 +59,10 @@ class LastMetrics:
 def config_of(args: Any) -> Config:
     values = {
         "run": {"print_every": 0},
-        "model": {"path": args.model, "dtype": args.dtype, "gradient_checkpointing": args.gradient_checkpointing},
+        "model": {
+            "path": args.model, "dtype": args.dtype, "gradient_checkpointing": args.gradient_checkpointing,
+            "compile": args.compile,
+        },
         "rollout": {
             "engine": args.engine, "prompts_per_step": args.prompts, "group_size": args.group, "max_prompt_tokens": 128,
             "max_new_tokens": args.tokens, "max_rows": min(256, args.prompts * args.group), "mismatch_factor": 1e9,
@@ -100,6 +103,7 @@ def main() -> None:
     p.add_argument("--engine", default="vllm", choices=("vllm", "torch"))
     p.add_argument("--microbatch-tokens", type=int, default=1024)
     p.add_argument("--gradient-checkpointing", action="store_true")
+    p.add_argument("--compile", action="store_true", help="model.compile; the first step, not counted, takes longer")
     p.add_argument("--peak-tflops", type=float, default=0.0, help="of the device, for the update's MFU")
     p.add_argument("--no-floors", action="store_true")
     args = p.parse_args()

@@ -1,0 +1,84 @@
+"""The scripts of `make bench` run, on a tiny model, and their numbers are what they say.
+
+Run: python -m pytest tests/test_benchmark_scripts.py        TRL's script needs TRL's own environment and is not run here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from round_methods import make_base
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ROOT / "tests" / "benchmarks"
+
+
+def script(name: str, *arguments: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(SCRIPTS / name), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def step(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+    folder = tmp_path_factory.mktemp("bench")
+    make_base(folder / "model")
+    out = folder / "runs" / "step_torch_float32.json"
+    out.parent.mkdir()
+    sizes = ["--prompts", "2", "--group", "3", "--tokens", "5", "--steps", "3", "--dtype", "float32"]
+    said = script("step.py", "--model", str(folder / "model"), "--engine", "torch", *sizes, "--out", str(out))
+    return out, json.loads(out.read_text()), said
+
+
+def test_the_step_is_the_sum_of_its_phases_and_the_tokens_are_those_asked_for(step):
+    """Every completion has 5 tokens (the script stops otherwise), so tokens/s times the median step is 2 x 3 x 5."""
+    _, result, said = step
+    seconds = result["seconds"]
+    assert result["tokens_per_second"] * seconds["step"]["median"] == pytest.approx(2 * 3 * 5)
+    for kind in ("min", "max"):
+        parts = sum(value[kind] for phase, value in seconds.items() if phase != "step")
+        assert parts <= seconds["step"]["max"] * 1.001 if kind == "min" else parts >= seconds["step"]["min"] * 0.999
+    assert seconds["update"]["min"] > 0 and seconds["sample"]["min"] > 0
+    assert set(result["floors"]) == {"sync", "update"} and result["floors"]["update"]["min"] > 0
+    assert result["mismatch"] < 1e-4, "float32: sampler and trainer agree"
+    memory = list(result["memory_gb"].values())
+    assert memory == sorted(memory) and said.count(", mismatch ") == 3
+
+
+def test_ratios_are_taken_against_trl_of_the_same_dtype(step):
+    out, result, _ = step
+    other = {"args": {"dtype": "float32"}, "seconds": {"step": {"median": 8.0}}, "tokens_per_second": 2.0}
+    (out.parent / "trl_float32.json").write_text(json.dumps(other | {"memory_gb": {"peak": 10.0}}))
+    (out.parent / "trl_bfloat16.json").write_text(
+        json.dumps(other | {"tokens_per_second": 1.0, "memory_gb": {"peak": 1}})
+    )
+    (row,) = [line for line in script("compare.py", str(out.parent)).splitlines() if "step_torch_float32" in line]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert float(cells[4]) == pytest.approx(result["tokens_per_second"] / 2.0, rel=0.01)
+    assert float(cells[5]) == pytest.approx(result["memory_gb"]["peak"] / 10.0, rel=0.01)
+
+
+def test_growth_says_what_must_be_there(tmp_path):
+    """With two float32 moments, weights and gradients, 16 bytes a parameter are `held`; the rest of the peak is not."""
+    settings = {
+        "vocab": 500,
+        "layers": 1,
+        "hidden": 64,
+        "prompt": 4,
+        "group": 2,
+        "length": 6,
+        "prompts": 2,
+        "micro": 64,
+    }
+    row = json.loads(script("growth.py", "--dtype", "float32", "--one", json.dumps(settings)).splitlines()[-1])
+    weights = 500 * 64 + 4 * 64 * 64 + 3 * 64 * 192 + 3 * 64  # embedding; attention; MLP; norms
+    assert row["parameters, M"] == pytest.approx(weights / 1e6) and row["held GB"] == pytest.approx(weights * 16 / 1e9)
+    assert row["tokens computed"] == 2 * 4 + 4 * 6 and 0 < row["beyond GB"] < row["peak GB"]
