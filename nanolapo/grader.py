@@ -149,6 +149,7 @@ class Grader:
         self.rule, self.require_think_close = rule, require_think_close
         self.errors = self.total = 0
         self._pool: list[_Worker] = []
+        self._abandoned = False
         self._lock = threading.Lock()
 
     def __enter__(self) -> Grader:
@@ -156,6 +157,12 @@ class Grader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def abandon(self) -> None:
+        """Let whoever waits for verdicts in another thread stop waiting; they are worth nothing then."""
+        self._abandoned = True
+        for worker in list(self._pool):
+            worker.process.kill()  # its end is heard at once, a late answer only at its deadline
 
     def close(self) -> None:
         with self._lock:
@@ -217,7 +224,7 @@ class Grader:
         waiting = deque(range(len(questions)))
         crashes = [0] * len(questions)
         unanswered, failed_starts = len(questions), 0
-        while unanswered:
+        while unanswered and not self._abandoned:
             self._fill()
             for worker in [w for w in self._pool if w.ready and w.index is None][: len(waiting)]:
                 index = waiting.popleft()

@@ -28,7 +28,7 @@ def locked(path: Path, busy: str, wait: bool = False, say: Callable[[str], None]
     Where another process has held it for PATIENCE_S, `busy` is a UserError or, with `wait`, a line said before waiting on.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    with path.open("ab") as file:
         deadline = time.monotonic() + PATIENCE_S
         while True:
             try:

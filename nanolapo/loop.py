@@ -130,13 +130,14 @@ def train(config: Config, method: Method) -> None:
                 log.close()
             if stopping and s.progress < 1:
                 return say(ranks, f"stopped after step {s.step}; the same command resumes there")
+        was_whole = share >= 1 and final_model(config).exists()  # before this process
         save_model(policy.model, policy.dtype, data.tokenizer, final_model(config), ranks.is_main)
         if ranks.is_main:
             method.export(config.run_dir)
             # A kill may have come between the last save and its pruning.
             prune(config.run_dir / "checkpoints", config.run.keep_checkpoints)
             end = f"; {final_model(config)} is a plain Hugging Face folder"
-            if share >= 1:  # before this process
+            if was_whole:
                 end = f": trained to step {step} already, nothing left to do; {what_next(config.run_dir)}"
             print(f"{config.run_dir}: complete{end}", flush=True)
         ranks.wait()

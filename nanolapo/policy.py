@@ -128,9 +128,8 @@ class Policy:
             add_lora(self.model, config.model.lora_rank, config.model.lora_alpha)
         self.working = None if self.sharded or self.dtype == torch.float32 else WorkingCopy(self.model, self.dtype)
         model, head_gradient = self.working.model if self.working else self.model, None
-        if (
-            not self.sharded
-        ):  # fsdp2 must get whole gradients to cut up; here nothing of the vocabulary's size is in the way
+        # fsdp2 must get whole gradients to cut up; otherwise head and embedding add theirs to the masters' directly.
+        if not self.sharded:
             head_gradient = partial(gradient_of, self.model.get_output_embeddings().weight)
             only_rows_read(model.get_input_embeddings())
         self.scorer = self.spread(model, head_gradient)

@@ -43,7 +43,10 @@ def code_state(root: Path = ROOT) -> bytes:
     """
     head = git(root, "rev-parse", "HEAD", "HEAD:./nanolapo")  # fails where we are installed inside another project
     # The user's own programs for showing differences would write something that cannot be applied again.
-    diff = git(root, "diff", "--no-ext-diff", "--no-textconv", "--no-color", "HEAD", "--", ".")
+    plain = ("--no-ext-diff", "--no-textconv", "--no-color", "--src-prefix=a/", "--dst-prefix=b/")
+    diff = git(
+        root, "diff", *plain, "HEAD", "--", ".", ":(exclude)*.png"
+    )  # a binary file would keep it from being applied
     if head is None or diff is None:
         return b""
     if len(diff) > MOST_BYTES:
@@ -53,12 +56,14 @@ def code_state(root: Path = ROOT) -> bytes:
 
 def save_code(run_dir: Path, start_step: int, root: Path = ROOT) -> None:
     """Write code.diff. A run that is resumed with other code keeps the older one as code-until-step-NNNNNN.diff."""
-    now, path = code_state(root), run_dir / "code.diff"
-    if not now or (path.exists() and path.read_bytes() == now):
+    now, path, older = code_state(root), run_dir / "code.diff", run_dir / f"code-until-step-{start_step:06d}.diff"
+    if path.exists() and path.read_bytes() == now:
         return
-    if start_step and path.exists():
-        path.rename(run_dir / f"code-until-step-{start_step:06d}.diff")
-    path.write_bytes(now)
+    if start_step and path.exists() and not older.exists():  # else what lies there made no step that is left
+        path.rename(older)
+    path.unlink(missing_ok=True)
+    if now:
+        path.write_bytes(now)
 
 
 def what_next(run_dir: Path, root: Path = ROOT) -> str:

@@ -103,7 +103,8 @@ def read_all(folders: Sequence[Path]) -> Material:
         elif "config.json" not in has:  # a model folder, such as the demo's base, is passed over in silence
             material.notes.append(f"{folder}: no run directory (no config.yaml or results.json), left out")
     if not material.runs and not material.evaluations:
-        raise UserError(f"{', '.join(map(str, folders))}: no run directory; one holds config.yaml or results.json")
+        raise UserError(f"{', '.join(map(str, folders))}: no run directory; one holds config.yaml or results.json "
+                        "(what --explain has left is one step and no run)")  # fmt: skip
     return material
 
 

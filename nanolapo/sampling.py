@@ -6,13 +6,16 @@ round, and afterwards each holds all rows. Every seed is a pure function of its 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 from tqdm import tqdm
 
+from nanolapo.grader import Grader
 from nanolapo.methods.base import MonitorPlan, SamplingPlan
 from nanolapo.metrics import Stopwatch
 from nanolapo.order import round_indices
@@ -90,11 +93,11 @@ def monitor_pass(s: Session, watch: Stopwatch) -> dict[str, float]:
 def sample_and_grade(s: Session, plan: SamplingPlan | MonitorPlan, draw: Draw, watch: Stopwatch) -> Rollouts:
     """Sample a group for each of these problems and grade it while others are still being sampled. From here on every rank
     holds all rows."""
-    with ThreadPoolExecutor(1) as beside:
+    with GradeBeside(s.grader) as beside:
         with watch("sample"):
-            mine, verdicts = sample(s, plan, draw, beside)
+            mine = sample(s, plan, draw, beside)
         with watch("grade"):  # what is left of it
-            mark(s, mine, range(len(mine)), [verdict for group in verdicts for verdict in group.result()])
+            mark(s, mine, range(len(mine)), beside.verdicts())
             everyone = s.ranks.gather(mine)
             rollouts = join_ranks(everyone[:: s.config.rollout.tensor_parallel])  # an engine's ranks sampled the same
     rollouts.regrade = lambda edited, rows: regrade(s, edited, rows)
@@ -102,12 +105,45 @@ def sample_and_grade(s: Session, plan: SamplingPlan | MonitorPlan, draw: Draw, w
     return rollouts
 
 
-def sample(
-    s: Session, plan: SamplingPlan | MonitorPlan, draw: Draw, beside: Executor
-) -> tuple[Rollouts, list[Future[list[bool]]]]:
+class GradeBeside:
+    """Grades complete groups in a thread of its own, all that wait at a time, while others are still being sampled."""
+
+    def __init__(self, grader: Grader) -> None:
+        self.grader, self.thread = grader, ThreadPoolExecutor(1)
+        self.waiting: deque[tuple[int, list[str], str]] = deque()  # number of the group, texts, right answer
+        self.found: dict[int, list[bool]] = {}
+        self.jobs: list[Future[None]] = []
+
+    def __enter__(self) -> GradeBeside:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:  # an error or a Ctrl-C shall not wait for answers that take long
+            self.grader.abandon()
+        self.thread.shutdown(cancel_futures=kind is not None)
+
+    def add(self, number: int, texts: list[str], gold: str) -> None:
+        self.waiting.append((number, texts, gold))
+        self.jobs.append(self.thread.submit(self.work))
+
+    def work(self) -> None:
+        groups = [self.waiting.popleft() for _ in range(len(self.waiting))]  # only this thread takes any out
+        texts = [text for _, group, _ in groups for text in group]
+        golds = [gold for _, group, gold in groups for _ in group]
+        verdicts = iter(self.grader.grade_all(texts, golds))
+        self.found |= {number: list(islice(verdicts, len(group))) for number, group, _ in groups}
+
+    def verdicts(self) -> list[bool]:
+        """Of all rows of all groups, in order, when the last has been graded. Raises what grading raised."""
+        for job in self.jobs:
+            job.result()
+        return [verdict for number in sorted(self.found) for verdict in self.found[number]]
+
+
+def sample(s: Session, plan: SamplingPlan | MonitorPlan, draw: Draw, beside: GradeBeside) -> Rollouts:
     """Sample this engine's share of the problems: whole groups, every seed a pure function of its place in the step.
 
-    As soon as a group is complete `beside` grades it; the verdicts come with the rollouts, a list for each group.
+    As soon as a group is complete it is handed to `beside`.
     """
     engine, engines = s.ranks.engine(s.config.rollout.tensor_parallel)
     places = list(draw)[engine::engines]  # engine e of N takes prompts e, e + N, e + 2N, ...
@@ -123,7 +159,7 @@ def sample(
         seed = row_seed(s.config.run.seed, s.step, places[p], g)
         requests.append(Request(prompts[key], seed, plan.max_new_tokens))
     total = len(requests) * plan.max_new_tokens
-    texts, missing, verdicts = [""] * len(requests), [plan.group_size] * len(problems), dict[int, Future[list[bool]]]()
+    texts, missing = [""] * len(requests), [plan.group_size] * len(problems)
 
     def advance(tokens: int) -> None:
         bar.update(tokens)
@@ -132,15 +168,14 @@ def sample(
         p = row // plan.group_size
         texts[row], missing[p] = s.data.decode(answer.ids), missing[p] - 1
         if not missing[p]:
-            group = texts[p * plan.group_size : (p + 1) * plan.group_size]
-            verdicts[p] = beside.submit(s.grader.grade_all, group, [problems[p].answer] * plan.group_size)
+            beside.add(p, texts[p * plan.group_size : (p + 1) * plan.group_size], problems[p].answer)
 
     with tqdm(total=total, unit="tok", desc="sampling", leave=False, disable=None if s.log else True) as bar:
         samples = s.sampler.generate(requests, Decoding(plan.temperature), advance, finished) if requests else []
     budgets = [guidance.budget for guidance in guidances]
     rollouts = make_rollouts(problems, plan.group_size, requests, budgets, samples, s.policy.vocab_size)
     rollouts.texts = texts
-    return rollouts, [verdicts[p] for p in range(len(problems))]
+    return rollouts
 
 
 def mark(s: Session, rollouts: Rollouts, rows: Sequence[int], verdicts: Sequence[bool]) -> None:

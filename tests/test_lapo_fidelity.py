@@ -18,7 +18,7 @@ from nanolapo.grader import Grader
 from nanolapo.lengths import LengthMap
 from nanolapo.methods.lapo import READINGS, Discovery, Internalization, Lapo, Readings
 from nanolapo.prompts import Guidance
-from nanolapo.sampling import grade
+from nanolapo.sampling import mark
 
 PROBLEM = make_problems(1)[0]
 WORKED = [1000, 1200, 1300, 1500, 2000]  # P30 1220, P70 1460, median 1300, mean 1400
@@ -112,7 +112,8 @@ def test_grader_rule_and_cut_answers(monkeypatch):
         rollouts.texts = texts
         rollouts.problems = [dataclasses.replace(p, answer="1/2") for p in rollouts.problems]
         with Grader(rule=chosen.grader_rule) as grader:
-            grade(SimpleNamespace(grader=grader, method=chosen), rollouts, range(4))  # type: ignore[arg-type]
+            right = grader.grade_all(texts, ["1/2"] * 4)
+            mark(SimpleNamespace(grader=grader, method=chosen), rollouts, range(4), right)  # type: ignore[arg-type]
         verdicts[fidelity] = rollouts.correct_B.tolist()
     assert verdicts == {
         "recommended": [True, True, True, False],

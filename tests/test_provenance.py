@@ -29,6 +29,7 @@ def root(tmp_path: Path) -> Path:
     """A checkout with one file of code in it."""
     (tmp_path / "root/nanolapo").mkdir(parents=True)
     (tmp_path / "root/nanolapo/reward.py").write_text("reward = 1\n")
+    (tmp_path / "root/plot.png").write_bytes(b"\0 a figure")
     run_git(tmp_path / "root", "init", "--quiet")
     run_git(tmp_path / "root", "add", ".")
     run_git(tmp_path / "root", "commit", "--quiet", "-m", "first")
@@ -44,11 +45,14 @@ def test_code_diff_brings_the_code_of_a_run_back(root, tmp_path):
     save_code(tmp_path, 0, root)
     assert (tmp_path / "code.diff").read_text() == f"# commit {commit}\n"
     changed = b"reward = 2  # caf\xe9\n"  # no UTF-8
+    (root / "plot.png").write_bytes(b"\0 another")
     (root / "nanolapo/reward.py").write_bytes(changed)
     run_git(root, "add", ".")  # staged or not
+    run_git(root, "config", "diff.noprefix", "true")
     save_code(tmp_path, 0, root)
     run_git(root, "reset", "--quiet", "--hard")
     assert (root / "nanolapo/reward.py").read_text() == "reward = 1\n"
+    run_git(root, "config", "--unset", "diff.noprefix")
     run_git(root, "apply", str(tmp_path / "code.diff"))
     assert (root / "nanolapo/reward.py").read_bytes() == changed
     assert [path.name for path in tmp_path.glob("code*")] == ["code.diff"]
@@ -62,7 +66,13 @@ def test_a_run_resumed_with_other_code_keeps_both(root, tmp_path):
     edit(root, "reward = 2\n")
     save_code(tmp_path, 20, root)
     assert (tmp_path / "code-until-step-000020.diff").read_bytes() == first
-    assert b"+reward = 2" in (tmp_path / "code.diff").read_bytes()
+    edit(root, "reward = 3\n")  # after a crash before the next checkpoint: 2 has made nothing
+    save_code(tmp_path, 20, root)
+    assert (tmp_path / "code-until-step-000020.diff").read_bytes() == first
+    third = (tmp_path / "code.diff").read_bytes()
+    assert b"+reward = 3" in third
+    save_code(tmp_path, 30, tmp_path / "no checkout")  # nothing is known of the code from here on
+    assert (tmp_path / "code-until-step-000030.diff").read_bytes() == third and not (tmp_path / "code.diff").exists()
 
 
 def test_a_huge_diff_is_cut(root, tmp_path):
@@ -73,8 +83,8 @@ def test_a_huge_diff_is_cut(root, tmp_path):
     assert (tmp_path / "code.diff").read_bytes().endswith(b" bytes\n")
 
 
-def test_nothing_of_the_users_is_executed(root, tmp_path):
-    """A repository's config may name programs for its diffs and a watcher of its files."""
+def test_no_program_for_diffs_and_no_watcher_is_started(root, tmp_path):
+    """A repository's config may name them. (Its clean filters do run, or the diff of an LFS file would be wrong.)"""
     spy = tmp_path / "spy"
     spy.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
     spy.chmod(0o755)

@@ -16,7 +16,7 @@ from nanolapo.methods.base import Method
 from nanolapo.metrics import rollout_metrics
 from nanolapo.order import batch_indices
 from nanolapo.rollouts import Request, Rollouts, Sample, join_ranks, make_rollouts, row_seed
-from nanolapo.sampling import grade
+from nanolapo.sampling import mark
 
 
 def echo_rollouts(places: list[int], group_size: int = 3) -> Rollouts:
@@ -69,7 +69,8 @@ def test_A16_cut_answers_are_wrong_and_counted(tied_model):
     rollouts = make_rows([9, 9, 9, 9], finished=[True, False, True, False])
     rollouts.texts = [r"so \boxed{0}", r"so \boxed{0}", r"so \boxed{1}", "so 1"]  # golds are 0, 0, 1, 1
     with Grader() as grader:
-        grade(SimpleNamespace(grader=grader, method=method), rollouts, range(4))  # type: ignore[arg-type]
+        verdicts = grader.grade_all(rollouts.texts, [rollouts.problems[row // 2].answer for row in range(4)])
+        mark(SimpleNamespace(grader=grader, method=method), rollouts, range(4), verdicts)  # type: ignore[arg-type]
     assert rollouts.correct_B.tolist() == [True, False, True, False]
     parts = method.reward(rollouts)
     assert parts["correct"].tolist() == [1, 0, 1, 0]

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from nanolapo.policy import Policy
 from nanolapo.problems import load_problems
 from nanolapo.rollouts import Sample, concatenate, take_groups
 from nanolapo.sampler_torch import TorchSampler
+from nanolapo.sampling import GradeBeside
 from nanolapo.session import Data, progress
 
 ROOT = Path(__file__).parents[1]
@@ -318,13 +320,48 @@ def test_groups_are_graded_while_others_are_sampled(base, tmp_path, monkeypatch)
     monkeypatch.setattr(Data, "decode", lambda _, ids: rf"\boxed{{{guesses[ids[0] % 3]}}}")
     method, _ = run(make_run(base, tmp_path, rollout={"max_rows": 2}), CutCounts)
     first_step = method.of("reward")[0].lengths_B
-    assert at_first_group == [first_step[:4].sum()] and calls == [4] * 8
+    assert at_first_group == [first_step[:4].sum()] and calls[0] == 4 and sum(calls) == 2 * 4 * 4
     verdicts = []
     for rollouts in method.of("reward"):
         for row, ids in enumerate(rollouts.response_ids):
             verdicts.append(int(rollouts.problems[row // 4].answer) == guesses[ids[0] % 3])
             assert rollouts.correct_B[row] == verdicts[-1]
     assert any(verdicts) and not all(verdicts)
+
+
+def test_a_stop_does_not_wait_for_answers_that_never_end():
+    """Eight groups whose answers math-verify never finishes, a deadline of 30 s each: an error ends it within seconds."""
+    runaways = [rf"\boxed{{9^{{9^{{9^{{9^{i}}}}}}}}}" for i in range(8)]
+    with Grader(workers=1, deadline_s=30.0) as grader:
+        assert grader.grade_all([r"\boxed{x+x}"], ["2x"]) == [True]  # a worker is up
+        start = time.monotonic()
+        with pytest.raises(KeyboardInterrupt), GradeBeside(grader) as beside:
+            for number, text in enumerate(runaways):
+                beside.add(number, [text], "2x")
+            time.sleep(0.5)
+            raise KeyboardInterrupt
+        assert time.monotonic() - start < 10
+
+
+def test_what_waits_is_graded_together(monkeypatch):
+    """The first group alone, then all that came meanwhile; verdicts in the order of the groups, not of their coming."""
+    calls, gate, begun = list[list[str]](), threading.Event(), threading.Event()
+
+    def slow(self: Grader, texts: list[str], golds: list[str]) -> list[bool]:
+        calls.append(list(texts))
+        begun.set()
+        assert gate.wait(60)
+        return [text == gold for text, gold in zip(texts, golds, strict=True)]
+
+    monkeypatch.setattr(Grader, "grade_all", slow)
+    with Grader() as grader, GradeBeside(grader) as beside:
+        beside.add(2, ["a", "b"], "a")
+        assert begun.wait(60)
+        beside.add(0, ["c", "d"], "d")
+        beside.add(1, ["e", "f"], "x")
+        gate.set()
+        assert beside.verdicts() == [False, True, False, False, True, False]
+    assert calls[:2] == [["a", "b"], ["c", "d", "e", "f"]] and not any(calls[2:])
 
 
 # ------------------------------------------------------------------------------------------------------ resume and ranks

@@ -54,13 +54,20 @@ class EchoEngine:
         self.tokenizer = tokenizer
 
     def generate(
-        self, requests: Sequence[Request], decoding: Decoding, progress: Callable[[int], None] | None = None
+        self,
+        requests: Sequence[Request],
+        decoding: Decoding,
+        progress: Callable[[int], None] | None = None,
+        finished: Callable[[int, Sample], None] | None = None,
     ) -> list[Sample]:
         samples = []
         for request in requests:
             answer = RUNAWAY if request.seed % 17 == 0 else str(request.seed % 10)
             ids = request.prompt_ids + self.tokenizer(rf" \boxed{{{answer}}}")["input_ids"]
             samples.append(Sample(np.array(ids), np.full(len(ids), -1.0, np.float32), finished=request.seed % 5 > 0))
+        for i in reversed(range(len(samples))):  # an engine's rows end in any order
+            if finished is not None:
+                finished(i, samples[i])
         return samples
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None: ...
