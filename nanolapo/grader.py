@@ -224,7 +224,9 @@ class Grader:
         waiting = deque(range(len(questions)))
         crashes = [0] * len(questions)
         unanswered, failed_starts = len(questions), 0
-        while unanswered and not self._abandoned:
+        while unanswered:
+            if self._abandoned:
+                return replies
             self._fill()
             for worker in [w for w in self._pool if w.ready and w.index is None][: len(waiting)]:
                 index = waiting.popleft()

@@ -73,6 +73,9 @@ def test_a_run_resumed_with_other_code_keeps_both(root, tmp_path):
     assert b"+reward = 3" in third
     save_code(tmp_path, 30, tmp_path / "no checkout")  # nothing is known of the code from here on
     assert (tmp_path / "code-until-step-000030.diff").read_bytes() == third and not (tmp_path / "code.diff").exists()
+    save_code(tmp_path, 0, root)
+    save_code(tmp_path, 0, tmp_path / "no checkout")
+    assert not (tmp_path / "code.diff").exists()
 
 
 def test_a_huge_diff_is_cut(root, tmp_path):
