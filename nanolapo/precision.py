@@ -15,8 +15,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-PIECE = 4096  # rows of a weight
-
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
     """In place. Parameters only: rotary frequencies are buffers and stay float32."""
@@ -73,9 +71,8 @@ def hand_over(master: nn.Parameter) -> Callable[[Tensor], None]:
             gradient_of(master).add_(mine.grad.float().coalesce())
         elif master.grad is None:
             master.grad = mine.grad.float()
-        else:  # in pieces: on a CPU adding another dtype first makes a float32 copy, and a small one stays in the cache
-            for total, part in zip(master.grad.split(PIECE), mine.grad.split(PIECE), strict=True):
-                total.add_(part)
+        else:
+            master.grad.add_(mine.grad)
         mine.grad = None
 
     return add

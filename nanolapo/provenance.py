@@ -42,11 +42,9 @@ def code_state(root: Path = ROOT) -> bytes:
     Files that git does not track are not in it.
     """
     head = git(root, "rev-parse", "HEAD", "HEAD:./nanolapo")  # fails where we are installed inside another project
-    # The user's own programs for showing differences would write something that cannot be applied again.
+    # To be applied again: not by the user's own programs for showing differences, and without binary files.
     plain = ("--no-ext-diff", "--no-textconv", "--no-color", "--src-prefix=a/", "--dst-prefix=b/")
-    diff = git(
-        root, "diff", *plain, "HEAD", "--", ".", ":(exclude)*.png"
-    )  # a binary file would keep it from being applied
+    diff = git(root, "diff", *plain, "HEAD", "--", ".", ":(exclude)*.png")
     if head is None or diff is None:
         return b""
     if len(diff) > MOST_BYTES:
