@@ -53,7 +53,10 @@ def explain(config: Config, method: Method) -> None:
 def beside(config: Config) -> Config:
     """The same run in a directory of its own, without a tracker and without examples between the lines."""
     run = dataclasses.replace(config.run, name=f"explain-{config.run.name}", print_every=0)
-    return dataclasses.replace(config, run=run, wandb=dataclasses.replace(config.wandb, mode="disabled"))
+    alone = dataclasses.replace(
+        config.rollout, ahead=0
+    )  # the first step is never sampled ahead, nor is a second one here
+    return dataclasses.replace(config, run=run, rollout=alone, wandb=dataclasses.replace(config.wandb, mode="disabled"))
 
 
 def first_step(config: Config, method: Method, grader: Grader) -> tuple[Session, Trace]:
@@ -76,5 +79,5 @@ def story(s: Session, trace: Trace) -> list[Section]:
     v = View(s, trace, most_telling(trace))
     return [
         the_problem(v), the_prompt(v), the_answers(v), the_verdicts(v), the_length(v), the_rewards(v), the_advantages(v),
-        the_tokens(v), the_update(v), the_sync(v), the_memory(v), the_line(v),
+        the_memory(v), the_tokens(v), the_update(v), the_sync(v), the_line(v),
     ]  # fmt: skip

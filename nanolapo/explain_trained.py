@@ -1,4 +1,4 @@
-"""Second half of the story of a step: loss, update, sync, memory, and the step's line in the log (explain.py)."""
+"""Second half of the story of a step: memory, loss, update, sync, and the step's line in the log (explain.py)."""
 
 from __future__ import annotations
 

@@ -100,7 +100,8 @@ def prompt_share(config: Config, ranks: int) -> float:
 
 
 def memory(config: Config, shape: Shape, machine: Machine, e: Expected) -> dict[str, dict[str, float]]:
-    """Bytes per rank, phase -> part -> bytes. On a GPU the sampler sleeps during the update; on a CPU it stays.
+    """Bytes per rank, phase -> part -> bytes. On a GPU the sampler sleeps during the update; on a CPU it stays, and
+    with rollout.ahead it is at work.
 
     copies: under ddp the bf16 working copy (precision.py); under fsdp2 embedding, head and two layers, brought together.
     activations: all layers' (with checkpointing only their inputs), and of one layer the gradients and, with checkpointing,
@@ -130,7 +131,9 @@ def memory(config: Config, shape: Shape, machine: Machine, e: Expected) -> dict[
         "head": 4 * LOGIT_COPIES * min(logits, tokens * shape.vocab) + (size + 4) * shape.head * (cut > 1 and not lora),
     }
     sampler = sampler_memory(config, shape, machine, e)
-    if machine.is_cpu:  # torch's cache lives only while it samples
+    if config.rollout.ahead:
+        update |= sampler
+    elif machine.is_cpu:  # torch's cache lives only while it samples
         update |= sampler if uses_vllm(config, machine) else {"sampler": sampler["sampler"]}
     runtime = {"runtime": CPU_RUNTIME if machine.is_cpu else GPU_RUNTIME}
     return {"update": state | update | runtime, "sampling": state | sampler | runtime}

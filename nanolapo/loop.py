@@ -1,4 +1,4 @@
-"""The GRPO loop: sample -> grade -> reward -> advantage -> update -> sync -> statistics -> record.
+"""The GRPO loop: sample -> grade -> reward -> advantage -> statistics -> update -> sync -> record.
 
 What is not here, compared with the usual: no critic, no reward model, no trainer class, no callbacks. A method changes the
 step only through the hooks of methods/base.py. Rollouts are global on every rank; a rank samples its share of the prompts
@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from nanolapo.ahead import sampling_ahead
 from nanolapo.alarms import Alarms
 from nanolapo.checkpoint import load_checkpoint, prune, save_checkpoint, save_model
 from nanolapo.config import Config
@@ -39,7 +40,7 @@ def run_step(s: Session) -> None:
     """One step of GRPO, with the method's hooks in the order in which they act."""
     method, policy, watch, tokens_before = s.method, s.policy, Stopwatch(), s.sampled_tokens
     method.progress = policy.progress = s.progress
-    plan = method.sampling(s.step)
+    plan = s.ahead.plan if s.ahead else method.sampling(s.step)
     monitored = monitor_pass(s, watch)  # a second sampling, for the few methods that watch other prompts
     rounds: list[Round] = []
     while draw := next_draw(s, plan, rounds):  # one round; with dynamic sampling more, until enough groups are kept
@@ -54,18 +55,20 @@ def run_step(s: Session) -> None:
     advantages = method.advantage(batch.rollouts, torch.from_numpy(batch.rewards_PG))  # [B], or [B, T] per token
     keep_B = np.repeat(batch.keep_P, plan.group_size) & ~batch.rollouts.broken_B
 
+    statistics = method.after_step(sampled.rollouts)  # M(q) and its like change only after the rewards of the step
+
     s.sampler.sleep()  # its memory belongs to the trainer now
-    with watch("update"):
+    with sampling_ahead(s, watch), watch("update"):  # with rollout.ahead the next step is sampled beside the update
         trained = update_policy(policy, method, batch.rollouts, advantages, keep_B, s.ranks)
     with watch("sync"):
         s.sampler.wake()
         s.sampler.load_weights(policy.named_weights())
-    statistics = method.after_step(sampled.rollouts)  # M(q) and its like change only after the rewards of the step
 
     metrics = rollout_metrics(sampled.rollouts, sampled.parts) | monitored | trained | statistics
     metrics |= {"rounds": float(len(rounds)), "kept_groups": float(sampled.keep_P.sum())}
     record(s, sampled, metrics, watch, s.sampled_tokens - tokens_before)
-    s.alarms.check_mismatch(s.step, metrics["mismatch"])
+    if metrics["compared_tokens"]:  # none when all were sampled ahead, from older weights
+        s.alarms.check_mismatch(s.step, metrics["mismatch"])
     s.step += 1
 
 

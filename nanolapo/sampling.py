@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
+from threading import Event
 
 import numpy as np
 from tqdm import tqdm
@@ -19,6 +20,7 @@ from nanolapo.grader import Grader
 from nanolapo.methods.base import MonitorPlan, SamplingPlan
 from nanolapo.metrics import Stopwatch
 from nanolapo.order import round_indices
+from nanolapo.problems import Problem
 from nanolapo.rollouts import (
     Decoding,
     Request,
@@ -30,9 +32,8 @@ from nanolapo.rollouts import (
     row_seed,
     take_groups,
 )
-from nanolapo.session import Session
+from nanolapo.session import Draw, Session
 
-Draw = dict[int, int]  # place in the step -> index of the problem
 MONITOR_PLACE = 2**30  # the first place of a monitor pass: beyond those of all rounds, for seeds of its own
 
 
@@ -60,14 +61,19 @@ class Round:
 def next_draw(s: Session, plan: SamplingPlan, rounds: Sequence[Round]) -> Draw:
     """The problems of the next round; none when groups enough are kept, or no rounds or no problems are left."""
     kept, number = sum(int(done.keep_P.sum()) for done in rounds), len(rounds)
+    if number and (number >= plan.max_rounds or kept >= plan.num_prompts):
+        return {}
+    return draw_round(s, plan, s.step, number)
+
+
+def draw_round(s: Session, plan: SamplingPlan, step: int, number: int) -> Draw:
+    """The problems of one round of a step; none when all have been drawn in earlier rounds."""
     if plan.temperature != s.config.rollout.temperature:
         raise ValueError(
             f"the plan samples at temperature {plan.temperature}, but the trainer scores at rollout.temperature="
             f"{s.config.rollout.temperature}; only a MonitorPlan may have another one"
         )
-    if number and (number >= plan.max_rounds or kept >= plan.num_prompts):
-        return {}
-    problems = round_indices(len(s.data.problems), s.step, number, plan.num_prompts, s.config.run.seed, plan.weights)
+    problems = round_indices(len(s.data.problems), step, number, plan.num_prompts, s.config.run.seed, plan.weights)
     return dict(enumerate(problems, start=number * plan.num_prompts))
 
 
@@ -91,18 +97,22 @@ def monitor_pass(s: Session, watch: Stopwatch) -> dict[str, float]:
 
 
 def sample_and_grade(s: Session, plan: SamplingPlan | MonitorPlan, draw: Draw, watch: Stopwatch) -> Rollouts:
-    """Sample a group for each of these problems and grade it while others are still being sampled. From here on every rank
-    holds all rows."""
-    with GradeBeside(s.grader) as beside:
-        with watch("sample"):
-            mine = sample(s, plan, draw, beside)
-        with watch("grade"):  # what is left of it
-            mark(s, mine, range(len(mine)), beside.verdicts())
-            everyone = s.ranks.gather(mine)
-            rollouts = join_ranks(everyone[:: s.config.rollout.tensor_parallel])  # an engine's ranks sampled the same
+    """Sample a group for each of these problems and grade them; what was sampled ahead is there already. From here on
+    every rank holds all rows."""
+    if s.ahead is not None and s.ahead.draw == draw:
+        mine, s.ahead = s.ahead.rollouts, None
+    else:
+        mine = answer(s, ask(s, plan, draw, s.step), watch)
+    with watch("grade"):
+        everyone = s.ranks.gather(mine)
+        rollouts = join_ranks(everyone[:: s.config.rollout.tensor_parallel])  # an engine's ranks sampled the same
     rollouts.regrade = lambda edited, rows: regrade(s, edited, rows)
     s.sampled_tokens += int(rollouts.lengths_B.sum())  # as sampled: a method may shorten answers later
     return rollouts
+
+
+class Abandoned(Exception):
+    """Nobody waits for these samples any more."""
 
 
 class GradeBeside:
@@ -140,15 +150,24 @@ class GradeBeside:
         return [verdict for number in sorted(self.found) for verdict in self.found[number]]
 
 
-def sample(s: Session, plan: SamplingPlan | MonitorPlan, draw: Draw, beside: GradeBeside) -> Rollouts:
-    """Sample this engine's share of the problems: whole groups, every seed a pure function of its place in the step.
+@dataclass(frozen=True)
+class Share:
+    """What one engine is to answer: whole groups, a request and a budget for each row."""
 
-    As soon as a group is complete it is handed to `beside`.
-    """
+    problems: list[Problem]
+    group_size: int
+    requests: list[Request]
+    budgets: list[float | None]
+    temperature: float
+
+
+def ask(s: Session, plan: SamplingPlan | MonitorPlan, draw: Draw, step: int) -> Share:
+    """This engine's share of the problems, with the method's guidance; every seed a pure function of its place in the
+    step."""
     engine, engines = s.ranks.engine(s.config.rollout.tensor_parallel)
     places = list(draw)[engine::engines]  # engine e of N takes prompts e, e + N, e + 2N, ...
     problems = [s.data.problems[draw[place]] for place in places]
-    guidances = [s.method.guidance(p, g, s.step) for p in problems for g in range(plan.group_size)]
+    guidances = [s.method.guidance(p, g, step) for p in problems for g in range(plan.group_size)]
     prompts: dict[tuple[str, str, str], list[int]] = {}  # a group mostly shares one prompt: encode it once
     requests = []
     for row, guidance in enumerate(guidances):
@@ -156,24 +175,45 @@ def sample(s: Session, plan: SamplingPlan | MonitorPlan, draw: Draw, beside: Gra
         key = (problems[p].question, guidance.outside, guidance.inside)
         if key not in prompts:
             prompts[key] = s.data.prompter.ids(problems[p].question, guidance)
-        seed = row_seed(s.config.run.seed, s.step, places[p], g)
+        seed = row_seed(s.config.run.seed, step, places[p], g)
         requests.append(Request(prompts[key], seed, plan.max_new_tokens))
-    total = len(requests) * plan.max_new_tokens
-    texts, missing = [""] * len(requests), [plan.group_size] * len(problems)
+    budgets = [guidance.budget for guidance in guidances]
+    return Share(problems, plan.group_size, requests, budgets, plan.temperature)
+
+
+def answer(s: Session, share: Share, watch: Stopwatch, stop: Event | None = None) -> Rollouts:
+    """Sample a share, and grade every group of it while others are still being sampled.
+
+    It may run in a thread of its own, and no other rank takes part. Raises Abandoned soon after `stop` was set.
+    """
+    with GradeBeside(s.grader) as beside:
+        with watch("sample"):
+            rollouts = sample(s, share, beside, stop)
+        with watch("grade"):  # what is left of it
+            mark(s, rollouts, range(len(rollouts)), beside.verdicts())
+    return rollouts
+
+
+def sample(s: Session, share: Share, beside: GradeBeside, stop: Event | None) -> Rollouts:
+    """Sample every request of a share. As soon as a group is complete it is handed to `beside`."""
+    requests, size = share.requests, share.group_size
+    texts, missing = [""] * len(requests), [size] * len(share.problems)
 
     def advance(tokens: int) -> None:
         bar.update(tokens)
+        if stop is not None and stop.is_set():
+            raise Abandoned
 
-    def finished(row: int, answer: Sample) -> None:
-        p = row // plan.group_size
-        texts[row], missing[p] = s.data.decode(answer.ids), missing[p] - 1
+    def finished(row: int, sample: Sample) -> None:
+        p = row // size
+        texts[row], missing[p] = s.data.decode(sample.ids), missing[p] - 1
         if not missing[p]:
-            beside.add(p, texts[p * plan.group_size : (p + 1) * plan.group_size], problems[p].answer)
+            beside.add(p, texts[p * size : (p + 1) * size], share.problems[p].answer)
 
+    total = sum(request.max_new_tokens for request in requests)
     with tqdm(total=total, unit="tok", desc="sampling", leave=False, disable=None if s.log else True) as bar:
-        samples = s.sampler.generate(requests, Decoding(plan.temperature), advance, finished) if requests else []
-    budgets = [guidance.budget for guidance in guidances]
-    rollouts = make_rollouts(problems, plan.group_size, requests, budgets, samples, s.policy.vocab_size)
+        samples = s.sampler.generate(requests, Decoding(share.temperature), advance, finished) if requests else []
+    rollouts = make_rollouts(share.problems, size, requests, share.budgets, samples, s.policy.vocab_size)
     rollouts.texts = texts
     return rollouts
 

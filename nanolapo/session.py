@@ -25,13 +25,13 @@ from nanolapo.alarms import Alarms
 from nanolapo.config import Config, UserError
 from nanolapo.config_checks import validate
 from nanolapo.grader import Grader
-from nanolapo.methods.base import Method
+from nanolapo.methods.base import Method, SamplingPlan
 from nanolapo.metrics import RunLog
 from nanolapo.policy import Policy, compile_token_wise
 from nanolapo.problems import Problem, load_problems
 from nanolapo.prompts import Prompter, split_by_length
 from nanolapo.ranks import Ranks
-from nanolapo.rollouts import Decoding, Request, Sample
+from nanolapo.rollouts import Decoding, Request, Rollouts, Sample
 
 NO_FOLDER = "no such folder; the run that writes it comes first (the demo's models: make demo)"
 GUIDANCE_ROOM = 64  # tokens kept free for a method's guidance beyond rollout.max_prompt_tokens
@@ -85,6 +85,18 @@ class Data:
         }
 
 
+Draw = dict[int, int]  # place in the step -> index of the problem
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """The first round of the next step, sampled while this one trained (ahead.py): this rank's share, graded."""
+
+    plan: SamplingPlan
+    draw: Draw
+    rollouts: Rollouts
+
+
 @dataclass
 class Session:
     """What one step works with. `step` is the next step to do; it and `sampled_tokens` are part of a checkpoint."""
@@ -101,6 +113,7 @@ class Session:
     token_limit: int = 0  # see token_limit()
     step: int = 0
     sampled_tokens: int = 0
+    ahead: Ahead | None = None
 
     @property
     def progress(self) -> float:
@@ -190,7 +203,7 @@ def make_sampler(config: Config, model_path: str, max_new_tokens: int, ranks: Ra
     return VLLMSampler(
         model_path, dtype, max_model_len=r.max_prompt_tokens + GUIDANCE_ROOM + max_new_tokens, max_rows=r.max_rows,
         gpu_memory_utilization=r.gpu_memory_utilization, tensor_parallel=r.tensor_parallel,
-        seed=config.run.seed,
+        seed=config.run.seed, sleep_between_steps=not r.ahead,
     )  # fmt: skip
 
 

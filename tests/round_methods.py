@@ -1,6 +1,6 @@
-"""Small methods for test_sampling.py and its two-rank run: dynamic sampling, weighted drawing and a monitor pass.
+"""Small methods for test_sampling.py, test_ahead.py and their two-rank runs: dynamic sampling, weighted drawing, a monitor.
 
-    torchrun --standalone --nproc_per_node 2 tests/round_methods.py MODEL_FOLDER RUN_DIR
+    torchrun --standalone --nproc_per_node 2 tests/round_methods.py MODEL_FOLDER RUN_DIR [--ahead] [--vllm]
 
 Rewards depend on the first sampled token alone, so a model with random weights has groups with and without signal.
 """
@@ -8,6 +8,7 @@ Rewards depend on the first sampled token alone, so a model with random weights 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,13 @@ from nanolapo.rollouts import Rollouts
 NUM_PROBLEMS = 30
 
 
-def make_base(folder: Path) -> Path:
-    """A model with random weights and the demo's tokenizer."""
+def make_base(folder: Path, hidden_size: int = 32) -> Path:
+    """A model with random weights and the demo's tokenizer. vLLM wants heads of 32: hidden_size 128."""
     import torch
 
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
-    make_model(tokenizer, DemoConfig(hidden_size=32, layers=2)).save_pretrained(folder)
+    make_model(tokenizer, DemoConfig(hidden_size=hidden_size, layers=2)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -89,6 +90,19 @@ class Dynamic(Method):
         return [value for name, value in self.seen if name == hook]
 
 
+class Watched(Dynamic):
+    """Remembers what it was asked to reward; all groups are kept."""
+
+    max_rounds = 1
+
+    def keep_groups(self, rollouts: Rollouts, rewards_PG: np.ndarray) -> np.ndarray:
+        return np.ones(len(rewards_PG), dtype=bool)
+
+    @property
+    def rewarded(self) -> list[Rollouts]:
+        return self.of("reward")
+
+
 class Everything(Dynamic):
     """Also a monitor pass over an uneven number of problems at another temperature, whose first group is trained on, and
     problems drawn by weights that remember the rewards seen."""
@@ -138,8 +152,17 @@ class Everything(Dynamic):
 
 
 R2VPO = {"kind": "r2vpo", "r2vpo_rate": 5.0}
+AHEAD: dict[str, dict[str, Any]] = {
+    "run": {"checkpoint_every": 3, "keep_checkpoints": 9},
+    "rollout": {"ahead": 1},
+    "train": {"steps": 7},
+    "loss": {"tis_cap": 2.0},
+}
 
 
 if __name__ == "__main__":
-    config = make_run(Path(sys.argv[1]), Path(sys.argv[2]), loss=R2VPO, train={"steps": 3})
-    train(config, Everything(config))
+    sections = AHEAD if "--ahead" in sys.argv else {"train": {"steps": 3}}
+    config = make_run(Path(sys.argv[1]), Path(sys.argv[2]), **sections | {"loss": sections.get("loss", {}) | R2VPO})
+    if "--vllm" in sys.argv:
+        config = replace(config, rollout=replace(config.rollout, engine="vllm"))
+    train(config, (Watched if "--vllm" in sys.argv else Everything)(config))

@@ -1,9 +1,10 @@
 """`Method`: accuracy-only GRPO, and the hooks in which every other method differs from it.
 
 The loop calls the hooks in this order, once a step: sampling, monitor, on_monitor; guidance (per rollout), edit_rollouts,
-reward, keep_groups (once per round of dynamic sampling, so mostly once); advantage, prepare_loss, loss (once per
-micro-batch), after_update, after_step. A subclass overrides only what it changes. Every rank sees the rollouts of all ranks
-and computes the same rewards, advantages and state, so a method needs no word about ranks.
+reward, keep_groups (once per round of dynamic sampling, so mostly once); advantage, after_step, prepare_loss, loss (once
+per micro-batch), after_update. With rollout.ahead the next step's sampling and guidance come behind after_step. A subclass
+overrides only what it changes. Every rank sees the rollouts of all ranks and computes the same rewards, advantages and
+state, so a method needs no word about ranks.
 
 advantage and the loss see the groups that keep_groups kept, after_step all that were sampled: so nothing may be carried
 from one to the other by row number. State is read before and written after the rewards of a step.
@@ -171,7 +172,8 @@ class Method:
         return dict(self.loss_state)
 
     def after_step(self, rollouts: Rollouts) -> dict[str, float]:
-        """Update state from this step's rollouts; returns numbers to log."""
+        """Update state from this step's rollouts, before its updates (with rollout.ahead the next step's guidance is asked for
+        beside them); returns numbers to log."""
         return {}
 
     def export(self, run_dir: Path) -> None:
