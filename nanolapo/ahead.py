@@ -1,8 +1,9 @@
 """Sampling the next step while this one trains (`rollout.ahead: 1`; off by default).
 
-The sampler keeps the weights of before the update meanwhile. So a step trains on rollouts that are one update old, and
-`loss.tis_cap` weighs their tokens by how much likelier they have become. Only engine and grader work in the thread; the
-method is asked, and the ranks meet, in the main one.
+The sampler keeps the weights of before the update meanwhile. So a step trains on rollouts that are one step old, and
+`loss.tis_cap` weighs their tokens by how much likelier they have become since (or, with `loss.old_logprobs: sampler`, the
+clipped ratio does, counted from the weights that sampled them). Only engine and grader work in the thread; the method is
+asked, and the ranks meet, in the main one.
 
 Not sampled ahead: the first step, a second round of dynamic sampling, a monitor pass, and the step behind a checkpoint of
 `run.checkpoint_every`. So a checkpoint holds no rollouts, and a run that was killed repeats the steps it would have done.

@@ -94,8 +94,9 @@ def validate_ahead(config: Config) -> None:
     r, every = config.rollout, config.run.checkpoint_every
     if r.ahead not in (0, 1):
         raise UserError(f"rollout.ahead={r.ahead}: 0, or 1 to sample one step ahead; more is not supported")
-    if r.ahead and not config.loss.tis_cap:
-        raise UserError("rollout.ahead=1 trains on samples that are one step old: set loss.tis_cap=2 to weigh them")
+    if r.ahead and not config.loss.tis_cap and config.loss.old_logprobs != "sampler":
+        raise UserError("rollout.ahead=1 trains on samples that are one step old: set loss.tis_cap=2 to weigh them (or "
+                        "loss.old_logprobs=sampler, whose clipped ratio does)")  # fmt: skip
     if r.ahead and r.tensor_parallel > 1:
         raise UserError("rollout.ahead=1: the ranks of one engine would talk while they train; set "
                         "rollout.tensor_parallel=1 or rollout.ahead=0")  # fmt: skip

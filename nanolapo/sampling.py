@@ -100,7 +100,8 @@ def sample_and_grade(s: Session, plan: SamplingPlan | MonitorPlan, draw: Draw, w
     """Sample a group for each of these problems and grade them; what was sampled ahead is there already. From here on
     every rank holds all rows."""
     if s.ahead is not None and s.ahead.draw == draw:
-        mine, s.ahead = s.ahead.rollouts, None
+        with watch("sample"):  # so that every step has this phase
+            mine, s.ahead = s.ahead.rollouts, None
     else:
         mine = answer(s, ask(s, plan, draw, s.step), watch)
     with watch("grade"):

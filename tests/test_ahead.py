@@ -261,7 +261,7 @@ def test_gradient_of_a_step_sampled_ahead(base, tmp_path):
     [
         ("rollout", {"ahead": 2}, "rollout.ahead=2: 0, or 1"),
         ("rollout", {"ahead": -1}, "rollout.ahead=-1: 0, or 1"),
-        ("loss", {"tis_cap": 0.0}, "set loss.tis_cap=2"),
+        ("loss", {"tis_cap": 0.0}, "set loss.tis_cap=2 to weigh them .or loss.old_logprobs=sampler"),
         ("rollout", {"engine": "vllm", "tensor_parallel": 2}, "rollout.tensor_parallel=1 or rollout.ahead=0"),
         ("run", {"checkpoint_every": 1}, "run.checkpoint_every=2"),
     ],
@@ -271,6 +271,15 @@ def test_what_cannot_work_is_refused(base, tmp_path, section, values, message):
     sections[section] = sections.get(section, {}) | values
     with pytest.raises(UserError, match=message):
         validate(make_run(base, tmp_path, **sections), 2)
+
+
+def test_the_clipped_ratio_may_stand_in_for_tis(base, tmp_path):
+    """loss.old_logprobs=sampler: the ratio is counted from the weights that sampled, so it is no longer 1 at the first
+    update of a step sampled ahead."""
+    config = ahead_run(base, tmp_path, loss={"tis_cap": 0.0, "old_logprobs": "sampler"}, train={"batch_size": 0})
+    train(config, Watched(config))
+    for m in lines(config):
+        assert (abs(m["ratio"] - 1) > 1e-4) == (m["step"] % 3 > 0), m["step"]
 
 
 def in_processes(base: Path, folder: Path, ranks: int, *flags: str) -> list[dict[str, Any]]:
