@@ -16,12 +16,12 @@ from typing import Any
 from nanolapo.config import Config, UserError
 from nanolapo.logprobs import CPU_LOGITS, GPU_LOGITS
 from nanolapo.machines import Machine, Shape
+from nanolapo.sampler_vllm import cpu_cache
 from nanolapo.session import GUIDANCE_ROOM, pick_engine
 
 LOGIT_COPIES = 4  # live float32 copies of a block of logits: as they come, tempered, softmax or gradient, its cast
 GPU_RUNTIME, VLLM_RUNTIME = 3e9, 2e9  # ESTIMATES, bytes: CUDA, NCCL, fragmentation; vLLM's activations and graphs
 CPU_RUNTIME, CPU_VLLM = 0.5e9, 1e9  # measured, bytes: a process before it has a model, and what vLLM adds
-CPU_CACHE = 2**30  # bytes of vLLM's cache on a CPU, see ENVIRONMENT in sampler_vllm.py
 LONGEST = 2.5  # the longest answer of a step over the mean: 1.3 to 3.2 on average in 14 runs of the demo and of SmolLM2
 PROMPT_TOKENS = 200  # ESTIMATE where the prompts are not at hand
 # Table 1 of LAPO's paper (paper.yaml), MATH-500: midway between the base, where training starts, and LAPO-D, where it ends
@@ -159,7 +159,10 @@ def sampler_memory(config: Config, shape: Shape, machine: Machine, e: Expected) 
             "cache": rows * ((e.prompt + r.max_new_tokens) * cache_bytes(config, shape) + logits),
         }
     if machine.is_cpu:
-        return {"sampler": weights + CPU_VLLM, "cache": CPU_CACHE}
+        return {
+            "sampler": weights + CPU_VLLM,
+            "cache": cpu_cache(cache_bytes(config, shape), r.max_rows, longest(config)),
+        }
     share = r.gpu_memory_utilization * machine.memory
     return {"sampler": weights + VLLM_RUNTIME, "cache": share - weights - VLLM_RUNTIME}
 
@@ -185,8 +188,13 @@ def fit(config: Config, shape: Shape, machine: Machine, e: Expected) -> bool:
 
 def one_answer(config: Config, shape: Shape) -> float:
     """Bytes of cache for the longest prompt with the longest answer; vLLM refuses to start with less."""
+    return longest(config) * cache_bytes(config, shape)
+
+
+def longest(config: Config) -> int:
+    """Tokens of the longest prompt with the longest answer."""
     r = config.rollout
-    return (r.max_prompt_tokens + GUIDANCE_ROOM + r.max_new_tokens) * cache_bytes(config, shape)
+    return r.max_prompt_tokens + GUIDANCE_ROOM + r.max_new_tokens
 
 
 def remedy(config: Config, shape: Shape, machine: Machine, e: Expected) -> str:

@@ -35,9 +35,21 @@ ENVIRONMENT = {  # vLLM reads these when it is imported; what the user has set w
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; where it is too small for max_rows, rows wait or are computed again
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer shares these cores
 }
+
+
+CPU_CACHE, CPU_BLOCK = 2**30, 128  # bytes of keys and values at most; tokens that vLLM puts into a block on a CPU
+
+
+def cpu_cache(token_bytes: float, rows: int, length: int) -> int:
+    """Bytes of vLLM's cache on a CPU: room for `rows` rows of `length` tokens, at most CPU_CACHE (then rows wait, or are
+    computed again). vLLM goes through all of it in turn, so what is not needed would be resident all the same.
+
+    >>> cpu_cache(23040, rows=32, length=288) == (32 * 3 + 1) * 128 * 23040, cpu_cache(23040, 256, 2048) == 2**30
+    (True, True)
+    """
+    return min(int((rows * -(-length // CPU_BLOCK) + 1) * CPU_BLOCK * token_bytes), CPU_CACHE)
 
 
 def _import_vllm() -> Any:
@@ -112,9 +124,14 @@ class VLLMSampler:
             )
         self.vocab_size = int(config.get_text_config().vocab_size)
         self.dtype, self.max_model_len = dtype, max_model_len
-        self.can_sleep = sleep_between_steps and not current_platform.is_cpu()
+        on_cpu = current_platform.is_cpu()
+        self.can_sleep = sleep_between_steps and not on_cpu
         self.broken_by = ""  # the call that broke off half-way, see `_whole`
         self.owns_group = not dist.is_initialized()
+        text = config.get_text_config()
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        token_bytes = 2 * text.num_hidden_layers * heads * size * dtype.itemsize
         self.llm = vllm.LLM(
             model=str(folder),
             skip_tokenizer_init=True,
@@ -126,7 +143,9 @@ class VLLMSampler:
             gpu_memory_utilization=gpu_memory_utilization,
             tensor_parallel_size=tensor_parallel,
             distributed_executor_backend=None if self.owns_group or dist.get_world_size() == 1 else "external_launcher",
-            enforce_eager=current_platform.is_cpu(),  # CUDA graphs on a GPU
+            enforce_eager=on_cpu,  # CUDA graphs on a GPU
+            # On a CPU VLLM_CPU_KVCACHE_SPACE, where the user has set it, goes before this.
+            kv_cache_memory_bytes=cpu_cache(token_bytes, max_rows, max_model_len) if on_cpu else None,
             enable_sleep_mode=self.can_sleep,
             enable_prefix_caching=True,  # the rows of a group share their prompt
             generation_config="vllm",  # not the folder's temperature, top_k, penalties, ...

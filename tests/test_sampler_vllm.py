@@ -36,7 +36,7 @@ from transformers import PreTrainedModel
 
 from nanolapo.problems import Problem
 from nanolapo.rollouts import Decoding, Request, Sample, make_rollouts
-from nanolapo.sampler_vllm import VLLMSampler, _import_vllm, _to_sample
+from nanolapo.sampler_vllm import CPU_BLOCK, VLLMSampler, _import_vllm, _to_sample
 
 pytestmark = [
     pytest.mark.vllm,
@@ -67,6 +67,15 @@ def tied(engines: dict[str, VLLMSampler]) -> tuple[VLLMSampler, PreTrainedModel]
     model = tiny_model(True)
     engines["tied"].load_weights(named_weights(model))
     return engines["tied"], model
+
+
+def test_the_cache_has_room_for_every_row_and_not_more(engines):
+    """64 rows of 512 tokens are 256 blocks of 128, and vLLM keeps one for itself; a token takes K and V of 2 layers, 1 head
+    of 32 float32 numbers."""
+    for sampler in engines.values():
+        cache = sampler.llm.llm_engine.vllm_config.cache_config
+        assert (cache.num_gpu_blocks, cache.block_size) == (257, CPU_BLOCK)
+        assert cache.kv_cache_memory_bytes == 257 * 128 * (2 * 2 * 1 * 32 * 4)
 
 
 def same(left: list[Sample], right: list[Sample]) -> bool:

@@ -172,8 +172,8 @@ class Method:
         return dict(self.loss_state)
 
     def after_step(self, rollouts: Rollouts) -> dict[str, float]:
-        """Update state from this step's rollouts, before its updates (with rollout.ahead the next step's guidance is asked for
-        beside them); returns numbers to log."""
+        """Update state from this step's rollouts; returns numbers to log. It comes before the updates, since with
+        rollout.ahead the next step's guidance does."""
         return {}
 
     def export(self, run_dir: Path) -> None:

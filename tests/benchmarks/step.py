@@ -1,10 +1,11 @@
 """Seconds and memory of one training step, split into its phases, each beside its floor measured in the same run.
 
     python tests/benchmarks/step.py --model FOLDER [--engine vllm|torch] [--dtype bfloat16|float32] [--prompts 4 --group 8
-        --tokens 96 --steps 5] [--microbatch-tokens 1024] [--peak-tflops 989] [--out FILE.json]
+        --tokens 96 --steps 5] [--microbatch-tokens 1024] [--ahead] [--peak-tflops 989] [--out FILE.json]
 
 The step is the trainer's own (nanolapo.loop.run_step). Two things differ from a run: completions never end early, so that
 every step samples the same number of tokens, and rewards are random, so that every group has a signal and is trained on.
+With --ahead the next step is sampled beside the update; `sample` is then the wait behind it, and --threads counts for each.
 
 Floors: sample, vLLM's LLM.generate on the same prompts; update, model(ids, labels=ids).loss.backward() of the bare
 transformers model in the same dtype on the same unpadded rows, a group at a time, and one fused AdamW step; sync, one copy
@@ -58,7 +59,7 @@ class LastMetrics:
 
 def config_of(args: Any) -> Config:
     values = {
-        "run": {"print_every": 0},
+        "run": {"print_every": 0, "checkpoint_every": args.steps + 2},  # with --ahead no step but the first waits for itself
         "model": {
             "path": args.model, "dtype": args.dtype, "gradient_checkpointing": args.gradient_checkpointing,
             "compile": args.compile,
@@ -66,9 +67,10 @@ def config_of(args: Any) -> Config:
         "rollout": {
             "engine": args.engine, "prompts_per_step": args.prompts, "group_size": args.group, "max_prompt_tokens": 128,
             "max_new_tokens": args.tokens, "max_rows": min(256, args.prompts * args.group), "mismatch_factor": 1e9,
+            "ahead": int(args.ahead),
         },
-        "train": {"batch_size": 0, "microbatch_tokens": args.microbatch_tokens, "steps": args.steps + 1},
-        "loss": {"kl_coef": 0.0},
+        "train": {"batch_size": 0, "microbatch_tokens": args.microbatch_tokens, "steps": args.steps + 2},
+        "loss": {"kl_coef": 0.0, "tis_cap": 2.0 * args.ahead},
     }  # fmt: skip
     return build(Config, values, "")
 
@@ -104,6 +106,7 @@ def main() -> None:
     p.add_argument("--microbatch-tokens", type=int, default=1024)
     p.add_argument("--gradient-checkpointing", action="store_true")
     p.add_argument("--compile", action="store_true", help="model.compile; the first step, not counted, takes longer")
+    p.add_argument("--ahead", action="store_true", help="rollout.ahead=1, with loss.tis_cap=2")
     p.add_argument("--peak-tflops", type=float, default=0.0, help="of the device, for the update's MFU")
     p.add_argument("--no-floors", action="store_true")
     args = p.parse_args()
@@ -127,7 +130,7 @@ def main() -> None:
     with Grader() as grader:
         s = Session(config, method, ranks, data, grader, policy, sampler, Alarms(config), log)  # type: ignore[arg-type]
         run_step(s)
-        memory["peak of the first step"] = memory_gb()
+        memory["peak of the first step"], mismatch = memory_gb(), log.metrics["mismatch"]
         for _ in range(args.steps):
             total = timed(1, lambda: run_step(s))[0]
             parts = [log.metrics[f"seconds/{phase}"] for phase in PHASES]
@@ -135,7 +138,7 @@ def main() -> None:
                 seconds[phase].append(value)
             if log.metrics["length"] != args.tokens:
                 raise SystemExit(f"{log.metrics['length']} tokens an answer, not {args.tokens}: something ended them")
-            mismatch = log.metrics["mismatch"]
+            mismatch = mismatch if args.ahead else log.metrics["mismatch"]
             print(f"step {total:.2f} s, memory peak {memory_gb():.2f} GB, mismatch {mismatch:.4f}", flush=True)
     memory["peak"] = memory_gb()
     result: dict[str, Any] = {"args": vars(args), "memory_gb": memory, "threads": torch.get_num_threads()}
@@ -144,7 +147,7 @@ def main() -> None:
     result["tokens_per_second"] = sampled / result["seconds"]["step"]["median"]
     result["parameters"] = sum(p.numel() for p in policy.model.parameters())
     result["update_tokens"] = sampled + sum(len(prompter.ids(x.question)) for x in problems)  # a group's prompt once
-    result["mismatch"] = log.metrics["mismatch"]
+    result["mismatch"] = mismatch
     if not args.no_floors:
         result["floors"] = floors(args, policy, sampler, ranks.device, [prompter.ids(x.question) for x in problems])
     report(args, result)
