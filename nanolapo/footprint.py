@@ -221,6 +221,8 @@ def changes(config: Config, shape: Shape, machine: Machine, e: Expected) -> Iter
         most = math.floor(100 * (1 - others / machine.memory)) / 100
         if least <= most and not least <= share <= most:
             yield "rollout.gpu_memory_utilization", most if share > most else least
+    if r.ahead:
+        yield "rollout.ahead", 0
     one_row = math.ceil(e.prompt + r.max_new_tokens)
     if t.microbatch_tokens > 2 * one_row:
         yield "train.microbatch_tokens", max(one_row, t.microbatch_tokens // 4)

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "tests" / "benchmarks"
 
 
-def script(name: str, *arguments: str) -> str:
+def script(name: str, *arguments: str, launch: Sequence[str] = (sys.executable,)) -> str:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(SCRIPTS / name), *arguments]
+    command = [*launch, str(SCRIPTS / name), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stdout
@@ -79,19 +80,25 @@ def test_ratios_are_taken_against_trl_of_the_same_dtype(step):
     assert float(cells[5]) == pytest.approx(result["memory_gb"]["peak"] / 10.0, rel=0.01)
 
 
-def test_growth_says_what_must_be_there(tmp_path):
+GROWTH = {
+    "vocab": 500, "layers": 1, "hidden": 64, "prompt": 4, "group": 2, "length": 6, "prompts": 2, "micro": 64, "ranks": 1,
+    "sharding": "ddp",
+}  # fmt: skip
+
+
+def test_growth_says_what_must_be_there():
     """With two float32 moments, weights and gradients, 16 bytes a parameter are `held`; the rest of the peak is not."""
-    settings = {
-        "vocab": 500,
-        "layers": 1,
-        "hidden": 64,
-        "prompt": 4,
-        "group": 2,
-        "length": 6,
-        "prompts": 2,
-        "micro": 64,
-    }
-    row = json.loads(script("growth.py", "--dtype", "float32", "--one", json.dumps(settings)).splitlines()[-1])
+    row = json.loads(script("growth.py", "--dtype", "float32", "--one", json.dumps(GROWTH)).splitlines()[-1])
     weights = 500 * 64 + 4 * 64 * 64 + 3 * 64 * 192 + 3 * 64  # embedding; attention; MLP; norms
     assert row["parameters, M"] == pytest.approx(weights / 1e6) and row["held GB"] == pytest.approx(weights * 16 / 1e9)
-    assert row["tokens computed"] == 2 * 4 + 4 * 6 and 0 < row["beyond GB"] < row["peak GB"]
+    assert row["tokens"] == 2 * 4 + 4 * 6 and 0 < row["beyond GB"] < row["peak GB"] and row["seconds"] > 0
+
+
+@pytest.mark.slow
+def test_growth_on_two_ranks_holds_half_of_everything_on_each():
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    settings = json.dumps(GROWTH | {"ranks": 2, "sharding": "fsdp2"})
+    said = script("growth.py", "--dtype", "bfloat16", "--one", settings, launch=launch)
+    (row,) = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    weights = 500 * 64 + 4 * 64 * 64 + 3 * 64 * 192 + 3 * 64
+    assert row["parameters, M"] == pytest.approx(weights / 1e6) and row["held GB"] == pytest.approx(weights * 8 / 1e9)

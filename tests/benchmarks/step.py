@@ -1,7 +1,7 @@
 """Seconds and memory of one training step, split into its phases, each beside its floor measured in the same run.
 
     python tests/benchmarks/step.py --model FOLDER [--engine vllm|torch] [--dtype bfloat16|float32] [--prompts 4 --group 8
-        --tokens 96 --steps 5] [--microbatch-tokens 1024] [--ahead] [--peak-tflops 989] [--out FILE.json]
+        --tokens 96 --steps 5] [--microbatch-tokens 896] [--ahead] [--peak-tflops 989] [--out FILE.json]
 
 The step is the trainer's own (nanolapo.loop.run_step). Two things differ from a run: completions never end early, so that
 every step samples the same number of tokens, and rewards are random, so that every group has a signal and is trained on.
@@ -59,7 +59,7 @@ class LastMetrics:
 
 def config_of(args: Any) -> Config:
     values = {
-        "run": {"print_every": 0, "checkpoint_every": args.steps + 2},  # with --ahead no step but the first waits for itself
+        "run": {"print_every": 0, "checkpoint_every": args.steps + 2},  # with --ahead all but the first are sampled ahead
         "model": {
             "path": args.model, "dtype": args.dtype, "gradient_checkpointing": args.gradient_checkpointing,
             "compile": args.compile,
@@ -103,7 +103,7 @@ def bare_update(folder: str, dtype: torch.dtype, groups: list[torch.Tensor], dev
 def main() -> None:
     p = parser(__doc__ or "")
     p.add_argument("--engine", default="vllm", choices=("vllm", "torch"))
-    p.add_argument("--microbatch-tokens", type=int, default=1024)
+    p.add_argument("--microbatch-tokens", type=int, default=896, help="a group of 8 x 96 and its prompt, by default")
     p.add_argument("--gradient-checkpointing", action="store_true")
     p.add_argument("--compile", action="store_true", help="model.compile; the first step, not counted, takes longer")
     p.add_argument("--ahead", action="store_true", help="rollout.ahead=1, with loss.tis_cap=2")
