@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,16 @@ from torch import Tensor
 import nanolapo.loop
 from nanolapo.config import Config, UserError
 from nanolapo.config_checks import validate
+from nanolapo.grader import Grader
 from nanolapo.loop import train
-from nanolapo.methods.base import Method
+from nanolapo.methods.base import Method, SamplingPlan
 from nanolapo.methods.l1_max import L1Max
 from nanolapo.policy import Policy
+from nanolapo.problems import Problem
+from nanolapo.prompts import Guidance
 from nanolapo.rollouts import Decoding, Request, Rollouts, Sample, row_seed
 from nanolapo.sampler_torch import TorchSampler
+from nanolapo.sampling import Abandoned
 
 ROOT = Path(__file__).parents[1]
 TIMING = ("seconds/", "tokens_per_second", "memory_gb")
@@ -171,8 +177,9 @@ def test_with_a_monitor_pass_rounds_and_drawn_weights(base, tmp_path):
 
 
 def test_guidance_and_rewards_belong_to_the_same_step(base, tmp_path):
-    """L1-Max rewards a row by what its prompt said, which it finds out again from the step's number."""
-    method_section = {"name": "l1_max:L1Max"}
+    """L1-Max rewards a row by what its prompt said, which it finds out again from the step's number: kind and budget are
+    drawn anew at every visit."""
+    method_section = {"name": "l1_max:L1Max", "options": {"redraw": True}}  # else a problem says the same in every step
     config = ahead_run(base, tmp_path, method=method_section, rollout={"max_new_tokens": 12})
     seen: list[tuple[np.ndarray, np.ndarray]] = []
 
@@ -180,6 +187,8 @@ def test_guidance_and_rewards_belong_to_the_same_step(base, tmp_path):
         def total(self, rollouts: Rollouts, verdict_B: np.ndarray) -> np.ndarray:
             said = np.array(["maximum" in decode(prompt) for prompt in rollouts.prompt_ids])
             seen.append((self.limits(rollouts), said))
+            budgets = [self.budget(p.id, self.step) for p in rollouts.problems]
+            assert rollouts.budgets_B.tolist() == np.repeat(budgets, rollouts.group_size).tolist()
             return super().total(rollouts, verdict_B)
 
     method = Listening(config)
@@ -206,18 +215,21 @@ def test_an_error_while_sampling_ahead_stops_the_run(base, tmp_path, monkeypatch
 
 
 def test_an_error_in_the_update_ends_the_sampling(base, tmp_path, monkeypatch):
-    """The sampler would have gone on for ever; the error itself comes out, and nothing is written."""
+    """The sampler would have gone on for a minute; the error itself comes out, and nothing is written."""
     generate, begun, ended = TorchSampler.generate, threading.Event(), threading.Event()
 
     def endless(self: TorchSampler, requests: Any, decoding: Any, progress: Any, finished: Any) -> list[Sample]:
         if threading.current_thread() is threading.main_thread():
             return generate(self, requests, decoding, progress, finished)
+        begun.set()
+        end = time.monotonic() + 60
         try:
-            while True:
-                begun.set()
+            while time.monotonic() < end:
                 progress(1)
-        finally:
+        except Abandoned:
             ended.set()
+            raise
+        return []
 
     def interrupted(*_: Any) -> dict[str, float]:
         assert begun.wait(60)
@@ -228,6 +240,130 @@ def test_an_error_in_the_update_ends_the_sampling(base, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train(config := ahead_run(base, tmp_path), Method(config))
     assert ended.is_set()
+
+
+@pytest.mark.parametrize("limit", [0, 400])
+def test_hooks_are_told_the_progress_of_their_own_step(base, tmp_path, limit):
+    """By steps, and by sampled tokens, of which what was sampled ahead counts only when its step has come: nothing is
+    sampled ahead of a run's last step."""
+    config = ahead_run(base, tmp_path, train={"sampled_tokens": limit})
+    told: dict[str, list[float]] = {"sampling": [], "guidance": [], "reward": []}
+
+    class Told(Watched):
+        def sampling(self, step: int) -> SamplingPlan:
+            told["sampling"].append(self.progress)
+            return super().sampling(step)
+
+        def guidance(self, problem: Problem, rollout_index: int, step: int) -> Guidance:
+            told["guidance"] += [self.progress] * (problem.id == self.first and not rollout_index)
+            return super().guidance(problem, rollout_index, step)
+
+        def start(self, problems: list[Problem]) -> None:
+            self.first = problems[0].id
+
+        def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:
+            told["reward"].append(self.progress)
+            return super().reward(rollouts)
+
+    method = Told(config)
+    train(config, method)
+    found = lines(config)
+    tokens = [0, *(m["sampled_tokens"] for m in found)]
+    want = [max(k / 7, tokens[k] / limit if limit else 0.0) for k in range(len(found))]
+    assert len(found) == 7 if not limit else 2 < len(found) < 7 and tokens[-2] < limit <= tokens[-1]
+    assert told["sampling"] == told["reward"] == want
+    visits = [k for k, rollouts in enumerate(method.rewarded) if method.first in [p.id for p in rollouts.problems]]
+    assert visits and told["guidance"] == [want[k] for k in visits]
+
+
+def test_new_weights_wait_for_the_last_sample(base, tmp_path, monkeypatch):
+    """The sampler is still at work when the update is over: its weights must not change under it."""
+    generate, load = TorchSampler.generate, TorchSampler.load_weights
+    update, at_work, updated = nanolapo.loop.update_policy, threading.Event(), threading.Event()
+
+    def slow_generate(self: TorchSampler, *arguments: Any) -> list[Sample]:
+        at_work.set()
+        if threading.current_thread() is not threading.main_thread():
+            assert updated.wait(60)
+            time.sleep(0.2)  # long enough to be overtaken
+        samples = generate(self, *arguments)
+        at_work.clear()
+        return samples
+
+    def announced(*arguments: Any) -> dict[str, float]:
+        updated.clear()
+        found = update(*arguments)
+        updated.set()
+        return found
+
+    def watched_load(self: TorchSampler, named_tensors: Any) -> None:
+        assert not at_work.is_set()
+        load(self, named_tensors)
+
+    monkeypatch.setattr(TorchSampler, "generate", slow_generate)
+    monkeypatch.setattr(TorchSampler, "load_weights", watched_load)
+    monkeypatch.setattr(nanolapo.loop, "update_policy", announced)
+    config = ahead_run(base, tmp_path, train={"steps": 3})
+    train(config, Method(config))
+    assert len(lines(config)) == 3
+
+
+def test_a_stopped_run_samples_its_next_step_anew(base, tmp_path):
+    """Ctrl-C in step 4: what was sampled ahead for step 5 is dropped and counted nowhere. The resumed run samples step 5
+    from the newest weights, with the same problems and seeds as ever."""
+
+    class Stopping(Watched):
+        def advantage(self, rollouts: Rollouts, rewards_PG: Tensor) -> Tensor:
+            if len(self.rewarded) == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().advantage(rollouts, rewards_PG)
+
+    config = ahead_run(base, tmp_path)
+    first, second = Stopping(config), Stopping(config)
+    train(config, first)
+    assert (config.run_dir / "checkpoints" / "step-000005").is_dir() and not (config.run_dir / "model").exists()
+    train(config, second)
+    found, rewarded, plain = lines(config), first.rewarded + second.rewarded, plain_problems(base, tmp_path)
+    assert [m["step"] for m in found] == list(range(7)) and len(first.rewarded) == 5
+    assert [[p.id for p in rollouts.problems] for rollouts in rewarded] == plain
+    assert [m["sampled_tokens"] for m in found] == np.cumsum([int(r.lengths_B.sum()) for r in rewarded]).tolist()
+    assert [m["compared_tokens"] > 0 for m in found] == [step in (0, 3, 5, 6) for step in range(7)]
+    assert max(m["mismatch"] for m in found if m["compared_tokens"]) < 1e-5
+
+
+def test_what_was_sampled_ahead_is_graded(base, tmp_path, monkeypatch):
+    """The model knows no answer: a grader that likes odd lengths says which text and gold a verdict was given for."""
+
+    def odd(text: str, gold: str) -> bool:
+        return bool((len(text) + len(gold)) % 2)
+
+    class CutCounts(Watched):
+        cut_answers_count = True
+
+    monkeypatch.setattr(Grader, "grade_all", lambda self, texts, golds: [*map(odd, texts, golds)])
+    config = ahead_run(base, tmp_path, train={"steps": 3})
+    method = CutCounts(config)
+    train(config, method)
+    for rollouts in method.rewarded:
+        golds = [p.answer for p in rollouts.problems for _ in range(rollouts.group_size)]
+        assert rollouts.correct_B.tolist() == [
+            odd(text, gold) for text, gold in zip(rollouts.texts, golds, strict=True)
+        ]
+        assert rollouts.correct_B.any() and not rollouts.correct_B.all()
+
+
+def test_a_step_without_signal_is_compared_with_the_weights_that_sampled_it(base, tmp_path):
+    """Nothing is trained, so weights one step old are the newest: off_policy is as small as a mismatch."""
+
+    class Flat(Watched):
+        def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:
+            return {"correct": np.zeros(len(rollouts))}
+
+    config = ahead_run(base, tmp_path, train={"steps": 3})
+    train(config, Flat(config))
+    for m in lines(config):
+        assert m["updates"] == 0 and (m["compared_tokens"] > 0) == (m["step"] == 0)
+        assert m["mismatch" if m["step"] == 0 else "off_policy"] < 1e-5
 
 
 def test_gradient_of_a_step_sampled_ahead(base, tmp_path):
