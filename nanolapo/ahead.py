@@ -55,6 +55,7 @@ def sampling_ahead(s: Session, watch: Stopwatch) -> Iterator[None]:
 
 
 def work(s: Session, share: Share, stop: Event) -> Rollouts:
+    torch.set_num_threads(torch.get_num_threads())  # a new thread's OpenMP begins with its own number
     if s.ranks.device.type == "cuda":
-        torch.cuda.set_device(s.ranks.device)  # every thread begins with the first GPU
+        torch.cuda.set_device(s.ranks.device)  # ... and with the first GPU
     return answer(s, share, Stopwatch(), stop)

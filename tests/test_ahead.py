@@ -419,10 +419,10 @@ def test_the_clipped_ratio_may_stand_in_for_tis(base, tmp_path):
 
 
 def in_processes(base: Path, folder: Path, ranks: int, *flags: str) -> list[dict[str, Any]]:
-    """round_methods.py on so many ranks; the lines of its metrics.jsonl."""
+    """round_methods.py, with one thread, on so many ranks; the lines of its metrics.jsonl."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
                str(ROOT / "tests/round_methods.py"), str(base), str(folder), "--ahead", *flags]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(3 - ranks), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
@@ -442,7 +442,8 @@ def test_B2_two_ranks_sample_what_one_does(base, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_vllm_engine_works_beside_the_update(tmp_path, ranks):
-    """The engine is driven from another thread, on two ranks while these add up gradients. After every wait it holds the
+    """The engine is driven from another thread, on two ranks while these add up gradients; on one with fewer threads than
+    OpenMP would take, which vLLM checks. After every wait it holds the
     newest weights: the steps not sampled ahead agree with the trainer, the others are one step off."""
     metrics = in_processes(make_base(tmp_path / "base", hidden_size=128), tmp_path, ranks, "--vllm")
     assert [m["step"] for m in metrics] == list(range(7))
