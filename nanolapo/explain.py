@@ -53,9 +53,8 @@ def explain(config: Config, method: Method) -> None:
 def beside(config: Config) -> Config:
     """The same run in a directory of its own, without a tracker and without examples between the lines."""
     run = dataclasses.replace(config.run, name=f"explain-{config.run.name}", print_every=0)
-    alone = dataclasses.replace(
-        config.rollout, ahead=0
-    )  # the first step is never sampled ahead, nor is a second one here
+    # The first step is never sampled ahead, and there is no second one.
+    alone = dataclasses.replace(config.rollout, ahead=0)
     return dataclasses.replace(config, run=run, rollout=alone, wandb=dataclasses.replace(config.wandb, mode="disabled"))
 
 

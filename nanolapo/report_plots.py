@@ -35,7 +35,7 @@ PANELS: tuple[Panel, ...] = (
     ("accuracy", ("accuracy",), False),
     ("length, tokens (dashed: P90)", ("length", "length_p90"), False),
     ("entropy per token", ("entropy",), False),
-    ("mismatch of sampler and trainer", ("mismatch",), True),
+    ("mismatch (dashed: off policy)", ("mismatch", "off_policy"), True),
     ("share cut at the limit", ("truncated",), False),
 )
 MAP_PANELS: tuple[Panel, ...] = (
@@ -108,7 +108,8 @@ def training(runs: Sequence[Run], panels: Sequence[Panel]) -> list[str]:
                     continue
                 colour, steps = colours[i], values(run.metrics, "step")
                 for name, style in reversed([*zip(names, ("-", "--"), strict=False)]):
-                    [lines[run.name]] = axis.plot(steps, values(run.metrics, name), style, color=colour)
+                    points = [p for p in zip(steps, values(run.metrics, name), strict=True) if math.isfinite(p[1])]
+                    [lines[run.name]] = axis.plot(*zip(*points or [(math.nan,) * 2], strict=True), style, color=colour)
             if log and any(v > 0 for run in runs for v in values(run.metrics, names[0])):
                 axis.set_yscale("log")
                 for labels in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):

@@ -103,7 +103,9 @@ def sample_and_grade(s: Session, plan: SamplingPlan | MonitorPlan, draw: Draw, w
         with watch("sample"):  # so that every step has this phase
             mine, s.ahead = s.ahead.rollouts, None
     else:
-        mine = answer(s, ask(s, plan, draw, s.step), watch)
+        with watch("sample"):
+            share = ask(s, plan, draw, s.step)
+        mine = answer(s, share, watch)
     with watch("grade"):
         everyone = s.ranks.gather(mine)
         rollouts = join_ranks(everyone[:: s.config.rollout.tensor_parallel])  # an engine's ranks sampled the same

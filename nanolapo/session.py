@@ -9,6 +9,7 @@ import importlib.util
 import json
 import signal
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -114,6 +115,9 @@ class Session:
     step: int = 0
     sampled_tokens: int = 0
     ahead: Ahead | None = None
+    thread: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1)
+    )  # samples ahead; begins when needed
 
     @property
     def progress(self) -> float:

@@ -108,7 +108,9 @@ def update_policy(
     if not norms:  # nothing to learn from, but sampler and trainer are compared at every step
         micro = make_microbatch(rollouts, range(rollouts.group_size), policy.device)
         with torch.no_grad():
-            tally_mismatch(tally, loss_inputs(policy, method, rollouts, advantages, micro, None))
+            inputs = loss_inputs(policy, method, rollouts, advantages, micro, None)
+        if ranks.is_main:  # the same rows on all
+            tally_mismatch(tally, inputs)
     trained = summarize(tally.over_ranks(ranks), norms, len(batches) * config.train.inner_epochs, learning_rate)
     return trained | method.after_update(trained) | rank_imbalance(batches)
 

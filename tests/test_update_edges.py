@@ -109,6 +109,10 @@ def test_B14_everything_masked_skips_the_step(tied_model, old_logprobs):
         rollouts.broken_B[:] = broken
         logged = update(policy, rollouts, [1.0, -1.0, 1.0, -1.0], keep=[False] * 4)
         assert (logged["updates"], logged["updates_skipped"]) == (0, 2)
+        compared = {name: logged.pop(name) for name in ("mismatch", "mismatch_max")}
+        assert (
+            (logged["compared_tokens"] == 0) == broken == all(np.isnan(list(compared.values())))
+        )  # means over nothing
         assert np.isfinite(list(logged.values())).all()
     assert same_tensors(snapshot(policy), before)
 

@@ -81,7 +81,8 @@ class Method:
     grader_rule = "math"
     cut_answers_count = False  # may an answer that hit the length limit be right (its box already printed)?
     needs_entropy = False  # have rollouts.old_entropies filled before prepare_loss, at the cost of a forward pass
-    progress = 0.0  # share of the run that is done, by steps or by sampled tokens, in [0, 1); set before each step
+    # Share of the run that is done, by steps or by sampled tokens, in [0, 1): at the start of the step that a hook is for.
+    progress = 0.0
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -94,7 +95,8 @@ class Method:
         """Called once with the training problems, before the first step. Raise UserError for what cannot work."""
 
     def sampling(self, step: int) -> SamplingPlan:
-        """What to sample. The first hook of every step."""
+        """What to sample. The first hook of every step. With rollout.ahead it may be asked for twice (after a Ctrl-C), so
+        neither this nor guidance keeps anything that a checkpoint should know."""
         r = self.config.rollout
         return SamplingPlan(r.prompts_per_step, r.group_size, r.temperature, r.max_new_tokens)
 
@@ -133,7 +135,8 @@ class Method:
     def prepare_loss(self, rollouts: Rollouts, advantages: Tensor, keep_B: np.ndarray) -> None:
         """Called once before the updates of a step, for what a loss must know about the whole batch, on every rank alike.
 
-        Log-probs of the old policy that all ranks hold are those recorded while sampling, rollouts.sampler_logprobs.
+        Log-probs of the old policy that all ranks hold are those recorded while sampling, rollouts.sampler_logprobs (with
+        rollout.ahead they are one step older).
         """
         c = self.config.loss
         if c.kind == "kl_cov":

@@ -59,7 +59,6 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
 
 def one(settings: dict[str, Any], dtype: str) -> dict[str, float]:
     """The later updates of a policy in this process: the moments are there, everything has been used before."""
-    ranks = Ranks()
     torch.set_num_threads(settings.get("threads", torch.get_num_threads()))
     rng, (P, G) = np.random.default_rng(0), (settings["prompts"], settings["group"])
     torch.manual_seed(0)
@@ -70,6 +69,7 @@ def one(settings: dict[str, Any], dtype: str) -> dict[str, float]:
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:  # of its own for every rank
         LlamaForCausalLM(shape).save_pretrained(folder)
+        ranks = Ranks()  # not earlier: in a group transformers saves on rank 0 only
         values = {
             "model": {"path": folder, "dtype": dtype, "sharding": settings["sharding"]},
             "rollout": {"prompts_per_step": P, "group_size": G, "max_new_tokens": settings["length"]},
@@ -129,8 +129,9 @@ def main() -> None:
             command = [*launch, __file__, "--dtype", args.dtype, "--one", json.dumps(settings)]
             out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent).stdout
             rows.append({"sweep": name, "change": json.dumps(change)} | json.loads(out.splitlines()[-1]))
-    print(table([list(rows[0]), *(list(row.values()) for row in rows)]))
-    save({"base": BASE, "dtype": args.dtype, "rows": rows}, args.out)
+            head, _, line = table([list(rows[0]), list(rows[-1].values())]).splitlines()
+            print(head + "\n" + line if len(rows) == 1 else line, flush=True)
+            save({"base": BASE, "dtype": args.dtype, "rows": rows}, args.out)
 
 
 if __name__ == "__main__":
