@@ -62,9 +62,7 @@ class Aepo(Method):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         if config.loss.old_logprobs != "trainer" or config.loss.tis_cap or config.rollout.ahead:
-            raise UserError(
-                "aepo:Aepo: two temperatures need loss.old_logprobs=trainer, loss.tis_cap=0 and rollout.ahead=0"
-            )
+            raise UserError("aepo: two temperatures need loss.old_logprobs=trainer, loss.tis_cap=0 and rollout.ahead=0")
         self.entropy: float | None = None  # of the last step
         self.extra: Rollouts | None = None
         self.replaced: list[int] = []
