@@ -7,9 +7,10 @@ The step is the trainer's own (nanolapo.loop.run_step). Two things differ from a
 every step samples the same number of tokens, and rewards are random, so that every group has a signal and is trained on.
 With --ahead the next step is sampled beside the update; `sample` is then the wait behind it, and --threads counts for each.
 
-Floors: sample, vLLM's LLM.generate on the same prompts; update, model(ids, labels=ids).loss.backward() of the bare
-transformers model in the same dtype on the same unpadded rows, a group at a time, and one fused AdamW step; sync, one copy
-of all weights in memory. The update computes a group's prompt once, the bare model G times, so a ratio above 1 can be had.
+Floors: sample, vLLM's LLM.generate on the same prompts, once after every step; update, model(ids, labels=ids) with
+loss.backward() of the bare transformers model in the same dtype on the same unpadded rows, a group at a time, and a fused
+AdamW step; sync, one copy of all weights in memory. The update computes a group's prompt once, the bare model G times, so a
+ratio above 1 can be had.
 """
 
 from __future__ import annotations
@@ -127,6 +128,7 @@ def main() -> None:
     sampler.load_weights(policy.named_weights())
     memory["+ sampler"] = memory_gb("VmRSS")
     seconds: dict[str, list[float]] = {phase: [] for phase in (*PHASES, "other", "step")}
+    prompts, raw = [prompter.ids(problem.question) for problem in problems], list[float]()
     with Grader() as grader:
         s = Session(config, method, ranks, data, grader, policy, sampler, Alarms(config), log)  # type: ignore[arg-type]
         run_step(s)
@@ -140,36 +142,36 @@ def main() -> None:
                 raise SystemExit(f"{log.metrics['length']} tokens an answer, not {args.tokens}: something ended them")
             mismatch = mismatch if args.ahead else log.metrics["mismatch"]
             print(f"step {total:.2f} s, memory peak {memory_gb():.2f} GB, mismatch {mismatch:.4f}", flush=True)
+            if args.engine == "vllm" and not args.no_floors:
+                raw.append(timed(1, lambda: generate(args, sampler, prompts))[0])
     memory["peak"] = memory_gb()
     result: dict[str, Any] = {"args": vars(args), "memory_gb": memory, "threads": torch.get_num_threads()}
     result |= {"seconds": {phase: spread(values) for phase, values in seconds.items()}}
     sampled = args.prompts * args.group * args.tokens
     result["tokens_per_second"] = sampled / result["seconds"]["step"]["median"]
     result["parameters"] = sum(p.numel() for p in policy.model.parameters())
-    result["update_tokens"] = sampled + sum(len(prompter.ids(x.question)) for x in problems)  # a group's prompt once
+    result["update_tokens"] = sampled + sum(map(len, prompts))  # a group's prompt once
     result["mismatch"] = mismatch
     if not args.no_floors:
-        result["floors"] = floors(args, policy, sampler, ranks.device, [prompter.ids(x.question) for x in problems])
+        result["floors"] = floors(args, policy, ranks.device, prompts) | ({"sample": spread(raw)} if raw else {})
     report(args, result)
     save(result, args.out)
 
 
-def floors(args: Any, policy: Policy, sampler: Any, device: torch.device, prompts: list[list[int]]) -> dict[str, dict]:
-    """Seconds of the least that each phase could do."""
+def generate(args: Any, sampler: Any, prompts: list[list[int]]) -> None:
+    """The engine's own generate, without what training needs: log-probs, and a seed for every row."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=args.tokens, ignore_eos=True, detokenize=False, n=args.group)
+    sampler.llm.reset_prefix_cache()
+    sampler.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+
+
+def floors(args: Any, policy: Policy, device: torch.device, prompts: list[list[int]]) -> dict[str, dict]:
+    """Seconds of the least that update and sync could do."""
     weights = [tensor.to(policy.dtype) for _, tensor in policy.named_weights()]
     room = [torch.empty_like(tensor) for tensor in weights]
     found = {"sync": spread(timed(5, lambda: [to.copy_(x) for to, x in zip(room, weights, strict=True)]))}
-    if args.engine == "vllm":
-        from vllm import SamplingParams
-
-        params = SamplingParams(max_tokens=args.tokens, ignore_eos=True, detokenize=False, n=args.group)
-        inputs = [{"prompt_token_ids": ids} for ids in prompts]
-
-        def generate() -> None:
-            sampler.llm.reset_prefix_cache()
-            sampler.llm.generate(inputs, params, use_tqdm=False)
-
-        found["sample"] = spread(timed(args.steps, generate))
     dtype = getattr(torch, args.dtype)
     rng = torch.Generator().manual_seed(0)
     rows = [
