@@ -91,16 +91,18 @@ def validate(config: Config, world_size: int = 1) -> None:
 
 def validate_ahead(config: Config) -> None:
     """The part of `validate` that concerns rollout.ahead."""
-    r, every = config.rollout, config.run.checkpoint_every
+    r = config.rollout
     if r.ahead not in (0, 1):
         raise UserError(f"rollout.ahead={r.ahead}: 0, or 1 to sample one step ahead; more is not supported")
-    if r.ahead and not config.loss.tis_cap and config.loss.old_logprobs != "sampler":
+    if not r.ahead:
+        return
+    if not config.loss.tis_cap and config.loss.old_logprobs != "sampler":
         raise UserError("rollout.ahead=1 trains on samples that are one step old: set loss.tis_cap=2 to weigh them (or "
                         "loss.old_logprobs=sampler, whose clipped ratio does)")  # fmt: skip
-    if r.ahead and r.tensor_parallel > 1:
+    if r.tensor_parallel > 1:
         raise UserError("rollout.ahead=1: the ranks of one engine would talk while they train; set "
                         "rollout.tensor_parallel=1 or rollout.ahead=0")  # fmt: skip
-    if r.ahead and every == 1:
+    if config.run.checkpoint_every == 1:
         raise UserError("rollout.ahead=1 samples nothing ahead of a checkpoint: set run.checkpoint_every=2 or more")
 
 

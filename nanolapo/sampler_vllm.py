@@ -117,18 +117,18 @@ class VLLMSampler:
         generation = GenerationConfig.from_pretrained(folder) if has_generation else None
         self.end_ids = end_token_ids(str(folder), config, generation)
         self.shapes = checkpoint_shapes(folder)
-        self.tied = bool(config.get_text_config().tie_word_embeddings)
+        text = config.get_text_config()
+        self.tied = bool(text.tie_word_embeddings)
         if self.tied and not any(name.endswith(EMBEDDING) for name in self.shapes):
             raise UserError(
                 f"model.path={model_path}: a tied model without {EMBEDDING} is not supported; use engine=torch"
             )
-        self.vocab_size = int(config.get_text_config().vocab_size)
+        self.vocab_size = int(text.vocab_size)
         self.dtype, self.max_model_len = dtype, max_model_len
         on_cpu = current_platform.is_cpu()
         self.can_sleep = sleep_between_steps and not on_cpu
         self.broken_by = ""  # the call that broke off half-way, see `_whole`
         self.owns_group = not dist.is_initialized()
-        text = config.get_text_config()
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         token_bytes = 2 * text.num_hidden_layers * heads * size * dtype.itemsize

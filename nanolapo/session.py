@@ -115,9 +115,7 @@ class Session:
     step: int = 0
     sampled_tokens: int = 0
     ahead: Ahead | None = None
-    thread: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(1)
-    )  # samples ahead; begins when needed
+    thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))  # for ahead.py
 
     @property
     def progress(self) -> float:

@@ -140,7 +140,8 @@ def main() -> None:
                 seconds[phase].append(value)
             if log.metrics["length"] != args.tokens:
                 raise SystemExit(f"{log.metrics['length']} tokens an answer, not {args.tokens}: something ended them")
-            mismatch = mismatch if args.ahead else log.metrics["mismatch"]
+            if not args.ahead:
+                mismatch = log.metrics["mismatch"]
             print(f"step {total:.2f} s, memory peak {memory_gb():.2f} GB, mismatch {mismatch:.4f}", flush=True)
             if args.engine == "vllm" and not args.no_floors:
                 raw.append(timed(1, lambda: generate(args, sampler, prompts))[0])
