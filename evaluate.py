@@ -15,10 +15,10 @@ from nanolapo import cli
 
 def main() -> None:
     config, action = cli.parse(__doc__, default_method="base:Method")
-    from nanolapo.benchmark_plan import describe, parse_models
-    from nanolapo.benchmarking import evaluate, write_results
+    from nanolapo.evaluation.evaluate import evaluate, write_results
+    from nanolapo.evaluation.passes import describe, parse_models
     from nanolapo.ranks import Ranks
-    from nanolapo.report import markdown, plots
+    from nanolapo.report.tables import markdown, plots
 
     models = parse_models(config)
     if action == "dry-run":

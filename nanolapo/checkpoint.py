@@ -9,9 +9,7 @@ tensors are whole, so any number of ranks can go on from it; rank 0 writes, all 
 
 from __future__ import annotations
 
-import copy
 import json
-import os
 import re
 import shutil
 import warnings
@@ -23,12 +21,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nanolapo.config import UserError
-from nanolapo.policy import Policy, named_weights
+from nanolapo.model.folder import sync
+from nanolapo.model.sharding import like, to_host
+from nanolapo.policy import Policy
 from nanolapo.ranks import Ranks
-from nanolapo.sharding import like, to_host
 
 NAME = re.compile(r"step-(\d{6,})$")
 
@@ -73,41 +71,6 @@ def prune(folder: Path, keep: int) -> None:
         old.rename(old.with_name(f"{old.name}.tmp"))  # so that a kill cannot leave half of it under its final name
     for leftover in folder.glob("step-*.tmp"):
         shutil.rmtree(leftover)
-
-
-def save_model(
-    model: PreTrainedModel, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase, folder: Path, is_main: bool = True
-) -> None:
-    """Write a plain Hugging Face folder, complete or not at all. `model` holds float32 weights, the files `dtype`.
-
-    transformers and vLLM load it as it is; a tied head is stored once, as the architecture wants it. All ranks call it, the
-    main one writes.
-    """
-    state = to_host(((name, tensor.to(dtype)) for name, tensor in named_weights(model)), keep=is_main)
-    if not is_main:
-        return
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    config = copy.deepcopy(model.config)
-    config.dtype = dtype  # model.save_pretrained writes that of the master weights
-    try:
-        model.save_pretrained(temporary, state_dict=state)
-        config.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"{folder}: could not be written ({error}); free some disk and run the same command") from None
-    for path in [*temporary.iterdir(), temporary]:
-        sync(path)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-
-
-def sync(path: Path) -> None:
-    """Flush a file or a folder entry to disk, so that the rename cannot overtake the contents."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def optimizer_tensors(policy: Policy) -> dict[str, torch.Tensor]:

@@ -91,7 +91,7 @@ def tell_torchrun(text: str, is_echo: bool = False) -> None:
 
 def act(config: Config, action: str) -> None:
     """Train; or print everything that can be known without weights (dry-run), or what happens in one step (explain)."""
-    from nanolapo.explain import explain
+    from nanolapo.explain.explain import explain
     from nanolapo.loop import train
     from nanolapo.methods import load_method
 
@@ -100,10 +100,11 @@ def act(config: Config, action: str) -> None:
 
 def describe(config: Config, method: Method) -> None:
     """Resolve and check config and data; print the config, the batch arithmetic, one prompt and the cost."""
+    from nanolapo.data.load import load_data
     from nanolapo.grader import Grader
-    from nanolapo.machines import this_machine
-    from nanolapo.plan import plan
-    from nanolapo.session import load_data, token_limit
+    from nanolapo.plan.cost import plan
+    from nanolapo.plan.machines import this_machine
+    from nanolapo.session import token_limit
 
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     validate(config, ranks)

@@ -191,7 +191,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class WarmStartConfig:
-    """A short supervised phase before RL, for a model too weak to solve any of the problems (nanolapo/warm_start.py)."""
+    """A short supervised phase before RL, for a model too weak to solve any of the problems (demo/warm_start.py)."""
 
     model: str = ""  # the pretrained model: a local folder or a hub name; the result is written to model.path
     steps: int = 20

@@ -12,23 +12,25 @@ import torch
 
 from nanolapo.ahead import sampling_ahead
 from nanolapo.alarms import Alarms
-from nanolapo.checkpoint import load_checkpoint, prune, save_checkpoint, save_model
+from nanolapo.checkpoint import load_checkpoint, prune, save_checkpoint
 from nanolapo.config import Config
+from nanolapo.data.load import load_data
 from nanolapo.grader import Grader
 from nanolapo.locks import alone_in
 from nanolapo.methods.base import Method
 from nanolapo.metrics import RunLog, Stopwatch, memory_gb, rollout_metrics
+from nanolapo.model.folder import save_model
 from nanolapo.policy import Policy
 from nanolapo.provenance import what_next
 from nanolapo.ranks import Ranks
+from nanolapo.samplers.choose import make_sampler
 from nanolapo.sampling import Round, join_rounds, monitor_pass, next_draw, sample_and_grade
 from nanolapo.session import (
     Session,
     StopRequest,
     export_folder,
     final_model,
-    load_data,
-    make_sampler,
+    fingerprint_of,
     progress,
     set_up_process,
     token_limit,
@@ -102,7 +104,7 @@ def train(config: Config, method: Method) -> None:
         method.start(data.problems)
         say(ranks, *data.report, f"{len(data.problems)} problems; {config.arithmetic(ranks.count)}")
         policy, alarms = Policy(config, ranks.device), Alarms(config)
-        fingerprint = data.fingerprint(config, method)
+        fingerprint = fingerprint_of(config, method, data)
         saved = load_checkpoint(config.run_dir / "checkpoints", policy, fingerprint, ranks) or {}
         step, sampled_tokens = saved.get("step", 0), saved.get("sampled_tokens", 0)
         if saved:

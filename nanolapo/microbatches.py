@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanolapo.attention import Stem
+from nanolapo.model.attention import Stem
 from nanolapo.rollouts import Rollouts
 
 

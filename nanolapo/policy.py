@@ -1,7 +1,7 @@
 """The model being trained: load it, score rollouts with it, step its optimizer, name its weights for the sampler.
 
-Master weights, gradients and optimizer state are float32 whatever the arithmetic is, see precision.py. Gradients are
-*summed* over ranks; sharding.py says how the model lies on them.
+Master weights, gradients and optimizer state are float32 whatever the arithmetic is, see model/precision.py. Gradients are
+*summed* over ranks; model/sharding.py says how the model lies on them.
 """
 
 from __future__ import annotations
@@ -10,88 +10,21 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import cpu_offload
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from nanolapo.attention import use_stems
-from nanolapo.config import Config, UserError
-from nanolapo.logprobs import LogprobHead
-from nanolapo.lora import adapters_off, add_lora, lora_layers, merged_delta
+from nanolapo.config import Config
 from nanolapo.microbatches import MicroBatch
-from nanolapo.precision import WorkingCopy, cast_parameters, gradient_of, only_rows_read
-from nanolapo.sharding import shard, sum_gradients, whole
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Dropout would make old and new log-probs differ by chance; RL fine-tuning runs without it."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
-
-
-def load_model(path: str, device: torch.device, key: str = "model.path") -> PreTrainedModel:
-    """Load a causal LM in float32 from a local folder or by hub name. Raises UserError naming the config's key."""
-    local = Path(path)
-    if not path or (local.exists() and not (local / "config.json").exists()):
-        raise UserError(f"{key}={path!r}: no config.json there; give a Hugging Face model folder or a hub name")
-    try:  # safetensors only: a pickle file could run code
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
-        missing = "no such local folder, and not to be had from the hub; without a network give a local folder"
-        source = "cannot be loaded" if local.exists() else missing
-        raise UserError(f"{key}={path!r}: {source} ({first})") from None
-    model, info = loaded
-    if info["missing_keys"]:
-        raise UserError(f"{key}={path!r}: the files lack {len(info['missing_keys'])} weights of the model, such as "
-                        f"{min(info['missing_keys'])}; fetch or save the model again")  # fmt: skip
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):  # log-probs come straight from the head
-        if getattr(model.config, name, None) not in (None, 1.0):
-            raise UserError(f"{key}={path!r}: models that change their logits ({name}) are not supported")
-    disable_dropout(model)
-    return model.to(device)
-
-
-def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, whole tensor) of every parameter and saved buffer, exactly the names of a saved checkpoint.
-
-    A tied head appears once, under the embedding's name; samplers that keep two copies must fill both. Slices are brought
-    together one tensor at a time, and LoRA matrices are added in; all ranks must take the same steps of this iterator.
-    """
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    adapters = {f"{plain_name(name)}.base_layer.weight": layer for name, layer in lora_layers(model).items()}
-    for name, tensor in model.state_dict().items():
-        plain = plain_name(name)
-        if plain in tied or ".lora_" in plain:
-            continue
-        full = whole(tensor.detach())
-        if plain in adapters:
-            full = full + merged_delta(adapters[plain])
-        yield plain.replace(".base_layer.", "."), full
-
-
-def plain_name(name: str) -> str:
-    """Without what torch.compile and activation-checkpoint wrappers put in."""
-    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
-
-
-def compile_token_wise(model: PreTrainedModel) -> None:
-    """Compile, in place, what looks at one token at a time: MLPs and norms, the same code for any number of tokens.
-    Attention reads lists of rows that differ in every micro-batch, and is one fused kernel a row anyway."""
-    for name, module in model.get_decoder().named_modules():
-        if name.rsplit(".", 1)[-1] in ("mlp", "input_layernorm", "post_attention_layernorm"):
-            module.compile(dynamic=True)
+from nanolapo.model.attention import use_stems
+from nanolapo.model.folder import compile_token_wise, load_model, named_weights, plain_name
+from nanolapo.model.logprobs import LogprobHead
+from nanolapo.model.lora import adapters_off, add_lora
+from nanolapo.model.precision import WorkingCopy, cast_parameters, gradient_of, only_rows_read
+from nanolapo.model.sharding import shard, sum_gradients, whole
 
 
 class Scorer(nn.Module):

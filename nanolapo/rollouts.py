@@ -14,34 +14,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from nanolapo.problems import Problem
-
-
-@dataclass(frozen=True)
-class Request:
-    """One completion to sample. `seed` alone decides its random numbers, whatever batch it travels in."""
-
-    prompt_ids: list[int]
-    seed: int
-    max_new_tokens: int
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How tokens are drawn. temperature 0 is greedy; top_p < 1 is for evaluation only."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One sampled completion: ids int64 [T] (end token included), logprobs float32 [T] after temperature."""
-
-    ids: np.ndarray
-    logprobs: np.ndarray
-    finished: bool
-
+from nanolapo.data.problems import Problem
+from nanolapo.samplers.sampler import Request, Sample
 
 ROW_FIELDS = (  # of Rollouts: one entry per row
     "prompt_ids", "response_ids", "sampler_logprobs", "finished_B", "budgets_B", "correct_B", "broken_B", "unmatched_B",

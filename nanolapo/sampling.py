@@ -16,22 +16,13 @@ from threading import Event
 import numpy as np
 from tqdm import tqdm
 
+from nanolapo.data.order import round_indices
+from nanolapo.data.problems import Problem
 from nanolapo.grader import Grader
 from nanolapo.methods.base import MonitorPlan, SamplingPlan
 from nanolapo.metrics import Stopwatch
-from nanolapo.order import round_indices
-from nanolapo.problems import Problem
-from nanolapo.rollouts import (
-    Decoding,
-    Request,
-    Rollouts,
-    Sample,
-    concatenate,
-    join_ranks,
-    make_rollouts,
-    row_seed,
-    take_groups,
-)
+from nanolapo.rollouts import Rollouts, concatenate, join_ranks, make_rollouts, row_seed, take_groups
+from nanolapo.samplers.sampler import Decoding, Request, Sample
 from nanolapo.session import Draw, Session
 
 MONITOR_PLACE = 2**30  # the first place of a monitor pass: beyond those of all rounds, for seeds of its own

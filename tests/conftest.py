@@ -37,7 +37,7 @@ def untied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def demo_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's own base, pre-trained for a minute's fraction: it answers, and every tenth time by chance rightly. Read
     only."""
-    from nanolapo.demo import DemoConfig, pretrain
+    from nanolapo.demo.pretrain import DemoConfig, pretrain
 
     folder = tmp_path_factory.mktemp("demo") / "base"
     settings = DemoConfig(steps=150, hidden_size=64, layers=2, batch_tokens=1600, guided=0.3, easy_fraction=1.0)

@@ -26,15 +26,16 @@ from torch import Tensor
 import nanolapo.loop
 from nanolapo.config import Config, UserError
 from nanolapo.config_checks import validate
+from nanolapo.data.problems import Problem
+from nanolapo.data.prompts import Guidance
 from nanolapo.grader import Grader
 from nanolapo.loop import train
 from nanolapo.methods.base import Method, SamplingPlan
 from nanolapo.methods.l1_max import L1Max
 from nanolapo.policy import Policy
-from nanolapo.problems import Problem
-from nanolapo.prompts import Guidance
-from nanolapo.rollouts import Decoding, Request, Rollouts, Sample, row_seed
-from nanolapo.sampler_torch import TorchSampler
+from nanolapo.rollouts import Rollouts, row_seed
+from nanolapo.samplers.sampler import Decoding, Request, Sample
+from nanolapo.samplers.torch_sampler import TorchSampler
 from nanolapo.sampling import Abandoned
 
 ROOT = Path(__file__).parents[1]
@@ -192,7 +193,7 @@ def test_guidance_and_rewards_belong_to_the_same_step(base, tmp_path):
             return super().total(rollouts, verdict_B)
 
     method = Listening(config)
-    decode = nanolapo.session.load_tokenizer(str(base)).decode
+    decode = nanolapo.model.folder.load_tokenizer(str(base)).decode
     train(config, method)
     assert len(seen) == 7 and any(limits.any() for limits, _ in seen) and any(not limits.all() for limits, _ in seen)
     for limits, said in seen:
@@ -421,7 +422,7 @@ def test_the_clipped_ratio_may_stand_in_for_tis(base, tmp_path):
 def in_processes(base: Path, folder: Path, ranks: int, *flags: str) -> list[dict[str, Any]]:
     """round_methods.py, with one thread, on so many ranks; the lines of its metrics.jsonl."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-               str(ROOT / "tests/round_methods.py"), str(base), str(folder), "--ahead", *flags]  # fmt: skip
+               str(ROOT / "tests/helpers/round_methods.py"), str(base), str(folder), "--ahead", *flags]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": str(3 - ranks), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -21,15 +21,9 @@ from safetensors.torch import load_file
 from tiny import CPU, make_config, make_rows, same_tensors, tiny_llama, update, weights_of
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from nanolapo.checkpoint import (
-    complete_checkpoints,
-    load_checkpoint,
-    optimizer_tensors,
-    prune,
-    save_checkpoint,
-    save_model,
-)
+from nanolapo.checkpoint import complete_checkpoints, load_checkpoint, optimizer_tensors, prune, save_checkpoint
 from nanolapo.config import UserError
+from nanolapo.model.folder import save_model
 from nanolapo.policy import Policy
 from nanolapo.ranks import Ranks
 

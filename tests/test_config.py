@@ -18,7 +18,7 @@ from nanolapo.config_file import build, load_config, overlay, to_yaml
 from nanolapo.methods import load_method
 
 ROOT = Path(__file__).parents[1]
-# compare.yaml is a plan of runs, see tests/test_compare.py
+# compare.yaml is a plan of runs, see tests/reproduce/test_compare.py
 CONFIGS = sorted(path for path in ROOT.glob("configs/**/*.yaml") if path.name not in ("compare.yaml", "reproduce.yaml"))
 
 

@@ -14,11 +14,11 @@ from tiny import make_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanolapo import loop
-from nanolapo.checkpoint import save_model
 from nanolapo.config import Config, UserError
 from nanolapo.config_checks import validate
-from nanolapo.demo import DemoConfig, make_model, make_tokenizer
+from nanolapo.demo.pretrain import DemoConfig, make_model, make_tokenizer
 from nanolapo.methods.base import Method
+from nanolapo.model.folder import save_model
 
 
 @pytest.fixture(scope="module")

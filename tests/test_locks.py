@@ -119,7 +119,7 @@ def test_pre_training_waits_for_another_one_of_the_same_model(tmp_path):
     """make explain beside make demo: both begin with this command."""
     config = write_config(tmp_path / "base", tmp_path)
     with locked(lock_of(tmp_path / "base"), "busy"):
-        process = start(sys.executable, "-m", "nanolapo.demo", config)
+        process = start(sys.executable, "-m", "nanolapo.demo.pretrain", config)
         assert process.stdout is not None
         said = process.stdout.readline()
         if "waiting for it" not in said:  # it would go on for minutes

@@ -15,13 +15,14 @@ from tiny import CPU, VOCAB, make_config, make_rows, tiny_llama, tiny_qwen, upda
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-import nanolapo.logprobs as logprobs_module
+import nanolapo.model.logprobs as logprobs_module
 import nanolapo.policy as policy_module
-from nanolapo.attention import Stem
-from nanolapo.logprobs import LogprobHead
 from nanolapo.microbatches import make_microbatch, plan_microbatches
+from nanolapo.model.attention import Stem
+from nanolapo.model.logprobs import LogprobHead
 from nanolapo.policy import Policy
-from nanolapo.rollouts import Request, Rollouts, Sample, make_rollouts
+from nanolapo.rollouts import Rollouts, make_rollouts
+from nanolapo.samplers.sampler import Request, Sample
 
 
 def plain_logprobs(folder, rollouts: Rollouts, row: int, temperature: float = 1.0) -> torch.Tensor:

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from tiny import VOCAB, make_config, make_problems, make_rows
 
+from nanolapo.data.order import batch_indices
 from nanolapo.grader import Grader
 from nanolapo.methods.base import Method
 from nanolapo.metrics import rollout_metrics
-from nanolapo.order import batch_indices
-from nanolapo.rollouts import Request, Rollouts, Sample, join_ranks, make_rollouts, row_seed
+from nanolapo.rollouts import Rollouts, join_ranks, make_rollouts, row_seed
+from nanolapo.samplers.sampler import Request, Sample
 from nanolapo.sampling import mark
 
 

@@ -26,16 +26,18 @@ from tiny import CPU, make_config, make_rows, score_rows, update
 
 from nanolapo.alarms import MismatchError
 from nanolapo.config import Config
+from nanolapo.data.load import Data
+from nanolapo.data.order import batch_indices, round_indices, weighted_order
+from nanolapo.data.problems import load_problems
 from nanolapo.grader import Grader
 from nanolapo.loop import train
 from nanolapo.methods.base import Method, MonitorPlan, SamplingPlan
-from nanolapo.order import batch_indices, round_indices, weighted_order
 from nanolapo.policy import Policy
-from nanolapo.problems import load_problems
-from nanolapo.rollouts import Sample, concatenate, take_groups
-from nanolapo.sampler_torch import TorchSampler
+from nanolapo.rollouts import concatenate, take_groups
+from nanolapo.samplers.sampler import Sample
+from nanolapo.samplers.torch_sampler import TorchSampler
 from nanolapo.sampling import GradeBeside
-from nanolapo.session import Data, progress
+from nanolapo.session import progress
 
 ROOT = Path(__file__).parents[1]
 TIMING = ("seconds/", "tokens_per_second", "memory_gb")
@@ -389,7 +391,7 @@ def test_B2_two_ranks_sample_and_train_the_same(base, tmp_path):
     same problems and samples as on one, the same counts, and the same model to float32 rounding."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launch, str(ROOT / "tests/round_methods.py"), str(base), str(tmp_path / "two")]
+    command = [*launch, str(ROOT / "tests/helpers/round_methods.py"), str(base), str(tmp_path / "two")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert result.returncode == 0, result.stderr
     config = make_run(base, tmp_path / "one", loss=R2VPO, train={"steps": 3})

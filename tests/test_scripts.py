@@ -77,7 +77,7 @@ def test_dry_run_prints_everything_and_writes_nothing(base: Path, tmp_path: Path
 
 
 def test_an_interrupted_pre_training_says_that_it_starts_again(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "nanolapo.demo", str(write_config(tmp_path / "base", tmp_path))]
+    command = [sys.executable, "-m", "nanolapo.demo.pretrain", str(write_config(tmp_path / "base", tmp_path))]
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 from tiny import make_config
 
-from nanolapo.benchmark_plan import Model, load_sets
 from nanolapo.config import UserError
-from nanolapo.demo import make_tokenizer
+from nanolapo.data.load import load_data
+from nanolapo.demo.pretrain import make_tokenizer
+from nanolapo.evaluation.passes import Model, load_sets
 from nanolapo.grader import Grader
-from nanolapo.machines import load_shape
-from nanolapo.session import load_data, load_tokenizer
+from nanolapo.model.folder import load_tokenizer
+from nanolapo.plan.machines import load_shape
 
 
 @pytest.mark.parametrize("path", ["runs/base", "here/base", "./base", "../base", "/nowhere/base"])

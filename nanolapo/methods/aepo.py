@@ -26,9 +26,9 @@ from torch import Tensor
 
 from nanolapo.advantages import group_advantages
 from nanolapo.config import Config, UserError
+from nanolapo.data.order import batch_indices
+from nanolapo.data.problems import Problem
 from nanolapo.methods.base import Method, MonitorPlan
-from nanolapo.order import batch_indices
-from nanolapo.problems import Problem
 from nanolapo.rollouts import Rollouts
 
 

@@ -24,9 +24,9 @@ from torch import Tensor
 from nanolapo.advantages import group_advantages
 from nanolapo.config import Config
 from nanolapo.config_file import build
+from nanolapo.data.problems import Problem
+from nanolapo.data.prompts import Guidance
 from nanolapo.losses import high_covariance, kl_penalty, loss_of_kind, next_lam, tis_weights
-from nanolapo.problems import Problem
-from nanolapo.prompts import Guidance
 from nanolapo.rollouts import Rollouts
 
 

@@ -33,10 +33,10 @@ from typing import Any
 import numpy as np
 
 from nanolapo.config import Config, UserError
+from nanolapo.data.problems import Problem
 from nanolapo.methods.base import Method, SamplingPlan
 from nanolapo.methods.dapo import mixed_groups
 from nanolapo.methods.tools import scale, shorten
-from nanolapo.problems import Problem
 from nanolapo.rollouts import Rollouts
 
 PAPER_LIMIT = 4096  # DOT-4K

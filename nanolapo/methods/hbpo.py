@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from nanolapo.config import Config, UserError
+from nanolapo.data.problems import Problem
+from nanolapo.data.prompts import Guidance, exact_guidance, hbpo_guidance
 from nanolapo.methods.base import Method
 from nanolapo.methods.tools import scale, speaks_of_thought, stated, well_formed
-from nanolapo.problems import Problem
-from nanolapo.prompts import Guidance, exact_guidance, hbpo_guidance
 from nanolapo.rollouts import Rollouts
 
 PAPER_LIMIT = 4096

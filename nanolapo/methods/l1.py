@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 
 from nanolapo.config import Config, UserError
+from nanolapo.data.problems import Problem
+from nanolapo.data.prompts import Guidance, outside_guidance
 from nanolapo.methods.base import Method
 from nanolapo.methods.tools import as_parts, scale, stated
-from nanolapo.problems import Problem
-from nanolapo.prompts import Guidance, outside_guidance
 from nanolapo.rollouts import Rollouts
 
 

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 
 from nanolapo.config import Config
+from nanolapo.data.problems import Problem
+from nanolapo.data.prompts import Guidance, l1_max_guidance
 from nanolapo.methods import l1
 from nanolapo.methods.base import SamplingPlan
-from nanolapo.problems import Problem
-from nanolapo.prompts import Guidance, l1_max_guidance
 from nanolapo.rollouts import Rollouts
 
 

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 
 from nanolapo.config import Config, UserError
+from nanolapo.data.problems import Problem
+from nanolapo.data.prompts import Guidance, exact_guidance, implicit_guidance, outside_guidance, range_guidance
 from nanolapo.lengths import LengthMap, typical_range
 from nanolapo.methods.base import Method, SamplingPlan
-from nanolapo.problems import Problem
-from nanolapo.prompts import Guidance, exact_guidance, implicit_guidance, outside_guidance, range_guidance
 from nanolapo.rollouts import Rollouts
 
 PAPER_LIMIT = 4096  # max generation length of the paper; its 100 and 120 tokens scale with ours

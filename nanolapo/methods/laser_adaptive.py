@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 
 from nanolapo.config import Config
+from nanolapo.data.problems import Problem
 from nanolapo.methods import laser
 from nanolapo.methods.base import MonitorPlan
 from nanolapo.methods.tools import repetitive
-from nanolapo.problems import Problem
 from nanolapo.rollouts import Rollouts
 
 BUCKETS = ("easy", "medium", "hard")

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from nanolapo.config import Config
+from nanolapo.data.problems import Problem
 from nanolapo.methods.base import Method, MonitorPlan
-from nanolapo.problems import Problem
 from nanolapo.rollouts import Rollouts
 
 

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from nanolapo.data.problems import Problem
 from nanolapo.methods.base import Method
-from nanolapo.problems import Problem
 from nanolapo.rollouts import Rollouts
 
 

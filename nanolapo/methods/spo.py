@@ -29,8 +29,8 @@ from torch import Tensor
 
 from nanolapo.advantages import MIN_SPREAD
 from nanolapo.config import Config, UserError
+from nanolapo.data.problems import Problem
 from nanolapo.methods.base import Method, MonitorPlan, SamplingPlan
-from nanolapo.problems import Problem
 from nanolapo.rollouts import Rollouts
 
 

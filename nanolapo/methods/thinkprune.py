@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from nanolapo.config import Config, UserError
+from nanolapo.data.problems import Problem
+from nanolapo.data.prompts import Guidance, thinkprune_guidance
 from nanolapo.methods.base import Method, SamplingPlan
-from nanolapo.problems import Problem
-from nanolapo.prompts import Guidance, thinkprune_guidance
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from nanolapo.boxes import last_boxed
 from nanolapo.config import Config
+from nanolapo.grader.boxes import last_boxed
 from nanolapo.rollouts import Rollouts
 
 

@@ -24,12 +24,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nanolapo.boxes import last_boxed
 from nanolapo.config import Config
+from nanolapo.data.problems import Problem
+from nanolapo.data.prompts import Guidance, curriculum_guidance
+from nanolapo.grader.boxes import last_boxed
 from nanolapo.methods.base import Method, SamplingPlan
 from nanolapo.methods.tools import stated
-from nanolapo.problems import Problem
-from nanolapo.prompts import Guidance, curriculum_guidance
 from nanolapo.rollouts import Rollouts
 
 

@@ -29,9 +29,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from nanolapo.config import Config
 from nanolapo.config_file import build
+from nanolapo.data.problems import Problem
 from nanolapo.methods.base import Method
 from nanolapo.policy import Policy
-from nanolapo.problems import Problem
 from nanolapo.ranks import Ranks
 from nanolapo.rollouts import Rollouts
 from nanolapo.update import update_policy

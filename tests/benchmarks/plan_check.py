@@ -1,4 +1,4 @@
-"""The planner against runs that were made: seconds a step as nanolapo.plan predicts them, and as metrics.jsonl has them.
+"""The planner against runs that were made: seconds a step as plan.cost predicts them, and as metrics.jsonl has them.
 
     python tests/benchmarks/plan_check.py RUN_DIR [RUN_DIR ...]
 
@@ -16,9 +16,9 @@ from typing import Any
 from common import table
 
 from nanolapo.config_file import load_config
-from nanolapo.machines import this_machine
-from nanolapo.plan import plan
-from nanolapo.report import read_metrics
+from nanolapo.plan.cost import plan
+from nanolapo.plan.machines import this_machine
+from nanolapo.report.tables import read_metrics
 
 
 def compare(run_dir: Path) -> list[Any]:

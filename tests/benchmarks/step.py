@@ -27,15 +27,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nanolapo.alarms import Alarms
 from nanolapo.config import Config, PromptConfig
 from nanolapo.config_file import build
+from nanolapo.data.load import Data
+from nanolapo.data.problems import Problem
+from nanolapo.data.prompts import Prompter
 from nanolapo.grader import Grader
 from nanolapo.loop import run_step
 from nanolapo.methods.base import Method
 from nanolapo.policy import Policy
-from nanolapo.problems import Problem
-from nanolapo.prompts import Prompter
 from nanolapo.ranks import Ranks
 from nanolapo.rollouts import Rollouts
-from nanolapo.session import Data, Session, make_sampler
+from nanolapo.samplers.choose import make_sampler
+from nanolapo.session import Session
 
 PHASES = ("sample", "grade", "update", "sync")
 

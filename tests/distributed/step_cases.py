@@ -22,26 +22,28 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 import numpy as np
 from tiny import make_config, make_rows
 
 import nanolapo.ranks
 from nanolapo.alarms import Alarms
-from nanolapo.checkpoint import load_checkpoint, optimizer_tensors, save_checkpoint, save_model
+from nanolapo.checkpoint import load_checkpoint, optimizer_tensors, save_checkpoint
 from nanolapo.config import PromptConfig, SourceConfig
-from nanolapo.demo import TEMPLATE, make_tokenizer
+from nanolapo.data.load import Data
+from nanolapo.data.problems import load_problems
+from nanolapo.data.prompts import Prompter
+from nanolapo.demo.pretrain import TEMPLATE, make_tokenizer
 from nanolapo.grader import Grader
 from nanolapo.methods.base import Method
 from nanolapo.metrics import Stopwatch
+from nanolapo.model.folder import save_model
+from nanolapo.model.sharding import to_host
 from nanolapo.policy import Policy
-from nanolapo.problems import load_problems
-from nanolapo.prompts import Prompter
 from nanolapo.ranks import Ranks
-from nanolapo.rollouts import Decoding, Request, Sample
+from nanolapo.samplers.sampler import Decoding, Request, Sample
 from nanolapo.sampling import next_draw, sample_and_grade
-from nanolapo.session import Data, Session
-from nanolapo.sharding import to_host
+from nanolapo.session import Session
 from nanolapo.update import update_policy
 
 RUNAWAY = "9^{9^{9^{9^9}}}"  # an answer that math-verify never finishes

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from nanolapo.checkpoint import load_checkpoint, optimizer_tensors
-from nanolapo.demo_task import parse_question
+from nanolapo.data.demo_task import parse_question
 from nanolapo.policy import Policy
 from nanolapo.ranks import Ranks
 

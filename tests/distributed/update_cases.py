@@ -17,13 +17,14 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 from tiny import make_config, make_rows
 
 from nanolapo.methods.base import LossInputs, Method
-from nanolapo.policy import Policy, load_model
+from nanolapo.model.folder import load_model
+from nanolapo.model.sharding import whole
+from nanolapo.policy import Policy
 from nanolapo.ranks import Ranks
-from nanolapo.sharding import whole
 from nanolapo.update import update_policy
 
 LENGTHS = (3, 200, 5, 60, 17, 9, 120, 30)  # two optimizer batches of four rows

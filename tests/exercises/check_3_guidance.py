@@ -10,9 +10,9 @@ from rows import make_problems, make_rows
 
 from nanolapo.config import UserError
 from nanolapo.config_file import load_config
+from nanolapo.data.prompts import Guidance
 from nanolapo.lengths import LengthMap
 from nanolapo.methods.lapo import Internalization
-from nanolapo.prompts import Guidance
 
 DEMO = Path(__file__).parents[2] / "configs/demo/stage2.yaml"
 RIGHT = [1000, 1200, 1300, 1500, 2000]  # their median is 1300, their P70 1460

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nanolapo.config import SourceConfig, UserError
-from nanolapo.problems import Problem, load_problems
+from nanolapo.data.problems import Problem, load_problems
 
 ROWS = [  # question, options, index of the right one, level
     ("Which is prime?", ["4", "6", "7", "9"], 2, "Level 1"),

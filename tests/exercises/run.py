@@ -74,7 +74,7 @@ def main(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     # The package and the helpers of this tree, whatever the environment has installed; also for processes of a check.
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests/helpers")]
     os.environ |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import nanolapo

@@ -196,7 +196,10 @@ def install(moments: Moments) -> None:
     """Wrap the product. Names that no longer exist raise here: a fault that cannot strike must not go unnoticed."""
     import transformers.modeling_utils as modeling
 
-    from nanolapo import benchmarking, checkpoint, grader, lengths, loop, metrics, sampler_torch, sampler_vllm
+    from nanolapo import checkpoint, grader, lengths, loop, metrics
+    from nanolapo.evaluation import evaluate as benchmarking
+    from nanolapo.samplers import torch_sampler as sampler_torch
+    from nanolapo.samplers import vllm_sampler as sampler_vllm
 
     moments.writes(checkpoint, "save_file", lambda tensors, path, *_, **__: Path(path))
     moments.writes(modeling, "safe_save_file", lambda tensors, path, *_, **__: Path(path))

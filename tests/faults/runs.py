@@ -85,7 +85,9 @@ def prepare(folder: Path) -> None:
     (folder / "algebra.jsonl").write_text("".join(rows))
     if not (folder / "base/model.safetensors").exists():
         options = "steps=150, hidden_size=128, layers=2, batch_tokens=1600, guided=0.3"
-        code = f"from nanolapo.demo import *; pretrain({str(folder / 'base')!r}, DemoConfig({options}), seed=0)"
+        code = (
+            f"from nanolapo.demo.pretrain import *; pretrain({str(folder / 'base')!r}, DemoConfig({options}), seed=0)"
+        )
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment("base"), check=True, capture_output=True)
 
 

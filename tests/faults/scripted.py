@@ -217,7 +217,7 @@ def rank_1_killed(place: Path) -> Report:
     kill = Kill("sampling", 4, "", rank=1, victims="rank1", delay=0.01)
     ended = run(place, TRAIN_2, kill.arguments())
     fails(ended, 1, "Signal 9 (SIGKILL)")
-    workers = sum("nanolapo.grader_worker" in line for line in ended.seen)
+    workers = sum("nanolapo.grader.worker" in line for line in ended.seen)
     assert workers, "no grader worker was ever there: its not being an orphan says nothing"
     resumes_and_is_equal(place, "at step 2", setup=TRAIN_2)
     return ended.seconds, "the other rank, the launcher and the grader workers ended; resumed at step 2; equal"

@@ -14,8 +14,8 @@ from tiny import make_config, make_problems, make_rows
 
 from nanolapo.cli import most_tokens
 from nanolapo.config import UserError
+from nanolapo.data.order import batch_indices
 from nanolapo.methods.aepo import Aepo, pair_rows
-from nanolapo.order import batch_indices
 from nanolapo.rollouts import Rollouts
 
 

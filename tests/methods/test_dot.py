@@ -23,10 +23,10 @@ from tiny import make_config, make_problems, make_rows
 
 from nanolapo.config import Config, UserError
 from nanolapo.config_file import load_config
+from nanolapo.data.order import round_indices
 from nanolapo.loop import train
 from nanolapo.methods import load_method
 from nanolapo.methods.dot import Dot, oversampling
-from nanolapo.order import round_indices
 from nanolapo.ranks import Ranks
 from nanolapo.rollouts import Rollouts
 from nanolapo.sampling import regrade
@@ -292,7 +292,7 @@ def test_a_run_samples_by_what_was_kept_and_resumes_bit_for_bit(base, tmp_path):
 def test_two_ranks_cut_and_train_the_same(base, tmp_path):
     """Numbers of prompts that two ranks cannot share evenly, and answers cut and graded again on both."""
     environment = os.environ | {
-        "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests/helpers'}", "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*launch, __file__, str(base), str(tmp_path / "two")]

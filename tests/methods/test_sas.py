@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny import make_config, make_rows
 
-from nanolapo.demo import make_tokenizer
+from nanolapo.demo.pretrain import make_tokenizer
 from nanolapo.methods.sas import Sas, kept_steps, split_steps
 
 PIECES = ["A", " b", ".\n\n", "C", "\n\n", "D", " e", "</think>", " 7", "\n\n"]

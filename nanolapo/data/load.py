@@ -1,0 +1,62 @@
+"""The training problems of a run: loaded, with reference answers that can be graded and prompts that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from nanolapo.config import Config, UserError
+from nanolapo.data.problems import Problem, load_problems
+from nanolapo.data.prompts import Prompter, split_by_length
+from nanolapo.grader import Grader
+from nanolapo.model.folder import load_tokenizer
+
+
+@dataclass
+class Data:
+    """Training problems with their prompter and tokenizer, checked, and what had to be left out."""
+
+    problems: list[Problem]
+    prompter: Prompter
+    tokenizer: PreTrainedTokenizerBase
+    report: list[str] = field(default_factory=list)
+
+    def decode(self, ids: np.ndarray) -> str:
+        """A response as text. Ids beyond the tokenizer (models with a padded vocabulary can sample them) are left out."""
+        known = ids[(ids >= 0) & (ids < len(self.tokenizer))]
+        return str(self.tokenizer.decode(known.tolist(), skip_special_tokens=True))
+
+
+def load_data(config: Config, grader: Grader) -> Data:
+    """Problems whose gold answer can be graded and whose prompt fits; the rest is counted in the report."""
+    prompter = Prompter(load_tokenizer(config.model.path), config.prompt)
+    return fit_prompts(config, prompter, *gradable_problems(config, grader))
+
+
+def gradable_problems(config: Config, grader: Grader) -> tuple[list[Problem], list[str]]:
+    """Problems whose gold answer can be graded, and the report of what came and what was left out."""
+    if not config.data.sources:
+        raise UserError("data.sources is empty: name at least one source of problems in the YAML file")
+    problems, report = load_problems(config.data.sources)
+    if config.data.exclude:
+        banned = {p.question for p in load_problems(config.data.exclude)[0]}
+        kept = [p for p in problems if p.question not in banned]
+        report.append(f"{len(problems) - len(kept)} problems left out because they are in data.exclude")
+        problems = kept
+    failing = set(grader.golds_that_fail([p.answer for p in problems]))
+    report += [f"dropped {problems[i].id}: gold {problems[i].answer!r} cannot be graded" for i in sorted(failing)]
+    return [p for i, p in enumerate(problems) if i not in failing], report
+
+
+def fit_prompts(config: Config, prompter: Prompter, problems: Sequence[Problem], report: Sequence[str]) -> Data:
+    """The problems whose prompt is short enough; `report` with a line about the others."""
+    limit, report = config.rollout.max_prompt_tokens, list(report)
+    short, skipped = split_by_length([prompter.ids(p.question) for p in problems], limit)
+    if skipped:
+        report.append(f"skipped {len(skipped)} prompts longer than rollout.max_prompt_tokens={limit}: never cut")
+    if not short:
+        raise UserError(f"data.sources: no problem is left to work on ({'; '.join(report[-3:])})")
+    return Data([problems[i] for i in short], prompter, prompter.tokenizer, report)

@@ -1,0 +1,273 @@
+"""What the model is asked: problems from hub data sets, local JSONL files and the procedural demo task.
+
+A `SourceConfig` says where rows live and what their fields are called; `load_problems` turns rows into
+`Problem`s with ids that depend only on the source's name and the question. A row that cannot be used is never
+dropped in silence: it is reported with file and line, and too many of them stop the run. In which order they come
+is order.py's matter.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from hashlib import sha256
+from typing import Any
+
+from nanolapo.config import SourceConfig, UserError
+from nanolapo.data.problem_files import BadRow, read_rows, source_key
+
+NUM_SHOWN = 10  # bad rows listed before "..."
+LETTERS = "ABCDEFGHIJ"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question with its gold answer. `id` is stable: it does not depend on row order or on other rows."""
+
+    id: str
+    question: str
+    answer: str
+    level: int | None  # difficulty where the source states one (MATH: 1 to 5)
+    source: str
+
+
+def load_problems(sources: Sequence[SourceConfig]) -> tuple[list[Problem], list[str]]:
+    """Every source's problems in a fixed order, and a report to print: what came and what was dropped."""
+    problems: dict[str, Problem] = {}
+    report: list[str] = []
+    for source in sources:
+        _check(source)
+        found, source_report = _load_source(source)
+        report += source_report
+        for problem in found:
+            problems.setdefault(problem.id, problem)
+    if not problems:
+        raise UserError("data.sources: no problem left to work on; add a source")
+    return list(problems.values()), report
+
+
+# ---- one source ----
+
+
+def _check(source: SourceConfig) -> None:
+    key = source_key(source)
+    if not source.name or not source.path:
+        raise UserError("data.sources: a source needs a name and a path (hub name, FILE.jsonl or demo)")
+    if source.count < 0:
+        raise UserError(f"{key}.count is {source.count}: give a number, or 0 for all")
+    if source.path == "demo" and source.count == 0:
+        raise UserError(f"{key}.count: say how many demo problems to make")
+    if not 0 <= source.max_bad_fraction <= 1:
+        raise UserError(f"{key}.max_bad_fraction is {source.max_bad_fraction}: give 0 to 1")
+    if len(source.choices) == 1 or len(source.choices) > len(LETTERS):
+        raise UserError(f"{key}.choices: name 2 to {len(LETTERS)} fields, the right answer's first")
+
+
+def _load_source(source: SourceConfig) -> tuple[list[Problem], list[str]]:
+    if source.path == "demo":
+        return _demo_problems(source), [f"{source.name}: made {source.count} demo problems"]
+    problems: dict[str, Problem] = {}
+    bad: dict[str, list[int]] = {}  # reason -> line numbers
+    num_rows = num_bad = 0
+    for number, row in read_rows(source):
+        num_rows += 1
+        try:
+            problem = _problem(row, source)
+        except BadRow as error:
+            num_bad += 1
+            bad.setdefault(str(error), []).append(number)
+        else:
+            problems.setdefault(problem.id, problem)
+    listing = _listing(bad)
+    if num_bad > source.max_bad_fraction * num_rows:
+        raise UserError(
+            f"{source.path}: {num_bad} of {num_rows} rows cannot be used ({'; '.join(listing)}): mend them, "
+            f"check the field names of {source_key(source)}, or raise its max_bad_fraction "
+            f"({source.max_bad_fraction:g})"
+        )
+    if not problems:
+        raise UserError(f"{source_key(source)}.path: {source.path} has no rows; give one that has")
+    kept = _choose(list(problems.values()), source)
+    summary = f"{source.name}: {len(kept)} problems of {num_rows} rows from {source.path}"
+    num_repeated = num_rows - num_bad - len(problems)
+    if num_repeated:
+        summary += f", {num_repeated} repeated questions left out"
+    if num_bad:
+        summary += f", {num_bad} bad rows dropped"
+    return kept, [summary, *(f"  {source.path} {reason}" for reason in listing)]
+
+
+def _listing(bad: dict[str, list[int]]) -> list[str]:
+    """The first bad rows, those of one kind together.
+
+    >>> _listing({"field 'answer' is empty": [2, 7], "not UTF-8": [5]})
+    ["line 2, 7: field 'answer' is empty", 'line 5: not UTF-8']
+    """
+    lines = []
+    for reason, numbers in bad.items():
+        more = ", ..." if len(numbers) > NUM_SHOWN else ""
+        lines.append(f"line {', '.join(map(str, numbers[:NUM_SHOWN]))}{more}: {reason}")
+    return lines if len(lines) <= NUM_SHOWN else [*lines[:NUM_SHOWN], "..."]
+
+
+def _demo_problems(source: SourceConfig) -> list[Problem]:
+    from nanolapo.data.demo_task import make_problems
+
+    try:
+        made = make_problems(source.count, source.seed, source.levels)
+    except ValueError as error:
+        raise UserError(f"{source_key(source)}: {error}; change its count or levels") from error
+    return [_make(source.name, question, answer, level) for question, answer, level in made]
+
+
+def _make(source_name: str, question: str, answer: str, level: int | None) -> Problem:
+    try:
+        answer.encode()
+        digest = sha256(question.encode()).hexdigest()[:16]
+    except UnicodeEncodeError as error:  # JSON may spell half a character, such as "\ud800"
+        raise BadRow(f"not valid text ({error.reason})") from error
+    return Problem(f"{source_name}:{digest}", question, answer, level, source_name)
+
+
+def _choose(problems: list[Problem], source: SourceConfig) -> list[Problem]:
+    """Keep source.levels, then source.count of them: the same ones in whatever order the rows come."""
+    if source.levels:
+        problems = [problem for problem in problems if problem.level in source.levels]
+        if not problems:
+            raise UserError(
+                f"{source_key(source)}.levels {list(source.levels)}: no row of {source.path} has one of them in "
+                f"its field {source.level!r}; check levels, and the field's name (key level)"
+            )
+    if source.count == 0:
+        return problems
+    if source.count > len(problems):
+        raise UserError(
+            f"{source_key(source)}.count is {source.count}, but there are only {len(problems)} problems; "
+            "lower it, or give 0 for all"
+        )
+    ranked = sorted(problems, key=lambda problem: sha256(f"{source.seed}/{problem.id}".encode()).digest())
+    chosen = {problem.id for problem in ranked[: source.count]}
+    return [problem for problem in problems if problem.id in chosen]
+
+
+# ---- rows ----
+
+
+def _problem(row: Any, source: SourceConfig) -> Problem:
+    if isinstance(row, BadRow):
+        raise row
+    if not isinstance(row, dict):
+        raise BadRow(f"a {type(row).__name__}, not an object with fields")
+    question = _text(row, source.question)
+    if source.choices:
+        options = [_text(row, field) for field in source.choices]
+        question, answer = _multiple_choice(question, options, source.seed)
+    else:
+        answer = _answer(_field(row, source.answer), source.answer)
+    return _make(source.name, question, answer, _level(row.get(source.level)))
+
+
+def _field(row: dict[str, Any], name: str) -> Any:
+    if name not in row:
+        raise BadRow(f"no field {name!r} (it has {', '.join(map(str, row))})")
+    return row[name]
+
+
+def _text(row: dict[str, Any], name: str) -> str:
+    value = _field(row, name)
+    if not isinstance(value, str):
+        raise BadRow(f"field {name!r} is {type(value).__name__}, not text")
+    if not value.strip():
+        raise BadRow(f"field {name!r} is empty")
+    return value.strip()
+
+
+def _multiple_choice(question: str, options: list[str], seed: int) -> tuple[str, str]:
+    """The question with its options in a seeded order, and the letter of the right one (options[0]).
+
+    >>> text, answer = _multiple_choice("Which is even?", ["4", "3", "5"], seed=0)
+    >>> text.splitlines(), answer
+    (['Which is even?', '', 'A) 3', 'B) 5', 'C) 4', '', 'Answer with the letter of the right choice.'], 'C')
+    """
+    if len(set(options)) < len(options):
+        raise BadRow("two options read the same")
+    # Seeded by the question too, or the right letter would be the same in the whole set.
+    order = list(range(len(options)))
+    random.Random(f"{seed}/{question}").shuffle(order)
+    lines = [f"{letter}) {options[index]}" for letter, index in zip(LETTERS, order, strict=False)]
+    text = "\n".join([question, "", *lines, "", "Answer with the letter of the right choice."])
+    return text, LETTERS[order.index(0)]
+
+
+# ---- answers and levels ----
+
+
+def _answer(value: Any, field: str) -> str:
+    """The gold answer as plain text, from the shapes that published sets use.
+
+    >>> [_answer(v, "answer") for v in (36.0, 0.25, "6 * 7 = 42\\n#### 1,042", ["$2$"], ["1", "3"])]
+    ['36', '0.25', '1042', '2', '1, 3']
+    >>> _answer("So $x = \\\\boxed{\\\\frac{1}{2}}$.", "solution")
+    '\\\\frac{1}{2}'
+    """
+    if isinstance(value, list):
+        if not value:
+            raise BadRow(f"field {field!r} is an empty list")
+        if any(isinstance(item, list) for item in value):
+            raise BadRow(f"field {field!r} is a list of lists")
+        return ", ".join(_answer(item, field) for item in value)
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise BadRow(f"field {field!r} is {type(value).__name__}, not text, a number or a list of these")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadRow(f"field {field!r} is {value}")
+    text = _answer_text(value) if isinstance(value, str) else _number_text(value)
+    if not text:
+        raise BadRow(f"field {field!r} is empty")
+    return text
+
+
+def _number_text(value: int | float) -> str:
+    if isinstance(value, int) or value.is_integer():
+        return str(int(value))
+    return f"{Decimal(repr(value)):f}"  # 1e-05 -> 0.00001
+
+
+def _answer_text(text: str) -> str:
+    if "####" in text:  # GSM8K: rationale #### 1,042
+        return text.rpartition("####")[2].replace(",", "").strip()
+    text = _last_box(text).strip()
+    # "$2$" -> "2", "$69$,$84$" -> "69,84"; but "\$18.90" is a price, and words between formulas stay.
+    formula = r"\$(?:[^$\\]|\\.)+\$"
+    if re.fullmatch(rf"{formula}(\s*,\s*{formula})*", text, re.DOTALL):
+        text = re.sub(r"(?<!\\)\$", "", text).strip()
+    return text
+
+
+def _last_box(text: str) -> str:
+    r"""What the last \boxed of a solution holds (in MATH also \fbox, \boxed 2); a text without one, whole."""
+    _, box, tail = re.sub(r"\\fbox\b", r"\\boxed", text).rpartition("\\boxed")
+    if not box:
+        return text
+    tail = tail.lstrip()
+    if not tail.startswith("{"):
+        return re.split(r"[\s$]", tail, maxsplit=1)[0]
+    depth = 0
+    for brace in re.finditer(r"\\.|[{}]", tail, re.DOTALL):  # "\{" is a printed brace, not a group
+        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
+        if depth == 0 and brace.group() == "}":
+            return tail[1 : brace.start()]
+    raise BadRow("its last \\boxed is not closed")
+
+
+def _level(value: Any) -> int | None:
+    """3, 3.0, "3" and "Level 3" -> 3; anything without a number ("Level ?") -> None."""
+    found = re.search(r"\d+(\.\d+)?", value) if isinstance(value, str) else None
+    if found:
+        value = float(found.group())
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return round(value)

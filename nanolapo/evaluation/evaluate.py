@@ -1,0 +1,185 @@
+"""Runs an evaluation: any number of models x problem sets x temperatures, each sampled n times, resumable.
+
+Without any length instruction first; then the passes with a stated length that passes.py lists.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from nanolapo.config import Config
+from nanolapo.data.load import Data
+from nanolapo.data.problems import Problem
+from nanolapo.data.prompts import NO_GUIDANCE, Guidance, exact_guidance, outside_guidance
+from nanolapo.evaluation.passes import Model, Pass, load_sets, parse_models, passes, wanted_samples
+from nanolapo.evaluation.scores import (
+    Answer,
+    add_aes,
+    model_identity,
+    per_problem,
+    read_answers,
+    sample_file,
+    score_sets,
+)
+from nanolapo.grader import Grader
+from nanolapo.metrics import append, write_config
+from nanolapo.ranks import Ranks
+from nanolapo.report.tables import without_nan
+from nanolapo.rollouts import row_seed
+from nanolapo.samplers.choose import make_sampler
+from nanolapo.samplers.sampler import Decoding, Request, Sampler
+from nanolapo.session import set_up_process
+
+
+def evaluate(config: Config) -> dict[str, Any]:
+    """Sample what is missing, then compute every number from the sample files. Returns what results.json holds."""
+    ranks, models = set_up_process(config), parse_models(config)
+    rows: list[dict[str, Any]] = []
+    with Grader() as grader:
+        loaded = load_sets(config, models, grader)  # of all models: a missing folder must not show hours later
+        if ranks.is_main:
+            write_setup(config, loaded)
+        for model, data in zip(models, loaded, strict=True):
+            runs = Benchmark(config, model, data, grader, ranks)
+            if ranks.is_main:
+                print(*data.report, f"evaluating {model.name} on {len(data.problems)} problems", sep="\n", flush=True)
+            asked = passes(config, model, model is models[-1])
+            origin = {"run": model.run, "step": model.step} if model.run else {}
+            for temperature in config.evaluate.temperatures:
+                unguided = runs.answers(temperature, asked[0], {})
+                for one in asked:
+                    answers = runs.answers(temperature, one, stated_lengths(one, unguided)) if one.name else unguided
+                    rows += [row | origin for row in score_sets(model.name, temperature, one.name, answers, config)]
+            runs.close()
+    add_aes(rows, models[0].name)
+    return {"base": models[0].name, "rows": rows}
+
+
+class Benchmark:
+    """One model on all problem sets; the sampler is only started when samples are missing."""
+
+    def __init__(self, config: Config, model: Model, data: Data, grader: Grader, ranks: Ranks) -> None:
+        self.config = replace(config, model=replace(config.model, path=model.path), prompt=model.prompt)
+        self.model, self.data, self.grader, self.ranks = model, data, grader, ranks
+        self.folder = Path(config.evaluate.samples_dir or config.run_dir / "samples")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.identity = model_identity(model.path)
+        self.golds = sha256("\n".join(f"{p.id} {p.answer}" for p in data.problems).encode()).hexdigest()[:16]
+        self.sampler: Sampler | None = None
+
+    def close(self) -> None:
+        """Free the engine: the next model's needs the memory."""
+        if self.sampler is not None:
+            self.sampler.close()
+            self.sampler = None
+
+    def answers(self, temperature: float, asked: Pass, budgets: dict[str, float]) -> list[Answer]:
+        """All answers of one pass at one temperature; `budgets`: problem id -> the length that is stated ({}: none)."""
+        e = self.config.evaluate
+        decoding = Decoding(temperature, e.top_p if temperature < 1 else 1.0)
+        settings = {"model": self.identity, "prompt": asdict(self.config.prompt), "decoding": asdict(decoding),
+                    "max_new_tokens": e.max_new_tokens, "seed": self.config.run.seed, "budgets": budgets,
+                    "dtype": self.config.rollout.dtype or self.config.model.dtype, "golds": self.golds}  # fmt: skip
+        if asked.place == "outside":
+            settings["place"] = asked.place
+        files = {
+            source: sample_file(self.folder, self.model.name, source, temperature, settings)
+            for source in dict.fromkeys(p.source for p in self.data.problems)
+        }
+        done = {(a.problem, a.index) for file in files.values() for a in self.read(file)}
+        wanted = wanted_samples(self.config, self.data)
+        missing = [(i, k) for i, k in wanted if (self.data.problems[i].id, k) not in done]
+        engine, engines = self.ranks.engine(self.config.rollout.tensor_parallel)
+        mine = missing[engine::engines]
+        if self.ranks.any(bool(missing)):
+            guidances = {
+                p.id: guidance_for(p, asked, budgets, self.config.prompt.length_multiple) for p in self.data.problems
+            }
+            self.sample(mine, decoding, guidances, files)
+        self.ranks.wait()
+        order = {p.id: i for i, p in enumerate(self.data.problems)}
+        unique = {
+            (order[a.problem], a.index): a for file in files.values() for a in self.read(file) if a.problem in order
+        }
+        return [unique[place] for place in wanted]
+
+    def read(self, file: Path) -> list[Answer]:
+        """A set's samples, from the files of all ranks."""
+        parts = sorted(file.parent.glob(f"{file.stem}*.jsonl"))
+        return [answer for part in parts for answer in read_answers(part)]
+
+    def sample(
+        self,
+        missing: Sequence[tuple[int, int]],
+        decoding: Decoding,
+        guidances: dict[str, Guidance],
+        files: dict[str, Path],
+    ) -> None:
+        """Sample in chunks and append each chunk to disk at once, so that an interruption loses one chunk."""
+        e, r = self.config.evaluate, self.config.rollout
+        if self.sampler is None:
+            self.sampler = make_sampler(self.config, self.model.path, e.max_new_tokens, self.ranks)
+        chunk = 4 * r.max_rows
+        hidden = None if self.ranks.is_main else True  # None: shown on a terminal
+        with tqdm(total=len(missing), unit="answer", desc=self.model.name, leave=False, disable=hidden) as bar:
+            for first in range(0, len(missing), chunk):
+                part = missing[first : first + chunk]
+                problems = [self.data.problems[i] for i, _ in part]
+                prompts = [self.data.prompter.ids(p.question, guidances[p.id]) for p in problems]
+                requests = [
+                    Request(prompt, row_seed(self.config.run.seed, 0, i, k), e.max_new_tokens)
+                    for prompt, (i, k) in zip(prompts, part, strict=True)
+                ]
+                samples = self.sampler.generate(requests, decoding)
+                texts = [self.data.decode(s.ids) for s in samples]
+                verdicts = self.grader.grade_all(texts, [p.answer for p in problems])
+                self.grader.stop_if_untrustworthy()  # before anything is written: a failure is no wrong answer
+                by_file = defaultdict(list)
+                for (_, k), p, s, text, right in zip(part, problems, samples, texts, verdicts, strict=True):
+                    correct, budget = right and s.finished, guidances[p.id].budget
+                    answer = Answer(p.id, p.source, p.level, k, len(s.ids), correct, s.finished, text, budget)
+                    file = files[p.source]
+                    by_file[file.with_stem(f"{file.stem}-rank{self.ranks.index}")].append(asdict(answer))
+                if self.ranks.index % r.tensor_parallel == 0:  # the ranks of an engine hold the same
+                    for file, lines in by_file.items():
+                        append(file, lines)
+                bar.update(len(part))
+
+
+def stated_lengths(asked: Pass, unguided: Sequence[Answer]) -> dict[str, float]:
+    """Problem id -> tokens: the same for all, or a multiple of the mean length this model needed by itself."""
+    if asked.tokens:
+        return {answer.problem: float(asked.tokens) for answer in unguided}
+    return per_problem(unguided, lambda answer: asked.factor * answer.length)
+
+
+def guidance_for(problem: Problem, asked: Pass, budgets: dict[str, float], multiple: int) -> Guidance:
+    """The stated length, printed in the multiples that training printed."""
+    if problem.id not in budgets:
+        return NO_GUIDANCE
+    form = outside_guidance if asked.place == "outside" else exact_guidance
+    return form(max(multiple, round(budgets[problem.id] / multiple) * multiple))
+
+
+def write_setup(config: Config, loaded: Sequence[Data]) -> None:
+    """config.yaml, and problems.jsonl with the question and the gold answer behind every problem id of the samples."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    write_config(config)
+    problems = {p.id: p for data in loaded for p in data.problems}  # a tokenizer may leave out a long prompt
+    lines = [json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in problems.values()]
+    (config.run_dir / "problems.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def write_results(config: Config, results: dict[str, Any]) -> Path:
+    config.run_dir.mkdir(parents=True, exist_ok=True)  # samples may be kept elsewhere
+    path = config.run_dir / "results.json"
+    path.write_text(json.dumps(without_nan(results), indent=1, allow_nan=False), encoding="utf-8")
+    return path

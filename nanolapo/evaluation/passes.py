@@ -1,0 +1,150 @@
+"""What an evaluation is asked to do: which models, each with its prompt, and which passes over the problems.
+
+Every model answers once without any stated length. The last one (or those of evaluate.instructed) then answers again with a
+length that it is told: a multiple of what it needed by itself (evaluate.guidance_factors), or a fixed number that has
+nothing to do with the problem (evaluate.instructions: the conflicting instruction of the paper's Table 4).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from nanolapo.checkpoint import NAME
+from nanolapo.config import Config, PromptConfig, UserError
+from nanolapo.config_checks import CHOICES
+from nanolapo.config_file import build, overlay, to_yaml
+from nanolapo.data.load import Data, fit_prompts, gradable_problems
+from nanolapo.data.prompts import Prompter
+from nanolapo.grader import Grader
+from nanolapo.model.folder import load_tokenizer
+
+PLACES = ("inside", "outside")  # of the thought
+
+
+@dataclass(frozen=True)
+class Model:
+    """`step` and `run` are set for a model that a run exported on its way (run.export_every)."""
+
+    name: str
+    path: str
+    prompt: PromptConfig
+    run: str = ""
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One time through the problems: nothing is stated, or `factor` times the model's own length, or `tokens`."""
+
+    name: str = ""  # what results call it
+    place: str = (
+        "inside"  # inside: in the paper's words at the start of the thought; outside: at the end of the question
+    )
+    factor: float = 0.0
+    tokens: int = 0
+
+
+def parse_models(config: Config) -> list[Model]:
+    """Split every "name=path" of evaluate.models, and refuse settings that would sample nothing."""
+    e = config.evaluate
+    for key, good in {
+        "temperatures": bool(e.temperatures) and min(e.temperatures) >= 0,
+        "samples": e.samples >= 1,
+        "max_new_tokens": e.max_new_tokens >= 1,
+        "bootstrap": e.bootstrap >= 1,
+        "top_p": 0 < e.top_p <= 1,
+    }.items():
+        if not good:
+            raise UserError(
+                f"evaluate.{key}={getattr(e, key)!r} cannot be used; see EvaluateConfig in nanolapo/config.py"
+            )
+    entries = [(name, path) for name, _, path in (entry.partition("=") for entry in e.models)]
+    if not entries or not all(name and path for name, path in entries):
+        raise UserError("evaluate.models: list at least one model as name=folder or name=hub/name")
+    names = [name for name, _ in entries]
+    if len(set(names)) < len(names):
+        raise UserError("evaluate.models: two models have the same name")
+    for key, given in (("prompts", [*e.prompts]), ("instructed", e.instructed)):
+        for name in given:
+            if name not in names:
+                close = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+                raise UserError(f"evaluate.{key}: no model is called {name!r}; did you mean {close!r}?")
+    for text in e.instructions:
+        instruction(text)
+    return [model for name, path in entries for model in expand(name, path, prompt_of(config, name))]
+
+
+def expand(name: str, path: str, prompt: PromptConfig) -> list[Model]:
+    """One model, or all that a run exported: a path that holds folders step-NNNNNN stands for each of them."""
+    steps = sorted((int(match[1]), entry) for entry in Path(path).glob("step-*") if (match := NAME.match(entry.name)))
+    if not steps:
+        return [Model(name, path, prompt)]
+    return [Model(f"{name} step {step}", str(entry), prompt, name, step) for step, entry in steps]
+
+
+def prompt_of(config: Config, name: str) -> PromptConfig:
+    """config.prompt, with what evaluate.prompts says of this model laid over it."""
+    given, key = config.evaluate.prompts.get(name, {}), f"evaluate.prompts.{name}"
+    if not isinstance(given, dict):
+        raise UserError(f"{key}={given!r} must be a mapping of prompt keys to values, such as {{style: chat}}")
+    prompt = build(PromptConfig, overlay(asdict(config.prompt), given), key)
+    if prompt.style not in CHOICES["prompt.style"]:
+        raise UserError(f"{key}.style={prompt.style!r} is not one of {', '.join(map(repr, CHOICES['prompt.style']))}")
+    return prompt
+
+
+def instruction(text: str) -> Pass:
+    """An entry of evaluate.instructions.
+
+    >>> instruction("outside:500")
+    Pass(name='500 tokens, outside', place='outside', factor=0.0, tokens=500)
+    """
+    place, _, tokens = text.partition(":")
+    if place not in PLACES or not tokens.strip().isdecimal() or int(tokens) < 1:
+        raise UserError(f"evaluate.instructions: {text!r} is not inside:TOKENS or outside:TOKENS, such as outside:500")
+    return Pass(f"{int(tokens)} tokens, {place}", place, tokens=int(tokens))
+
+
+def passes(config: Config, model: Model, is_last: bool) -> list[Pass]:
+    """What this model is asked for at every temperature; the first pass states nothing."""
+    e = config.evaluate
+    told = [Pass(f"{factor:g}x own length", factor=factor) for factor in e.guidance_factors if is_last]
+    if model.name in e.instructed or (is_last and not e.instructed):
+        told += [instruction(text) for text in e.instructions]
+    return [Pass(), *told]
+
+
+def load_sets(config: Config, models: Sequence[Model], grader: Grader) -> list[Data]:
+    """The problems as each model's tokenizer reads them; they are read, and their golds checked, once for all models."""
+    prompters = [Prompter(load_tokenizer(m.path, f"evaluate.models: {m.name}"), m.prompt) for m in models]
+    problems, report = gradable_problems(config, grader)
+    return [fit_prompts(config, prompter, problems, report) for prompter in prompters]
+
+
+def wanted_samples(config: Config, data: Data) -> list[tuple[int, int]]:
+    """(problem, which of its samples) of a whole pass over the problem sets."""
+    per_set = {source.name: source.samples or config.evaluate.samples for source in config.data.sources}
+    return [(i, k) for i, p in enumerate(data.problems) for k in range(per_set[p.source])]
+
+
+def describe(config: Config) -> None:
+    """--dry-run: check every model's tokenizer and all data; print the config, how much to sample, and the prompts."""
+    models, e = parse_models(config), config.evaluate
+    with Grader() as grader:
+        loaded = load_sets(config, models, grader)
+    print(to_yaml(config))
+    most = 0
+    for model, data in zip(models, loaded, strict=True):
+        times = len(e.temperatures) * len(passes(config, model, model is models[-1]))
+        answers = times * len(wanted_samples(config, data))
+        most += answers * e.max_new_tokens
+        print("\n".join([*data.report, f"{model.name}: {len(data.problems)} problems, {answers:,} answers"]))
+    print(f"at most {most:,} sampled tokens (upper bound: every answer at the limit)")
+    shown: dict[str, str] = {}  # a prompt -> the first model that sees it
+    for model, data in zip(models, loaded, strict=True):
+        shown.setdefault(data.prompter.render(data.problems[0].question), model.name)
+    for prompt, name in shown.items():
+        print(f"one prompt, as {name} sees it:\n---\n{prompt}\n---")

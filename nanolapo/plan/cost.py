@@ -1,0 +1,195 @@
+"""What will a run need? Memory per GPU, seconds per step, hours and disk from a config and a machine, without weights.
+
+    python -m nanolapo.plan.cost CONFIG.yaml [section.key=value ...] --machine 4xA100-80GB|8xH100-80GB|8xH200-141GB|cpu
+        [--mean-tokens N] [--prompt-tokens N] [--calibrate]
+
+Memory is footprint.py. Training is counted in FLOPs: 2 per weight and token forward, twice that backward (the "6 N D" of
+Kaplan et al., arXiv 2001.08361, section 2.1), and attention. Sampling: every decode step reads all weights, and the cached
+keys and values of its rows, once (Pope et al., arXiv 2211.05102, section 2).
+
+GPU rates (machines.py) are data-sheet figures times an assumed efficiency: ESTIMATES, not measured here, and printed as
+such. CPU rates are measured: ours, or with --calibrate this machine's with the very model (calibrate.py). Left out, each a
+few percent: grading, weight sync, all-reduce, optimizer step, checkpoints, skewed lengths. Of dynamic sampling the first
+round is counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass
+
+from nanolapo.cli import run
+from nanolapo.config import Config, UserError
+from nanolapo.config_checks import validate
+from nanolapo.config_file import load_config
+from nanolapo.plan.footprint import Expected, bytes_of, cache_rows, expect, fit, memory, prompt_share, remedy, uses_vllm
+from nanolapo.plan.machines import Machine, Shape, load_shape, parse_machine
+from nanolapo.samplers.torch_sampler import REPACK
+from nanolapo.session import token_limit
+
+PADDED = (
+    1.15  # measured: tokens of the micro-batches over real tokens, 1.10 to 1.21 in steps of the demo and of SmolLM2
+)
+LOG_PER_STEP, LOG_PER_ROW, LOG_PER_TOKEN = 1200, 350, 4  # bytes of metrics.jsonl; of rollouts.jsonl
+
+
+@dataclass(frozen=True)
+class Plan:
+    machine: Machine
+    expected: Expected
+    memory_gb: dict[str, dict[str, float]]  # phase (update, sampling) -> part -> GB per rank
+    fits: bool
+    cache_rows: float  # answers of mean length, with their prompts, that an engine's cache holds at once
+    tokens_per_step: float  # sampled
+    trained_tokens: float  # per step, prompts that a group shares once
+    sample_seconds: float  # per step
+    train_seconds: float  # per step
+    steps: int
+    disk_gb: dict[str, float]
+    notes: tuple[str, ...]  # what to change if it does not fit; what is only a bound
+
+    @property
+    def hours(self) -> float:
+        return self.steps * (self.sample_seconds + self.train_seconds) / 3600
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.hours * self.machine.count
+
+    def lines(self) -> list[str]:
+        """For people, one line a fact."""
+        m, e = self.machine, self.expected
+        prompts = f"prompts of {e.prompt:,.0f} ({e.prompt_source})"
+        lines = [f"plan for {m.name}: answers of {e.answer:,.0f} tokens ({e.source}), {prompts}"]
+        for phase, parts in self.memory_gb.items():
+            total = f"{sum(parts.values()):.1f} of {m.memory / 1e9:.0f} GB a rank"
+            lines.append(f"  {phase + ' memory':<17} {total}: {listed(parts)}")
+        unit = "CPU" if m.is_cpu else "GPU"
+        trained = f"{self.trained_tokens:,.0f} trained in {self.train_seconds:,.1f} s"
+        return [
+            *lines,
+            f"  {'fits' if self.fits else 'DOES NOT FIT':<17} the sampler's cache holds {self.cache_rows:,.0f} answers",
+            f"  {'a step':<17} {self.tokens_per_step:,.0f} tokens sampled in {self.sample_seconds:,.1f} s, {trained}",
+            f"  {f'{self.steps} steps':<17} {self.hours:,.2f} hours, {self.gpu_hours:,.2f} {unit}-hours; {m.source}",
+            f"  {'disk':<17} {sum(self.disk_gb.values()):,.2f} GB: {listed(self.disk_gb)}",
+            *(f"  {note}" for note in self.notes),
+        ]
+
+
+def listed(parts: dict[str, float]) -> str:
+    return ", ".join(f"{name} {gb:.1f}" if gb >= 1 else f"{name} {gb:.2f}" for name, gb in parts.items() if gb >= 0.005)
+
+
+def plan(
+    config: Config,
+    machine: Machine,
+    mean_tokens: float | None = None,
+    prompt_tokens: float | None = None,
+    extra_rows: float = 0.0,
+) -> Plan:
+    """extra_rows: sampled in a mean step beyond config.rollouts_per_step (a method's monitor pass). Raises UserError."""
+    validate(config, machine.count)
+    shape, e = load_shape(config.model.path), expect(config, mean_tokens, prompt_tokens, extra_rows)
+    steps, tokens, notes = config.train.steps, e.rows * e.answer, []
+    fits, share = fit(config, shape, machine, e), prompt_share(config, machine.count)
+    if not fits:
+        notes.append(remedy(config, shape, machine, e))
+    try:
+        limit = token_limit(config)
+        steps = min(steps, math.ceil(limit / tokens)) if limit else steps
+    except UserError:
+        notes.append(f"the runs of train.match_runs are not there yet: {steps} steps are an upper bound")
+    if config.rollout.ahead:
+        notes.append("rollout.ahead: the hours are those without it, an upper bound")
+    phases = memory(config, shape, machine, e)
+    return Plan(
+        machine=machine,
+        expected=e,
+        memory_gb={phase: {name: size / 1e9 for name, size in parts.items()} for phase, parts in phases.items()},
+        fits=fits,
+        cache_rows=cache_rows(config, shape, machine, e),
+        tokens_per_step=tokens,
+        trained_tokens=e.trained * (e.answer + share * e.prompt),
+        sample_seconds=sampling_seconds(config, shape, machine, e),
+        train_seconds=training_flops(config, shape, e, share) / machine.count / machine.flops,
+        steps=steps,
+        disk_gb=disk(config, shape, e, steps),
+        notes=tuple(notes),
+    )
+
+
+def training_flops(config: Config, shape: Shape, e: Expected, share: float) -> float:
+    """Of one step on all ranks, counted in forward passes; a backward pass is two (one under LoRA: frozen weights have no
+    gradient). share: of the prompts that are computed, see prompt_share.
+
+    Forward passes more: of the reference of a KL term; once per step of the old log-probs of several optimizer steps; of
+    the head, which only meets the answers, in every backward pass (model/logprobs.py); under gradient checkpointing of the
+    layers, but for their last product (the recomputation stops before it, nobody needs its result).
+    """
+    several = config.optimizer_steps_per_step > 1 and config.loss.old_logprobs == "trainer"
+    passes, epochs = (2 if config.model.lora_rank else 3) + bool(config.loss.kl_coef), config.train.inner_epochs
+    layers, head = shape.layer_flops(e.answer, e.prompt, share), 2.0 * shape.head * e.answer
+    last = 2.0 * shape.layers * shape.intermediate * shape.hidden * (e.answer + share * e.prompt)
+    again = epochs * config.model.gradient_checkpointing * (layers - last)
+    return e.trained * ((epochs * passes + several) * layers + again + (epochs * (passes + 1) + several) * head)
+
+
+def sampling_seconds(config: Config, shape: Shape, machine: Machine, e: Expected) -> float:
+    """Of one step: all decode steps of an engine, and its prompts, each read once for its group.
+
+    C rows are decoded at once, a waiting row takes the place of one that ends. So R rows of mean length n take R n / C
+    decode steps, and while the last ones finish, as many more as the longest answer exceeds the mean.
+    """
+    r = config.rollout
+    rows = math.ceil(e.rows * r.tensor_parallel / machine.count)
+    at_once = min(rows, r.max_rows)
+    if uses_vllm(config, machine):
+        at_once = max(1, min(at_once, int(cache_rows(config, shape, machine, e))))
+    steps = rows * e.answer / at_once + e.longest - e.answer
+    active, context = rows * e.answer / steps, e.prompt + e.answer / 2
+    if not uses_vllm(config, machine):
+        active /= 1 - REPACK / 2  # rows that have ended stay until they are REPACK of all
+    numbers = (shape.matrices + active * context * shape.cache_per_token) / r.tensor_parallel
+    read = bytes_of(r.dtype or config.model.dtype) * numbers / machine.bandwidth
+    computed = active * 2 * shape.matrices / r.tensor_parallel / machine.decode_flops
+    step = machine.step_s + machine.layer_s * shape.layers + machine.row_s * active + max(read, computed)
+    return steps * step + rows / r.group_size * shape.layer_flops(e.prompt) / machine.flops
+
+
+def disk(config: Config, shape: Shape, e: Expected, steps: int) -> dict[str, float]:
+    """GB: float32 weights and Adam's two moments in each checkpoint, one more than are kept while it is written."""
+    trained = shape.lora_params(config.model.lora_rank) or shape.num_params
+    rows = min(config.run.log_rollouts, config.rollouts_per_step)
+    logs = steps * (LOG_PER_STEP + rows * (LOG_PER_ROW + LOG_PER_TOKEN * e.answer))
+    return {
+        f"checkpoints ({config.run.keep_checkpoints} and one being written)": 12e-9
+        * trained
+        * (config.run.keep_checkpoints + 1),
+        "model": bytes_of(config.model.dtype) * shape.num_params / 1e9,
+        "logs": logs / 1e9,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", metavar="CONFIG.yaml")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
+    parser.add_argument("--machine", required=True, help="cpu, or a number and a kind of GPU, as in 8xH100-80GB")
+    parser.add_argument(
+        "--mean-tokens", type=float, help="mean length of an answer; else an earlier run's, else the limit"
+    )
+    parser.add_argument("--prompt-tokens", type=float, help="mean length of a prompt")
+    parser.add_argument("--calibrate", action="store_true", help="measure speed here, with the model of model.path")
+    arguments = parser.parse_intermixed_args()
+    config = load_config(arguments.config, arguments.overrides)
+    machine = parse_machine(arguments.machine, config)
+    if arguments.calibrate:
+        from nanolapo.plan.calibrate import calibrate
+
+        machine = calibrate(config, machine, expect(config, arguments.mean_tokens, arguments.prompt_tokens))
+    print("\n".join(plan(config, machine, arguments.mean_tokens, arguments.prompt_tokens).lines()))
+
+
+if __name__ == "__main__":
+    run(main)

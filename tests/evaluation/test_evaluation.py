@@ -1,0 +1,307 @@
+"""Evaluation numbers against brute force and hand-computed cases, the sample files of several ranks, tables, user errors.
+
+Run: python -m pytest tests/evaluation/test_evaluation.py
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import math
+import runpy
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from benchmark_helpers import FakeRanks, benchmark, evaluation_config
+from tiny import make_answer, make_config
+
+from nanolapo import cli
+from nanolapo.config import EvaluateConfig, PromptConfig, RunStopped, UserError
+from nanolapo.data.load import Data
+from nanolapo.data.prompts import Prompter
+from nanolapo.demo.pretrain import DemoConfig, make_model, make_tokenizer
+from nanolapo.demo.warm_start import warm_start
+from nanolapo.evaluation.passes import Pass, parse_models
+from nanolapo.evaluation.scores import (
+    aes,
+    bootstrap_interval,
+    interval_of_average,
+    keyword_counts,
+    model_identity,
+    pass_at_1,
+    pass_at_k,
+    pass_at_powers,
+    rank_correlation,
+    read_answers,
+    sample_file,
+    score_sets,
+    summarize,
+)
+from nanolapo.grader import Grader
+from nanolapo.metrics import append
+from nanolapo.model.folder import load_tokenizer
+from nanolapo.samplers.choose import make_sampler
+
+ROOT = Path(__file__).parents[2]
+
+
+SETS = (("a1", 10), ("a2", 20), ("b1", 25))  # problem (its first letter is its set), length
+
+
+# ---- numbers ----
+
+
+@pytest.mark.parametrize("num_samples", [1, 4, 6])
+def test_pass_at_k_is_the_share_of_k_subsets_with_a_right_one(num_samples):
+    for right, k in itertools.product(range(num_samples + 1), range(1, num_samples + 1)):
+        verdicts = [True] * right + [False] * (num_samples - right)
+        brute = np.mean([any(chosen) for chosen in itertools.combinations(verdicts, k)])
+        assert pass_at_k(num_samples, right, k) == pytest.approx(brute)
+    with pytest.raises(ValueError, match="needs at least"):
+        pass_at_k(num_samples, 0, num_samples + 1)
+
+
+def test_pass_at_1_weighs_problems_alike():
+    answers = [make_answer("a", i, correct=i == 0) for i in range(4)] + [
+        make_answer("b", i, correct=True) for i in range(2)
+    ]
+    assert pass_at_1(answers) == (0.25 + 1.0) / 2
+    assert pass_at_1(answers) == np.mean([pass_at_k(4, 1, 1), pass_at_k(2, 2, 1)])
+
+
+def test_pass_at_powers_of_two_on_problems_of_unequal_luck():
+    """By brute force over all subsets, problem by problem; k stops at the samples that every problem has."""
+    right = {"a": (4, 0), "b": (4, 1), "c": (4, 3), "d": (8, 2)}  # problem: (samples, right ones)
+    answers = [make_answer(q, i, correct=i < c) for q, (n, c) in right.items() for i in range(n)]
+    made = pass_at_powers(answers)
+    assert list(made) == ["1", "2", "4"]
+    for k, value in made.items():
+        brute = [
+            np.mean([any(i < c for i in chosen) for chosen in itertools.combinations(range(n), int(k))])
+            for n, c in right.values()
+        ]
+        assert value == pytest.approx(np.mean(brute))
+    assert made["1"] == pytest.approx(pass_at_1(answers))
+    assert summarize(answers, 10)["pass_at_k"] == made
+    assert pass_at_powers(answers[:1]) == {"1": 0.0}
+
+
+def test_aes_worked_values():
+    assert aes(73.4, 932, 73.4, 932) == 0.0
+    assert aes(50, 50, 50, 100) == 0.5  # half the tokens, the same accuracy
+    assert aes(55, 100, 50, 100) == pytest.approx(0.3)  # + 10 % accuracy counts three times
+    assert aes(45, 100, 50, 100) == pytest.approx(-0.5)  # - 10 % five times
+    assert aes(64.8, 3832, 62.5, 6229) == pytest.approx(0.495, abs=5e-4)  # LAPO-I, base B, from the paper's averages
+    assert math.isnan(aes(10, 100, 0, 100)) and math.isnan(aes(10, 100, 10, 0))
+
+
+def test_bootstrap_interval_on_known_cases():
+    assert bootstrap_interval([0.3] * 7, 50) == (pytest.approx(0.3), pytest.approx(0.3))
+    coin = [0.0, 1.0] * 200  # standard error 0.025
+    low, high = bootstrap_interval(coin, 4000)
+    assert low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.005) and high == pytest.approx(0.5 + 1.96 * 0.025, abs=0.005)
+    assert bootstrap_interval(coin, 100) == bootstrap_interval(coin, 100)  # seeded
+
+
+def test_the_interval_of_an_average_over_sets_resamples_within_each():
+    """Two sets of coins, 400 and 100: the average's standard error is sqrt(0.025^2 + 0.05^2) / 2."""
+    error = math.sqrt(0.025**2 + 0.05**2) / 2
+    low, high = interval_of_average([[0.0, 1.0] * 200, [0.0, 1.0] * 50], 4000)
+    assert (low, high) == (pytest.approx(0.5 - 1.96 * error, abs=0.004), pytest.approx(0.5 + 1.96 * error, abs=0.004))
+    assert interval_of_average([[0.0] * 9, [1.0] * 3], 50) == (0.5, 0.5)  # each set counts once, whatever its size
+    rows = score_sets("m", 0.6, "", [make_answer(q, source=q[0], length=n) for q, n in SETS], make_config())
+    assert [(row["set"], row["problems"], row["samples"]) for row in rows] == [
+        ("a", 2, 2),
+        ("b", 1, 1),
+        ("average", 3, 3),
+    ]
+    assert rows[2]["tokens"] == 20 and rows[2]["tokens_interval"] == (17.5, 22.5)  # half of 10 to 20, half of 25
+
+
+def test_rank_correlation_with_ties_by_hand():
+    # x ranks 0.5 0.5 2 3, y ranks 0 1 2.5 2.5; centred -1 -1 .5 1.5 and -1.5 -.5 1 1: 4 / sqrt(4.5 * 4.5)
+    assert rank_correlation([1, 1, 2, 3], [10, 20, 30, 30]) == pytest.approx(4 / 4.5)
+    assert rank_correlation([1, 2, 3], [9, 5, 1]) == pytest.approx(-1)
+    assert math.isnan(rank_correlation([1, 1, 1], [1, 2, 3])) and math.isnan(rank_correlation([1, 2], [5, 5]))
+
+
+def test_keywords_are_whole_words_and_counted_once():
+    counts = keyword_counts("Wait. RECHECK, re-check, checks; awaiting. So the final answer is given: let thus letter.")
+    assert counts == {"self-correction": 3, "alternatives": 0, "context": 2, "conclusion": 2}
+
+
+def test_summary_without_levels_or_right_answers():
+    row = summarize([make_answer("a", i, 4 + i, correct=False, finished=i > 0) for i in range(2)], 10)
+    assert (row["accuracy"], row["tokens"], row["truncated"], row["tokens_correct"]) == (0.0, 4.5, 0.5, None)
+    assert row["by_level"] == {} and row["length_level_correlation"] is None
+
+
+# ---- sample files ----
+
+
+def test_torn_lines_are_left_out_even_inside_a_character(tmp_path):
+    path = tmp_path / "x.jsonl"
+    append(path, [asdict(make_answer(index=0, text="für"))])
+    whole = path.read_bytes()
+    for cut in range(1, len(whole) - 1):  # a kill after any byte of the second line
+        path.write_bytes(whole + whole[:cut])
+        assert [a.index for a in read_answers(path)] == [0]
+        append(path, [asdict(make_answer(index=1))])
+        assert [a.index for a in read_answers(path)] == [0, 1]
+
+
+def test_names_with_slashes_and_brackets_make_one_file(tmp_path):
+    path = sample_file(tmp_path, "org/model [v1]*", "Org/MATH-500", 0.6, {"seed": 0})
+    assert path.parent == tmp_path and not set("/[]*?") & set(path.name)
+    assert sample_file(tmp_path, "LAPO-D continued", "demo", 0.6, {}).name.startswith("LAPO-D continued--demo--T0.6--")
+
+
+def test_ranks_share_the_work_and_a_lost_line_is_sampled_again(tmp_path):
+    with Grader() as grader:
+        alone = benchmark(evaluation_config(tmp_path / "alone"), grader)
+        want = alone.answers(0.6, Pass(), {})
+        assert len(want) == 3 * 1 + 3 * 3 == alone.sampler.asked  # type: ignore[union-attr]
+
+        config = evaluation_config(tmp_path / "two")
+        first, second = benchmark(config, grader, 0, 2), benchmark(config, grader, 1, 2)
+        with pytest.raises(KeyError):  # rank 1's half is not there yet: in earnest it would wait for it
+            first.answers(0.6, Pass(), {})
+        second.ranks = FakeRanks(0, 1)  # type: ignore[assignment]
+        assert second.answers(0.6, Pass(), {}) == want
+        assert first.sampler.asked + second.sampler.asked == len(want)  # type: ignore[union-attr]
+
+        files = sorted((tmp_path / "two/e/samples").glob("*.jsonl"))
+        files[0].write_bytes(files[0].read_bytes()[:-9])
+        append(files[1], [asdict(read_answers(files[1])[0])])  # a sample that is there twice counts once
+        again = benchmark(config, grader)
+        assert again.answers(0.6, Pass(), {}) == want and again.sampler.asked == 1  # type: ignore[union-attr]
+        assert again.answers(0.6, Pass("told"), {"s:0": 4.0})[0].budget == 4  # other prompts: nothing is reused
+        sampler = again.sampler
+        again.close()
+        assert sampler.closed and again.sampler is None  # type: ignore[union-attr]
+
+
+def test_a_grader_that_fails_stops_the_evaluation_and_keeps_no_verdict(tmp_path):
+    with Grader() as grader:
+        runs = benchmark(evaluation_config(tmp_path), grader)
+        grader.total, grader.errors = 400, 100
+        with pytest.raises(RunStopped, match="the grader failed on 2"):
+            runs.answers(0.6, Pass(), {})
+    assert not list(runs.folder.iterdir())
+
+
+def test_a_model_trained_anew_is_another_model(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    before = model_identity(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"two")
+    assert model_identity(str(tmp_path)) != before and model_identity("org/name") == "org/name"
+
+
+# ---- what users do ----
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("models", ()), ("models", ("x",)), ("models", ("x=a", "x=b")), ("temperatures", ()), ("temperatures", (-1.0,)),
+     ("samples", 0), ("bootstrap", 0), ("max_new_tokens", 0), ("top_p", 0.0)],
+)  # fmt: skip
+def test_settings_that_sample_nothing_are_refused(key, value):
+    config = replace(make_config(), evaluate=replace(EvaluateConfig(models=("m=x",)), **{key: value}))
+    with pytest.raises(UserError, match=f"evaluate.{key}"):
+        parse_models(config)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    make_tokenizer().save_pretrained(path)
+    make_model(make_tokenizer(), DemoConfig(hidden_size=32, layers=1)).config.save_pretrained(path)
+    return path
+
+
+def test_dry_run_needs_no_model_path_and_finds_a_missing_model(tmp_path, folder, capsys, monkeypatch):
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        f'run: {{dir: {tmp_path}/runs}}\nprompt: {{template: "{{question}} <think>"}}\n'
+        f"data: {{sources: [{{name: demo, path: demo, count: 5, samples: 3}}]}}\n"
+        f"evaluate: {{models: [a={folder}, b={folder}], temperatures: [0.6, 1.0], guidance_factors: [2], "
+        "max_new_tokens: 10}"
+    )
+    script = runpy.run_path(str(ROOT / "evaluate.py"))["main"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(config), "--dry-run", "run.seed=1"])
+    script()
+    out = capsys.readouterr().out
+    assert "a: 5 problems, 30 answers" in out and "b: 5 problems, 60 answers" in out and "at most 900 sampled" in out
+    assert "seed: 1" in out and "Last digit? <think>\n---" in out and not (tmp_path / "runs").exists()
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(config), f"evaluate.models=[a={folder}, b={tmp_path}/no]"])
+    with pytest.raises(UserError, match="no such folder"):  # before the first model is sampled
+        script()
+
+
+@pytest.mark.parametrize(
+    ("file", "text"), [("tokenizer.json", "{}"), ("tokenizer_config.json", "[]"), ("config.json", "[]")]
+)
+def test_a_damaged_model_folder_is_a_user_error(tmp_path, folder, file, text):
+    for source in folder.iterdir():
+        (tmp_path / source.name).write_bytes(source.read_bytes())
+    (tmp_path / file).write_text(text)
+    with pytest.raises(UserError, match="no tokenizer to be had"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_model_folder_without_weights_is_a_user_error(folder):
+    ranks = FakeRanks(0, 1)
+    ranks.device = "cpu"  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="cannot be loaded"):
+        make_sampler(make_config(), str(folder), 8, ranks)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "error: No space left on device"),
+        (PermissionError(errno.EACCES, "Permission denied", "runs/x"), 2, "error: runs/x: Permission denied"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (UserError("mend this"), 2, "error: mend this"),
+        (RunStopped("no"), 3, "stopped: no"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(capsys, error, code, words):
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main)
+    err = capsys.readouterr().err
+    assert stop.value.code == code and err.startswith(words) and err.count("\n") == 1
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(FileNotFoundError):
+        cli.run(lambda: Path("/no/such/file").read_text())  # type: ignore[arg-type, return-value]
+
+
+def test_warm_start_names_its_own_key(tmp_path):
+    config = make_config(
+        "out", warm_start={"model": str(tmp_path)}, data={"sources": [{"name": "d", "path": "demo", "count": 3}]}
+    )
+    with pytest.raises(UserError, match="^warm_start.model="):
+        warm_start(config)
+
+
+def test_warm_start_without_sources_says_so():
+    config = make_config("out", warm_start={"model": "x"})
+    with pytest.raises(UserError, match="data source"):
+        warm_start(config)
+
+
+def test_A21_training_and_evaluation_decode_ids_beyond_the_tokenizer_alike():
+    """A padded vocabulary can yield ids that no tokenizer knows: they are left out of the text, without an exception."""
+    tokenizer = make_tokenizer()
+    known = tokenizer(r" A: 3 + 8 = 1. </think> \boxed{1}")["input_ids"]
+    data = Data([], Prompter(tokenizer, PromptConfig(template="{question}")), tokenizer)
+    ids = np.array([known[0], len(tokenizer) + 7, -1, *known[1:]])
+    assert data.decode(ids) == r" A: 3 + 8 = 1. </think> \boxed{1}"

@@ -1,0 +1,72 @@
+"""Several seeds of one evaluation in one table: means and ranges by hand, scores that are missing, folders that are wrong.
+
+Run: python -m pytest tests/reproduce/test_seeds.py
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanolapo.config import UserError
+from nanolapo.reproduce import seeds
+from nanolapo.reproduce.seeds import read_results, seed_table
+
+
+def results(aes: float | None, accuracy: float = 0.5, model: str = "m") -> dict:
+    by_level = {str(k): {"accuracy": accuracy, "tokens": 10.0 * k} for k in (1, 2, 3)}
+    row = {
+        "model": model,
+        "set": "s",
+        "temperature": 0.6,
+        "guidance": "",
+        "accuracy": accuracy,
+        "tokens": 100 * accuracy,
+    }
+    return {"base": model, "rows": [row | {"aes": aes, "by_level": by_level}]}
+
+
+def write(folder: Path, content: object) -> Path:
+    folder.mkdir()
+    (folder / "results.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    return folder
+
+
+def test_means_and_ranges_by_hand():
+    table = seed_table([results(0.1, 0.5), results(0.3, 0.75)], "s", 0.6)
+    assert table.splitlines()[2] == (
+        "| m | 62.5% (50.0% to 75.0%) | 62.5 (50.0 to 75.0) | +0.20 | 62% / 10 | 62% / 20 | 62% / 30 |"
+    )
+
+
+def test_a_seed_without_an_aes_gives_a_dash():
+    """results.json writes null where the base solved nothing; the mean of the others would be of other seeds."""
+    assert "| - |" in seed_table([results(0.1), results(None)], "s", 0.6)
+    assert "| - |" in seed_table([results(None)], "s", 0.6)
+
+
+def test_the_command_reads_folders(tmp_path, capsys, monkeypatch):
+    folders = [write(tmp_path / name, results(aes)) for name, aes in (("a", 0.25), ("b", 0.75))]
+    monkeypatch.setattr(sys, "argv", ["seeds", *map(str, folders)])
+    seeds.main()
+    out = capsys.readouterr().out
+    assert "### s, temperature 0.6, 2 seeds" in out and "| +0.50 |" in out
+
+
+def test_wrong_folders_are_one_clear_line(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty has no results.json: name finished run directories of evaluate.py"):
+        read_results(tmp_path / "empty")
+    with pytest.raises(UserError, match="nowhere is no folder: name finished run directories"):
+        read_results(tmp_path / "nowhere")
+    for i, content in enumerate(["{", "[]", '{"rows": [{"set": "s"}]}', '{"tables": []}']):
+        with pytest.raises(UserError, match="results.json is not what evaluate.py writes .*: run evaluate.py again"):
+            read_results(write(tmp_path / str(i), content))
+    with pytest.raises(UserError, match="s, temperature 0.6: .*different models .*'m'.*'n'.*one config"):
+        seed_table([results(0.1), results(0.1, model="n")], "s", 0.6)
+    monkeypatch.setattr(sys, "argv", ["seeds"])
+    with pytest.raises(UserError, match="no folder given"):
+        seeds.main()
