@@ -86,7 +86,6 @@ bench: vllm  ## docs/PERFORMANCE.md's numbers: step against its floors, growth, 
 	$(PY) tests/benchmarks/step.py --model $(MODEL) --engine torch --out runs/bench/step_torch_bfloat16.json
 	$(PY) tests/benchmarks/step.py --model $(MODEL) --engine torch --compile --no-floors --out runs/bench/step_compiled_bfloat16.json
 	$(PY) tests/benchmarks/step.py --model $(MODEL) --engine vllm --out runs/bench/step_vllm_bfloat16.json
-	$(PY) tests/benchmarks/step.py --model $(MODEL) --engine torch --ahead --threads 1 --no-floors --out runs/bench/step_ahead_bfloat16.json
 	$(PY) tests/benchmarks/step.py --model $(MODEL) --engine torch --dtype float32 --out runs/bench/step_torch_float32.json
 	$(PY) tests/benchmarks/growth.py --out runs/bench/growth.json
 	$(PY) tests/benchmarks/trl_step.py --model $(MODEL) --dtype bfloat16 --out runs/bench/trl_bfloat16.json

@@ -98,9 +98,8 @@ class RolloutConfig:
     top_p: float = 1.0  # anything below 1 would make the trainer's ratios wrong and is refused
     dtype: str = ""  # of the sampler's weights; empty: model.dtype
     max_rows: int = 256  # sequences decoded at once
-    gpu_memory_utilization: float = 0.45  # vLLM's share of the GPU while it is awake (with ahead: always)
+    gpu_memory_utilization: float = 0.45  # vLLM's share of the GPU while it is awake
     tensor_parallel: int = 1  # this many neighbouring ranks share one vLLM engine's weights
-    ahead: int = 0  # 1: the next step is sampled while this one trains, from weights one step old (ahead.py)
     mismatch_factor: float = 5.0  # stop when mean |dlogp| exceeds this times its step-0 value ...
     mismatch_floor: float = 0.02  # ... and this
 

@@ -65,7 +65,6 @@ def validate(config: Config, world_size: int = 1) -> None:
         raise UserError("rollout.tensor_parallel needs rollout.engine=vllm; the torch sampler keeps whole copies")
     if world_size % r.tensor_parallel:
         raise UserError(f"rollout.tensor_parallel={r.tensor_parallel} does not divide the {world_size} ranks")
-    validate_ahead(config)
     engines = world_size // r.tensor_parallel
     if r.prompts_per_step % engines:
         raise UserError(
@@ -87,23 +86,6 @@ def validate(config: Config, world_size: int = 1) -> None:
         raise UserError("train.adam_betas and lapo.percentiles need exactly two numbers each")
     if not 0 <= config.lapo.percentiles[0] <= config.lapo.percentiles[1] <= 100:
         raise UserError(f"lapo.percentiles={list(config.lapo.percentiles)}: need 0 <= low <= high <= 100")
-
-
-def validate_ahead(config: Config) -> None:
-    """The part of `validate` that concerns rollout.ahead."""
-    r = config.rollout
-    if r.ahead not in (0, 1):
-        raise UserError(f"rollout.ahead={r.ahead}: 0, or 1 to sample one step ahead; more is not supported")
-    if not r.ahead:
-        return
-    if not config.loss.tis_cap and config.loss.old_logprobs != "sampler":
-        raise UserError("rollout.ahead=1 trains on samples that are one step old: set loss.tis_cap=2 to weigh them (or "
-                        "loss.old_logprobs=sampler, whose clipped ratio does)")  # fmt: skip
-    if r.tensor_parallel > 1:
-        raise UserError("rollout.ahead=1: the ranks of one engine would talk while they train; set "
-                        "rollout.tensor_parallel=1 or rollout.ahead=0")  # fmt: skip
-    if config.run.checkpoint_every == 1:
-        raise UserError("rollout.ahead=1 samples nothing ahead of a checkpoint: set run.checkpoint_every=2 or more")
 
 
 def validate_loss(loss: LossConfig) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from nanolapo.ahead import sampling_ahead
 from nanolapo.alarms import Alarms
 from nanolapo.checkpoint import load_checkpoint, prune, save_checkpoint
 from nanolapo.config import Config
@@ -42,7 +41,7 @@ def run_step(s: Session) -> None:
     """One step of GRPO, with the method's hooks in the order in which they act."""
     method, policy, watch, tokens_before = s.method, s.policy, Stopwatch(), s.sampled_tokens
     method.progress = policy.progress = s.progress
-    plan = s.ahead.plan if s.ahead else method.sampling(s.step)
+    plan = method.sampling(s.step)
     monitored = monitor_pass(s, watch)  # a second sampling, for the few methods that watch other prompts
     rounds: list[Round] = []
     while draw := next_draw(s, plan, rounds):  # one round; with dynamic sampling more, until enough groups are kept
@@ -60,7 +59,7 @@ def run_step(s: Session) -> None:
     statistics = method.after_step(sampled.rollouts)  # M(q) and its like change only after the rewards of the step
 
     s.sampler.sleep()  # its memory belongs to the trainer now
-    with sampling_ahead(s, watch), watch("update"):  # with rollout.ahead the next step is sampled beside the update
+    with watch("update"):
         trained = update_policy(policy, method, batch.rollouts, advantages, keep_B, s.ranks)
     with watch("sync"):
         s.sampler.wake()
@@ -69,7 +68,7 @@ def run_step(s: Session) -> None:
     metrics = rollout_metrics(sampled.rollouts, sampled.parts) | monitored | trained | statistics
     metrics |= {"rounds": float(len(rounds)), "kept_groups": float(sampled.keep_P.sum())}
     record(s, sampled, metrics, watch, s.sampled_tokens - tokens_before)
-    if metrics["compared_tokens"]:  # none when all were sampled ahead, from older weights
+    if metrics["compared_tokens"]:  # none when only rows of a monitor pass were trained on
         s.alarms.check_mismatch(s.step, metrics["mismatch"])
     s.step += 1
 

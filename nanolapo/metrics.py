@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import resource
 import sys
@@ -131,11 +130,10 @@ class RunLog:
             self.tracker.log(metrics, step=step)
         left = (time.time() - self.started) / (share - self.start_share) * max(0.0, 1 - share)
         m = metrics
-        gap = "off_policy" if math.isnan(m["mismatch"]) and "off_policy" in m else "mismatch"
         print(
             f"step {step + 1}/{self.config.train.steps} | reward {m['reward']:.3f} | acc {m['accuracy']:.1%} | "
             f"len {m['length']:.1f} p90 {m['length_p90']:.0f} | cut {m['truncated']:.1%} | "
-            f"no signal {m['no_signal']:.0%} | {gap} {m[gap]:.1e} | grad {m['grad_norm']:.3f} | "
+            f"no signal {m['no_signal']:.0%} | mismatch {m['mismatch']:.1e} | grad {m['grad_norm']:.3f} | "
             f"{m['tokens_per_second']:,.0f} tok/s | {m['memory_gb']:.1f} GB | {left / 60:.1f} min left",
             flush=True,
         )

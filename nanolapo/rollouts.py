@@ -30,8 +30,8 @@ class Rollouts:
     `correct_B` is the grader's verdict, never a shaped reward. `budgets_B` is the target length a prompt carried, nan
     where it carried none (so that a missing budget can never be read as 0). `broken_B` marks rows whose samples cannot be
     trained on (a token id beyond the vocabulary, a log-prob that is not finite): they are masked out and counted.
-    `unmatched_B` marks rows sampled at another temperature than the trainer scores at (a monitor pass) or from weights one
-    step old (ahead.py): they may be trained on, but say nothing about the mismatch between sampler and trainer.
+    `unmatched_B` marks rows sampled at another temperature than the trainer scores at (a monitor pass): they may be trained
+    on, but say nothing about the mismatch between sampler and trainer.
     """
 
     problems: list[Problem]  # P

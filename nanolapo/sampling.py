@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
-from threading import Event
 
 import numpy as np
 from tqdm import tqdm
@@ -88,25 +87,16 @@ def monitor_pass(s: Session, watch: Stopwatch) -> dict[str, float]:
 
 
 def sample_and_grade(s: Session, plan: SamplingPlan | MonitorPlan, draw: Draw, watch: Stopwatch) -> Rollouts:
-    """Sample a group for each of these problems and grade them; what was sampled ahead is there already. From here on
-    every rank holds all rows."""
-    if s.ahead is not None and s.ahead.draw == draw:
-        with watch("sample"):  # so that every step has this phase
-            mine, s.ahead = s.ahead.rollouts, None
-    else:
-        with watch("sample"):
-            share = ask(s, plan, draw, s.step)
-        mine = answer(s, share, watch)
+    """Sample a group for each of these problems and grade them. From here on every rank holds all rows."""
+    with watch("sample"):
+        share = ask(s, plan, draw, s.step)
+    mine = answer(s, share, watch)
     with watch("grade"):
         everyone = s.ranks.gather(mine)
         rollouts = join_ranks(everyone[:: s.config.rollout.tensor_parallel])  # an engine's ranks sampled the same
     rollouts.regrade = lambda edited, rows: regrade(s, edited, rows)
     s.sampled_tokens += int(rollouts.lengths_B.sum())  # as sampled: a method may shorten answers later
     return rollouts
-
-
-class Abandoned(Exception):
-    """Nobody waits for these samples any more."""
 
 
 class GradeBeside:
@@ -175,28 +165,23 @@ def ask(s: Session, plan: SamplingPlan | MonitorPlan, draw: Draw, step: int) -> 
     return Share(problems, plan.group_size, requests, budgets, plan.temperature)
 
 
-def answer(s: Session, share: Share, watch: Stopwatch, stop: Event | None = None) -> Rollouts:
-    """Sample a share, and grade every group of it while others are still being sampled.
-
-    It may run in a thread of its own, and no other rank takes part. Raises Abandoned soon after `stop` was set.
-    """
+def answer(s: Session, share: Share, watch: Stopwatch) -> Rollouts:
+    """Sample a share, and grade every group of it while others are still being sampled. No other rank takes part."""
     with GradeBeside(s.grader) as beside:
         with watch("sample"):
-            rollouts = sample(s, share, beside, stop)
+            rollouts = sample(s, share, beside)
         with watch("grade"):  # what is left of it
             mark(s, rollouts, range(len(rollouts)), beside.verdicts())
     return rollouts
 
 
-def sample(s: Session, share: Share, beside: GradeBeside, stop: Event | None) -> Rollouts:
+def sample(s: Session, share: Share, beside: GradeBeside) -> Rollouts:
     """Sample every request of a share. As soon as a group is complete it is handed to `beside`."""
     requests, size = share.requests, share.group_size
     texts, missing = [""] * len(requests), [size] * len(share.problems)
 
     def advance(tokens: int) -> None:
         bar.update(tokens)
-        if stop is not None and stop.is_set():
-            raise Abandoned
 
     def finished(row: int, sample: Sample) -> None:
         p = row // size

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import signal
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from types import FrameType
@@ -21,23 +20,13 @@ from nanolapo.config import Config, UserError
 from nanolapo.config_checks import validate
 from nanolapo.data.load import Data
 from nanolapo.grader import Grader
-from nanolapo.methods.base import Method, SamplingPlan
+from nanolapo.methods.base import Method
 from nanolapo.metrics import RunLog
 from nanolapo.policy import Policy
 from nanolapo.ranks import Ranks
-from nanolapo.rollouts import Rollouts
 from nanolapo.samplers.sampler import Sampler
 
 Draw = dict[int, int]  # place in the step -> index of the problem
-
-
-@dataclass(frozen=True)
-class Ahead:
-    """The first round of the next step, sampled while this one trained (ahead.py): this rank's share, graded."""
-
-    plan: SamplingPlan
-    draw: Draw
-    rollouts: Rollouts
 
 
 @dataclass
@@ -56,8 +45,6 @@ class Session:
     token_limit: int = 0  # see token_limit()
     step: int = 0
     sampled_tokens: int = 0
-    ahead: Ahead | None = None
-    thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))  # for ahead.py
 
     @property
     def progress(self) -> float:

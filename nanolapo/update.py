@@ -202,24 +202,21 @@ def score(
 
 
 def tally_mismatch(tally: Tally, x: LossInputs) -> None:
-    """d = |logp_trainer - logp_sampler| on the sampled tokens: the same weights must give the same numbers. Rows of other
-    weights or another temperature are counted by themselves."""
-    unmatched_B = torch.from_numpy(x.rollouts.unmatched_B[x.rows]).to(x.mask_BT.device)
-    difference_BT = (x.logprobs_BT.detach() - x.sampler_logprobs_BT).abs()
-    for name, chosen_B in (("mismatch", ~unmatched_B), ("off_policy", unmatched_B)):
-        mask_BT = x.mask_BT * chosen_B[:, None]
-        tally.add(f"{name}_sum", float((difference_BT * mask_BT).sum()))
-        tally.add(f"{name}_tokens", float(mask_BT.sum()))
-        tally.add(f"{name}_max", float((difference_BT * mask_BT).max()))
+    """d = |logp_trainer - logp_sampler| on the sampled tokens: the same weights must give the same numbers. Rows sampled at
+    another temperature say nothing about that and are left out."""
+    matched_B = torch.from_numpy(~x.rollouts.unmatched_B[x.rows]).to(x.mask_BT.device)
+    mask_BT = x.mask_BT * matched_B[:, None]
+    difference_BT = (x.logprobs_BT.detach() - x.sampler_logprobs_BT).abs() * mask_BT
+    tally.add("mismatch_sum", float(difference_BT.sum()))
+    tally.add("mismatch_tokens", float(mask_BT.sum()))
+    tally.add("mismatch_max", float(difference_BT.max()))
 
 
 def summarize(sums: dict[str, float], norms: list[float], planned: int, learning_rate: float) -> dict[str, float]:
     """Means from sums. `loss` is the mean over the optimizer steps taken; near zero is normal in GRPO."""
-    tokens, compared, older = sums.get("trained_tokens", 0.0), sums["mismatch_tokens"], sums["off_policy_tokens"]
+    tokens, compared = sums.get("trained_tokens", 0.0), sums["mismatch_tokens"]
     finite = [norm for norm in norms if math.isfinite(norm)]
     means = {name.removeprefix("mean/"): v / tokens for name, v in sums.items() if name.startswith("mean/") and tokens}
-    if older:
-        means |= {"off_policy": sums["off_policy_sum"] / older, "off_policy_max": sums["off_policy_max"]}
     return means | {
         "loss": sums.get("loss", 0.0) / max(1, len(norms)),
         "grad_norm": sum(finite) / max(1, len(finite)),

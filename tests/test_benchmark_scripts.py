@@ -54,19 +54,6 @@ def test_the_step_is_the_sum_of_its_phases_and_the_tokens_are_those_asked_for(st
     assert memory == sorted(memory) and said.count(", mismatch ") == 3
 
 
-def test_a_step_sampled_ahead_is_measured_whole(step):
-    """The same tokens a step; sampler and trainer are compared in the first step, the only one with the same weights."""
-    out = step[0].with_name("step_ahead.json")
-    sizes = ["--prompts", "2", "--group", "3", "--tokens", "5", "--steps", "3", "--dtype", "float32", "--no-floors"]
-    script(
-        "step.py", "--model", str(out.parents[1] / "model"), "--engine", "torch", "--ahead", *sizes, "--out", str(out)
-    )
-    result = json.loads(out.read_text())
-    assert result["tokens_per_second"] * result["seconds"]["step"]["median"] == pytest.approx(2 * 3 * 5)
-    assert result["mismatch"] < 1e-4 and result["seconds"]["sample"]["min"] > 0
-    out.unlink()  # compare.py, below, reads the folder
-
-
 def test_ratios_are_taken_against_trl_of_the_same_dtype(step):
     out, result, _ = step
     other = {"args": {"dtype": "float32"}, "seconds": {"step": {"median": 8.0}}, "tokens_per_second": 2.0}

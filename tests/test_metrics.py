@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import wandb
 import yaml
-from test_explain import write_config as write_explain_config
+from small_run import write_config as write_explain_config
 from tiny import CPU, make_config, make_rows, score_rows, update
 
 from nanolapo import loop

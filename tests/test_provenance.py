@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from test_explain import write_config
+from small_run import write_config
 from tiny import make_config
 
 import nanolapo.provenance

@@ -55,9 +55,7 @@ def explain(config: Config, method: Method) -> None:
 def beside(config: Config) -> Config:
     """The same run in a directory of its own, without a tracker and without examples between the lines."""
     run = dataclasses.replace(config.run, name=f"explain-{config.run.name}", print_every=0)
-    # The first step is never sampled ahead, and there is no second one.
-    alone = dataclasses.replace(config.rollout, ahead=0)
-    return dataclasses.replace(config, run=run, rollout=alone, wandb=dataclasses.replace(config.wandb, mode="disabled"))
+    return dataclasses.replace(config, run=run, wandb=dataclasses.replace(config.wandb, mode="disabled"))
 
 
 def first_step(config: Config, method: Method, grader: Grader) -> tuple[Session, Trace]:

@@ -2,9 +2,8 @@
 
 The loop calls the hooks in this order, once a step: sampling, monitor, on_monitor; guidance (per rollout), edit_rollouts,
 reward, keep_groups (once per round of dynamic sampling, so mostly once); advantage, after_step, prepare_loss, loss (once
-per micro-batch), after_update. With rollout.ahead the next step's sampling and guidance come behind after_step. A subclass
-overrides only what it changes. Every rank sees the rollouts of all ranks and computes the same rewards, advantages and
-state, so a method needs no word about ranks.
+per micro-batch), after_update. A subclass overrides only what it changes. Every rank sees the rollouts of all ranks and
+computes the same rewards, advantages and state, so a method needs no word about ranks.
 
 advantage and the loss see the groups that keep_groups kept, after_step all that were sampled: so nothing may be carried
 from one to the other by row number. State is read before and written after the rewards of a step.
@@ -95,8 +94,7 @@ class Method:
         """Called once with the training problems, before the first step. Raise UserError for what cannot work."""
 
     def sampling(self, step: int) -> SamplingPlan:
-        """What to sample. The first hook of every step. With rollout.ahead it may be asked for twice (after a Ctrl-C), so
-        neither this nor guidance keeps anything that a checkpoint should know."""
+        """What to sample. The first hook of every step."""
         r = self.config.rollout
         return SamplingPlan(r.prompts_per_step, r.group_size, r.temperature, r.max_new_tokens)
 
@@ -135,8 +133,7 @@ class Method:
     def prepare_loss(self, rollouts: Rollouts, advantages: Tensor, keep_B: np.ndarray) -> None:
         """Called once before the updates of a step, for what a loss must know about the whole batch, on every rank alike.
 
-        Log-probs of the old policy that all ranks hold are those recorded while sampling, rollouts.sampler_logprobs (with
-        rollout.ahead they are one step older).
+        Log-probs of the old policy that all ranks hold are those recorded while sampling, rollouts.sampler_logprobs.
         """
         c = self.config.loss
         if c.kind == "kl_cov":
@@ -175,8 +172,7 @@ class Method:
         return dict(self.loss_state)
 
     def after_step(self, rollouts: Rollouts) -> dict[str, float]:
-        """Update state from this step's rollouts; returns numbers to log. It comes before the updates, since with
-        rollout.ahead the next step's guidance does."""
+        """Update state from this step's rollouts; returns numbers to log."""
         return {}
 
     def export(self, run_dir: Path) -> None:

@@ -70,10 +70,10 @@ class Drpo(Method):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         c = config.loss
-        if c.aggregation != "sequence_mean" or c.kind != "grpo" or c.kl_coef or c.tis_cap or config.rollout.ahead:
+        if c.aggregation != "sequence_mean" or c.kind != "grpo" or c.kl_coef or c.tis_cap:
             raise UserError(
                 "drpo:Drpo has a loss of its own: needs loss.kind=grpo, loss.aggregation=sequence_mean, loss.kl_coef=0, "
-                "loss.tis_cap=0 (configs/methods/drpo.yaml) and rollout.ahead=0"
+                "and loss.tis_cap=0 (configs/methods/drpo.yaml)"
             )
 
     def advantage(self, rollouts: Rollouts, rewards_PG: Tensor) -> Tensor:

@@ -100,8 +100,6 @@ def plan(
         steps = min(steps, math.ceil(limit / tokens)) if limit else steps
     except UserError:
         notes.append(f"the runs of train.match_runs are not there yet: {steps} steps are an upper bound")
-    if config.rollout.ahead:
-        notes.append("rollout.ahead: the hours are those without it, an upper bound")
     phases = memory(config, shape, machine, e)
     return Plan(
         machine=machine,

@@ -100,8 +100,7 @@ def prompt_share(config: Config, ranks: int) -> float:
 
 
 def memory(config: Config, shape: Shape, machine: Machine, e: Expected) -> dict[str, dict[str, float]]:
-    """Bytes per rank, phase -> part -> bytes. On a GPU the sampler sleeps during the update; on a CPU it stays, and
-    with rollout.ahead it is at work.
+    """Bytes per rank, phase -> part -> bytes. On a GPU the sampler sleeps during the update; on a CPU it stays.
 
     copies: under ddp the bf16 working copy (model/precision.py); under fsdp2 embedding, head, two layers, whole.
     activations: all layers' (with checkpointing only their inputs), and of one layer the gradients and, with checkpointing,
@@ -131,9 +130,7 @@ def memory(config: Config, shape: Shape, machine: Machine, e: Expected) -> dict[
         "head": 4 * LOGIT_COPIES * min(logits, tokens * shape.vocab) + (size + 4) * shape.head * (cut > 1 and not lora),
     }
     sampler = sampler_memory(config, shape, machine, e)
-    if config.rollout.ahead:
-        update |= sampler
-    elif machine.is_cpu:  # torch's cache lives only while it samples
+    if machine.is_cpu:  # torch's cache lives only while it samples
         update |= sampler if uses_vllm(config, machine) else {"sampler": sampler["sampler"]}
     runtime = {"runtime": CPU_RUNTIME if machine.is_cpu else GPU_RUNTIME}
     return {"update": state | update | runtime, "sampling": state | sampler | runtime}
@@ -221,8 +218,6 @@ def changes(config: Config, shape: Shape, machine: Machine, e: Expected) -> Iter
         most = math.floor(100 * (1 - others / machine.memory)) / 100
         if least <= most and not least <= share <= most:
             yield "rollout.gpu_memory_utilization", most if share > most else least
-    if r.ahead:
-        yield "rollout.ahead", 0
     one_row = math.ceil(e.prompt + r.max_new_tokens)
     if t.microbatch_tokens > 2 * one_row:
         yield "train.microbatch_tokens", max(one_row, t.microbatch_tokens // 4)

@@ -35,7 +35,7 @@ PANELS: tuple[Panel, ...] = (
     ("accuracy", ("accuracy",), False),
     ("length, tokens (dashed: P90)", ("length", "length_p90"), False),
     ("entropy per token", ("entropy",), False),
-    ("mismatch (dashed: off policy)", ("mismatch", "off_policy"), True),
+    ("mismatch", ("mismatch",), True),
     ("share cut at the limit", ("truncated",), False),
 )
 MAP_PANELS: tuple[Panel, ...] = (

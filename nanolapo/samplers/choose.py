@@ -43,5 +43,5 @@ def make_sampler(config: Config, model_path: str, max_new_tokens: int, ranks: Ra
     return VLLMSampler(
         model_path, dtype, max_model_len=r.max_prompt_tokens + GUIDANCE_ROOM + max_new_tokens, max_rows=r.max_rows,
         gpu_memory_utilization=r.gpu_memory_utilization, tensor_parallel=r.tensor_parallel,
-        seed=config.run.seed, sleep_between_steps=not r.ahead,
+        seed=config.run.seed,
     )  # fmt: skip

@@ -104,7 +104,6 @@ class VLLMSampler:
         gpu_memory_utilization: float = 0.45,
         tensor_parallel: int = 1,
         seed: int = 0,
-        sleep_between_steps: bool = True,
     ) -> None:
         if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise RuntimeError("VLLMSampler: start the process group first, the engines of all ranks meet in it")
@@ -126,7 +125,7 @@ class VLLMSampler:
         self.vocab_size = int(text.vocab_size)
         self.dtype, self.max_model_len = dtype, max_model_len
         on_cpu = current_platform.is_cpu()
-        self.can_sleep = sleep_between_steps and not on_cpu
+        self.can_sleep = not on_cpu
         self.broken_by = ""  # the call that broke off half-way, see `_whole`
         self.owns_group = not dist.is_initialized()
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

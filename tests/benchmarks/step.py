@@ -1,11 +1,10 @@
 """Seconds and memory of one training step, split into its phases, each beside its floor measured in the same run.
 
     python tests/benchmarks/step.py --model FOLDER [--engine vllm|torch] [--dtype bfloat16|float32] [--prompts 4 --group 8
-        --tokens 96 --steps 5] [--microbatch-tokens 896] [--ahead] [--peak-tflops 989] [--out FILE.json]
+        --tokens 96 --steps 5] [--microbatch-tokens 896] [--peak-tflops 989] [--out FILE.json]
 
 The step is the trainer's own (nanolapo.loop.run_step). Two things differ from a run: completions never end early, so that
 every step samples the same number of tokens, and rewards are random, so that every group has a signal and is trained on.
-With --ahead the next step is sampled beside the update; `sample` is then the wait behind it, and --threads counts for each.
 
 Floors: sample, vLLM's LLM.generate on the same prompts, once after every step; update, model(ids, labels=ids) with
 loss.backward() of the bare transformers model in the same dtype on the same unpadded rows, a group at a time, and a fused
@@ -62,7 +61,7 @@ class LastMetrics:
 
 def config_of(args: Any) -> Config:
     values = {
-        "run": {"print_every": 0, "checkpoint_every": args.steps + 2},  # with --ahead all but the first are sampled ahead
+        "run": {"print_every": 0, "checkpoint_every": args.steps + 2},
         "model": {
             "path": args.model, "dtype": args.dtype, "gradient_checkpointing": args.gradient_checkpointing,
             "compile": args.compile,
@@ -70,10 +69,9 @@ def config_of(args: Any) -> Config:
         "rollout": {
             "engine": args.engine, "prompts_per_step": args.prompts, "group_size": args.group, "max_prompt_tokens": 128,
             "max_new_tokens": args.tokens, "max_rows": min(256, args.prompts * args.group), "mismatch_factor": 1e9,
-            "ahead": int(args.ahead),
         },
         "train": {"batch_size": 0, "microbatch_tokens": args.microbatch_tokens, "steps": args.steps + 2},
-        "loss": {"kl_coef": 0.0, "tis_cap": 2.0 * args.ahead},
+        "loss": {"kl_coef": 0.0},
     }  # fmt: skip
     return build(Config, values, "")
 
@@ -109,7 +107,6 @@ def main() -> None:
     p.add_argument("--microbatch-tokens", type=int, default=896, help="a group of 8 x 96 and its prompt, by default")
     p.add_argument("--gradient-checkpointing", action="store_true")
     p.add_argument("--compile", action="store_true", help="model.compile; the first step, not counted, takes longer")
-    p.add_argument("--ahead", action="store_true", help="rollout.ahead=1, with loss.tis_cap=2")
     p.add_argument("--peak-tflops", type=float, default=0.0, help="of the device, for the update's MFU")
     p.add_argument("--no-floors", action="store_true")
     args = p.parse_args()
@@ -142,8 +139,7 @@ def main() -> None:
                 seconds[phase].append(value)
             if log.metrics["length"] != args.tokens:
                 raise SystemExit(f"{log.metrics['length']} tokens an answer, not {args.tokens}: something ended them")
-            if not args.ahead:
-                mismatch = log.metrics["mismatch"]
+            mismatch = log.metrics["mismatch"]
             print(f"step {total:.2f} s, memory peak {memory_gb():.2f} GB, mismatch {mismatch:.4f}", flush=True)
             if args.engine == "vllm" and not args.no_floors:
                 raw.append(timed(1, lambda: generate(args, sampler, prompts))[0])

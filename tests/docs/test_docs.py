@@ -389,7 +389,8 @@ def test_the_readme_shows_how_the_two_scripts_differ():
 
 
 CORE = (  # what a step of LAPO runs through: sampling, reward, M(q), update; without set-up, grader, samplers and logs
-    "loop", "sampling", "methods/lapo", "methods/base", "update", "policy", "microbatches", "model/attention", "model/logprobs",
+    "loop", "sampling", "methods/lapo", "methods/base", "update", "policy", "microbatches",
+    "model/attention", "model/logprobs",
     "model/precision", "losses", "advantages", "lengths", "rollouts",
 )  # fmt: skip
 

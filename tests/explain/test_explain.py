@@ -21,10 +21,10 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from small_run import write_config
 
 import nanolapo.methods.lapo as lapo_module
 from nanolapo.config import Config, UserError
-from nanolapo.config_file import load_config
 from nanolapo.data.load import load_data
 from nanolapo.explain.explain import beside, explain, first_step, story
 from nanolapo.explain.page import Section, Table, console, page, visible
@@ -39,23 +39,6 @@ from nanolapo.session import Session
 
 ROOT = Path(__file__).parents[2]
 TIMING = ("seconds/", "tokens_per_second", "memory_gb")  # may differ between equal steps
-CONFIG = """
-run: {{dir: {dir}, name: run, threads: 1, checkpoint_every: 1, print_every: 0, log_rollouts: 128, seed: 3}}
-model: {{path: {base}, dtype: float32}}
-data: {{sources: [{{name: demo, path: demo, count: 40, seed: 1, levels: [1, 2]}}]}}
-prompt: {{template: "{{question}} <think>"}}
-rollout: {{engine: torch, prompts_per_step: 8, group_size: 16, max_prompt_tokens: 64, max_new_tokens: 48}}
-train: {{steps: 2, batch_size: 64, learning_rate: 1e-2, microbatch_tokens: 512}}
-loss: {{kl_coef: 0.0, old_logprobs: sampler}}
-lapo: {{decay: 10, sigma: 6}}
-method: {{name: "lapo:Discovery"}}
-"""
-
-
-def write_config(base: Path, folder: Path, *overrides: str) -> Config:
-    path = folder / "config.yaml"
-    path.write_text(CONFIG.format(dir=folder, base=base))
-    return load_config(path, list(overrides))
 
 
 def watch(config: Config, method: Any = None) -> tuple[Session, Trace, list[Section]]:

@@ -1,6 +1,6 @@
-"""Small methods for test_sampling.py, test_ahead.py and their two-rank runs: dynamic sampling, weighted drawing, a monitor.
+"""Small methods for test_sampling.py and its two-rank runs: dynamic sampling, weighted drawing, a monitor.
 
-    torchrun --standalone --nproc_per_node 2 tests/helpers/round_methods.py MODEL_FOLDER RUN_DIR [--ahead] [--vllm]
+    torchrun --standalone --nproc_per_node 2 tests/helpers/round_methods.py MODEL_FOLDER RUN_DIR [--vllm]
 
 Rewards depend on the first sampled token alone, so a model with random weights has groups with and without signal.
 """
@@ -152,17 +152,10 @@ class Everything(Dynamic):
 
 
 R2VPO = {"kind": "r2vpo", "r2vpo_rate": 5.0}
-AHEAD: dict[str, dict[str, Any]] = {
-    "run": {"checkpoint_every": 3, "keep_checkpoints": 9},
-    "rollout": {"ahead": 1},
-    "train": {"steps": 7},
-    "loss": {"tis_cap": 2.0},
-}
 
 
 if __name__ == "__main__":
-    sections = AHEAD if "--ahead" in sys.argv else {"train": {"steps": 3}}
-    config = make_run(Path(sys.argv[1]), Path(sys.argv[2]), **sections | {"loss": sections.get("loss", {}) | R2VPO})
+    config = make_run(Path(sys.argv[1]), Path(sys.argv[2]), train={"steps": 3}, loss=R2VPO)
     if "--vllm" in sys.argv:
         config = replace(config, rollout=replace(config.rollout, engine="vllm"))
     train(config, (Watched if "--vllm" in sys.argv else Everything)(config))

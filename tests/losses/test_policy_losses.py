@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -50,6 +51,8 @@ CASES: list[dict] = [
 ]
 NAMES = ["-".join(str(value) for key, value in case.items() if key in ("kind", "aggregation")) for case in CASES]
 EACH_KIND = [case for i, case in enumerate(CASES) if case["kind"] not in [c["kind"] for c in CASES[:i]]]
+
+ROOT = Path(__file__).parents[2]
 
 
 # ------------------------------------------------------------------------------------------------------ slow reference
@@ -446,7 +449,6 @@ def test_what_contradicts_the_loss_is_refused(loss, key):
 
 @pytest.mark.parametrize("kind", ["r2vpo", "dhpo", "minpro"])
 def test_unverified_losses_say_so_in_their_yaml(kind):
-    from test_config import ROOT
 
     path = ROOT / f"configs/methods/{kind}.yaml"
     assert "unverified" in path.read_text().splitlines()[0]

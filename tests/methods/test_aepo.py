@@ -173,8 +173,6 @@ def test_sampling_log_probs_of_another_temperature_are_refused():
     for loss in ({"old_logprobs": "sampler"}, {"tis_cap": 2.0}):
         with pytest.raises(UserError, match="old_logprobs=trainer"):
             Aepo(make_config(loss=loss))
-    with pytest.raises(UserError, match="rollout.ahead=0"):
-        Aepo(make_config(rollout={"ahead": 1}))
 
 
 def test_state_survives_json():
