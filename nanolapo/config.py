@@ -123,22 +123,12 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    kind: str = "grpo"  # grpo | gspo | luspo | cispo | kl_cov | r2vpo | dhpo | minpro: the policy loss, see losses.py
+    kind: str = "grpo"  # grpo | gspo | luspo | dhpo | cispo | minpro | kl_cov | r2vpo: the policy loss, see losses/
+    options: dict[str, Any] = field(default_factory=dict)  # the loss's own settings
     aggregation: str = "token_mean"  # token_mean | sequence_mean | constant (divide by max_new_tokens)
     clip_low: float = 0.2  # of the token ratio (grpo, dhpo, minpro) or the sequence ratio (gspo, luspo)
     clip_high: float = 0.2  # larger than clip_low: DAPO's clip-higher
     dual_clip: float = 0.0  # grpo, minpro: where A < 0 the loss stops at this ratio; 0: off (verl 3, DAPO's recipe 10)
-    cispo_cap: float = 5.0  # cispo: largest weight of a token
-    kl_cov_share: float = 0.002  # kl_cov: share of the step's tokens that carry the KL term
-    kl_cov_coef: float = 1.0  # kl_cov: its weight
-    # r2vpo (unverified): lam <- max(0, lam + r2vpo_rate * (mean((r - 1)^2) - r2vpo_target)) after every step. The rule, the
-    # rate and the target are ours: the paper's are not available. r2vpo_rate 0 keeps lam as it is.
-    r2vpo_lam: float = 1.0  # at the start
-    r2vpo_rate: float = 1.0
-    r2vpo_target: float = 0.01
-    dhpo_weight: float = 0.5  # dhpo (unverified, the mix is ours): w of the token ratio, 1 - w of the sequence ratio
-    dhpo_clip_low: float = 3e-4  # dhpo: clip of the sequence ratio (unverified: GSPO's numbers)
-    dhpo_clip_high: float = 4e-4
     kl_coef: float = 1e-4  # 0: no reference model is loaded
     kl_kind: str = "k3"  # k1 | k2 | k3
     tis_cap: float = 0.0  # truncated importance sampling against the sampler's log-probs; 0: off
@@ -157,6 +147,11 @@ class LapoConfig:
     statistic: str = "median"  # median | mean | minimum: what M(q) records (paper, Table 3)
     guidance: str = "exact"  # exact | range | outside | implicit (paper, Table 2)
     length_map: str = ""  # stage 2: the length_map.json that stage 1 wrote
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """The options of a method or a loss that has none."""
 
 
 @dataclass(frozen=True)

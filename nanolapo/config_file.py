@@ -43,6 +43,8 @@ def build(cls: type[T], values: Any, where: str) -> T:
         if key not in hints:
             close = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)
             hint = f"did you mean {prefix}{close[0]}?" if close else f"{where} takes no keys here"
+            if "options" in hints:
+                hint += f" Settings of a single {where} belong in {prefix}options"
             raise UserError(f"unknown key {prefix}{key}; {hint}")
     given = {key: convert(value, hints[key], prefix + key) for key, value in values.items()}
     for f in dataclasses.fields(cls):  # type: ignore[arg-type]

@@ -108,7 +108,7 @@ def train(config: Config, method: Method) -> None:
         step, sampled_tokens = saved.get("step", 0), saved.get("sampled_tokens", 0)
         if saved:
             method.load_state_dict(saved["method"])
-            method.loss_state |= saved.get("loss", {})
+            method.loss.state |= saved.get("loss", {})
             alarms.load_state_dict(saved["alarms"])
         share = progress(config, limit, step, sampled_tokens)
         if share < 1:
@@ -151,7 +151,7 @@ def checkpoint(s: Session, fingerprint: dict[str, object]) -> None:
     state = {
         "sampled_tokens": s.sampled_tokens,
         "method": s.method.state_dict(),
-        "loss": s.method.loss_state,
+        "loss": s.method.loss.state,
         "alarms": s.alarms.state_dict(),
         "wandb_id": s.log.wandb_id if s.log else None,
         "fingerprint": fingerprint,

@@ -17,7 +17,7 @@ from accelerate import cpu_offload
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nanolapo.config import Config
+from nanolapo.config import Config, RunStopped
 from nanolapo.microbatches import MicroBatch
 from nanolapo.model.attention import use_stems
 from nanolapo.model.folder import compile_token_wise, load_model, named_weights, plain_name
@@ -25,6 +25,10 @@ from nanolapo.model.logprobs import LogprobHead
 from nanolapo.model.lora import adapters_off, add_lora
 from nanolapo.model.precision import WorkingCopy, cast_parameters, gradient_of, only_rows_read
 from nanolapo.model.sharding import shard, sum_gradients, whole
+
+
+class BadStepsError(RunStopped):
+    """Too many optimizer steps in a row had a gradient that is not finite."""
 
 
 class Scorer(nn.Module):
@@ -146,7 +150,8 @@ class Policy:
     def step(self) -> float:
         """Sum gradients over ranks, clip, step; returns the global gradient norm before clipping.
 
-        A norm that is not finite (on any rank: the sum carries it to all) leaves weights and optimizer untouched.
+        A norm that is not finite (on any rank: the sum carries it to all) leaves weights and optimizer untouched; after
+        train.max_bad_steps of them in a row BadStepsError is raised.
         """
         sum_gradients(self.trained.values())
         norm = float(whole(nn.utils.clip_grad_norm_(self.trained.values(), self.config.train.grad_clip)))
@@ -156,7 +161,13 @@ class Policy:
             self.optimizer.step()
             self.weights_changed()
             self.num_steps += 1
+        self.bad_steps = 0 if math.isfinite(norm) else self.bad_steps + 1
         self.optimizer.zero_grad(set_to_none=True)
+        if self.bad_steps >= self.config.train.max_bad_steps:
+            raise BadStepsError(
+                f"the gradient was not finite {self.bad_steps} times in a row; the weights are unchanged since. "
+                "Lower train.learning_rate, or look for broken rollouts in rollouts.jsonl"
+            )
         return norm
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -8,53 +8,57 @@ micro-batches or ranks in any way gives the same gradient.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nanolapo.config import RunStopped
-from nanolapo.losses import BatchTotals, acts_without_advantage, row_weights
-from nanolapo.methods.base import LossInputs, Method
+from nanolapo.losses import BatchTotals, Loss, LossInputs, row_weights
+from nanolapo.methods.base import Method
 from nanolapo.microbatches import MicroBatch, make_microbatch, plan_microbatches
 from nanolapo.policy import Policy
 from nanolapo.ranks import Ranks
 from nanolapo.rollouts import Rollouts
 
 
-class BadStepsError(RunStopped):
-    """Too many optimizer steps in a row had a gradient that is not finite."""
-
-
 @dataclass(frozen=True)
 class OptimizerBatch:
-    """The rows of one optimizer step: counts over all of them, and this rank's share cut into micro-batches."""
+    """The rows of one optimizer step: counts over all of them, and who trains which."""
 
     totals: BatchTotals
-    microbatches: list[list[int]]  # the ranks of a sharded model all have equally many, some of them without rows
+    plan: list[list[list[int]]]  # plan[rank] is that rank's micro-batches, each a list of rows
+    microbatches: list[list[int]]  # this rank's; of a sharded model all ranks have equally many, some without rows
     has_signal: bool  # some token has an advantage; without one, KL alone would move the weights, so it is skipped
-    # Tokens, prompts included: of the fullest rank if each trained what it sampled, of the fullest rank as the rows are
-    # shared out, and the mean over ranks.
-    loads: tuple[float, int, float]
 
 
 class Tally:
-    """Sums over tokens (maxima for names that end in _max), brought together over ranks once per step."""
+    """Sums of per-token values, the number of tokens in each, and maxima. They stay on the device, as float64, so that no
+    micro-batch waits for the host; `over_ranks` reads them once a step."""
 
     def __init__(self) -> None:
-        self.values: dict[str, float] = {}
+        self.sums: defaultdict[str, Any] = defaultdict(float)
+        self.counts: defaultdict[str, Any] = defaultdict(float)
+        self.maxima: dict[str, Any] = {}
 
-    def add(self, name: str, amount: float) -> None:
-        old = self.values.get(name, 0.0)
-        self.values[name] = max(old, amount) if name.endswith("_max") else old + amount
+    def add(self, name: str, values_BT: Tensor, mask_BT: Tensor) -> None:
+        self.sums[name] += (values_BT * mask_BT).sum().double()
+        self.counts[name] += mask_BT.sum().double()
 
-    def over_ranks(self, ranks: Ranks) -> dict[str, float]:
+    def over_ranks(self, ranks: Ranks) -> Tally:
+        """The same over all ranks, as plain numbers."""
         total = Tally()
-        for values in ranks.gather(self.values):
-            for name, amount in values.items():
-                total.add(name, amount)
-        return total.values
+        mine = [{name: float(x) for name, x in part.items()} for part in (self.sums, self.counts, self.maxima)]
+        for sums, counts, maxima in ranks.gather(mine):
+            for name in sums:
+                total.sums[name] += sums[name]
+                total.counts[name] += counts[name]
+            for name, x in maxima.items():
+                total.maxima[name] = max(total.maxima.get(name, x), x)
+        return total
 
 
 def update_policy(
@@ -62,103 +66,96 @@ def update_policy(
 ) -> dict[str, float]:
     """Train on the kept rows of one step and return what to log.
 
-    advantages: [B], or [B, T] per token; keep_B: rows that count, the others leave loss and denominators alike. Raises
-    BadStepsError after train.max_bad_steps gradients in a row that were not finite (their steps are not taken).
+    advantages: [B], or [B, T] per token; keep_B: rows that count, the others leave loss and denominators alike.
     """
     config = policy.config
-    batches = plan_batches(policy, rollouts, advantages, keep_B, ranks)
-    tally, norms, learning_rate = Tally(), [], policy.learning_rate()
-    first_update = policy.num_steps
-    old: dict[int, np.ndarray] | None = None  # None: one update per step, its own forward pass gives the old log-probs
-    several = len(batches) * config.train.inner_epochs > 1
-    if method.needs_entropy or (several and config.loss.old_logprobs == "trainer"):
-        mine = [rows for batch in batches if batch.has_signal for rows in batch.microbatches]
-        scored, entropies = score(policy, rollouts, mine, method.needs_entropy)
-        old = dict(enumerate(rollouts.sampler_logprobs)) | scored
-        rollouts.old_entropies = {row: values for part in ranks.gather(entropies) for row, values in part.items()}
-    if config.loss.old_logprobs == "sampler":
-        old = dict(enumerate(rollouts.sampler_logprobs))
-    method.prepare_loss(rollouts, advantages, keep_B)
+    batches = plan_batches(policy, method.loss, rollouts, advantages, keep_B, ranks)
+    old = old_logprobs(policy, method.loss, rollouts, batches, ranks)
+    method.loss.prepare(rollouts, advantages, keep_B)
+    tally, norms, learning_rate, first_update = Tally(), [], policy.learning_rate(), policy.num_steps
 
-    for _ in range(config.train.inner_epochs):
-        for batch in batches:
-            if not batch.has_signal:
-                continue
-            weights_are_the_samplers = policy.num_steps == first_update
-            for rows in batch.microbatches:
-                micro = make_microbatch(rollouts, rows, policy.device)
-                inputs = loss_inputs(policy, method, rollouts, advantages, micro, old)
-                if weights_are_the_samplers:
-                    tally_mismatch(tally, inputs)
-                loss_BT, logged = method.loss(inputs)
-                weights_B = row_weights(micro.lengths_B, config.loss.aggregation, batch.totals)
-                loss = (loss_BT * inputs.mask_BT * weights_B[:, None]).sum()
-                loss.backward()
-                tally.add("loss", float(loss.detach()))
-                tally.add("trained_tokens", float(inputs.mask_BT.sum()))
-                for name, values_BT in logged.items():
-                    tally.add(f"mean/{name}", float((values_BT * inputs.mask_BT).sum()))
-            norms.append(policy.step())  # gradients are summed over ranks here, so a NaN on one is seen by all
-            policy.bad_steps = 0 if math.isfinite(norms[-1]) else policy.bad_steps + 1
-            if policy.bad_steps >= config.train.max_bad_steps:
-                raise BadStepsError(
-                    f"the gradient was not finite {policy.bad_steps} times in a row; the weights are unchanged since. "
-                    "Lower train.learning_rate, or look for broken rollouts in rollouts.jsonl"
-                )
+    for batch in batches * config.train.inner_epochs:
+        if not batch.has_signal:
+            continue
+        weights_are_the_samplers = policy.num_steps == first_update
+        for rows in batch.microbatches:
+            micro = make_microbatch(rollouts, rows, policy.device)
+            inputs = loss_inputs(policy, rollouts, advantages, micro, old)
+            if weights_are_the_samplers:
+                tally_mismatch(tally, inputs)
+            loss_BT, logged = method.loss(inputs)
+            weights_B = row_weights(micro.lengths_B, config.loss.aggregation, batch.totals)
+            loss = (loss_BT * inputs.mask_BT * weights_B[:, None]).sum()
+            loss.backward()
+            for name, values_BT in (logged | {"loss": loss_BT.detach() * weights_B[:, None]}).items():
+                tally.add(name, values_BT, inputs.mask_BT)
+        norms.append(policy.step())  # gradients are summed over ranks here, so a NaN on one is seen by all
+
     if not norms:  # nothing to learn from, but sampler and trainer are compared at every step
         micro = make_microbatch(rollouts, range(rollouts.group_size), policy.device)
         with torch.no_grad():
-            inputs = loss_inputs(policy, method, rollouts, advantages, micro, None)
+            inputs = loss_inputs(policy, rollouts, advantages, micro, None)
         if ranks.is_main:  # the same rows on all
             tally_mismatch(tally, inputs)
     trained = summarize(tally.over_ranks(ranks), norms, len(batches) * config.train.inner_epochs, learning_rate)
-    return trained | method.after_update(trained) | rank_imbalance(batches)
+    return trained | method.loss.after_update(trained) | {"rank_imbalance": rank_imbalance(batches, rollouts)}
 
 
 def plan_batches(
-    policy: Policy, rollouts: Rollouts, advantages: Tensor, keep_B: np.ndarray, ranks: Ranks
+    policy: Policy, loss: Loss, rollouts: Rollouts, advantages: Tensor, keep_B: np.ndarray, ranks: Ranks
 ) -> list[OptimizerBatch]:
-    """Cut the step's rows into optimizer batches, and each into this rank's micro-batches.
+    """Cut the step's rows into optimizer batches, and each into micro-batches.
 
     A row whose advantage is zero gets no gradient unless the loss has a term without the advantage, so without one its
     forward pass is skipped; it still counts in the denominators.
     """
-    config = policy.config
-    lengths_B = rollouts.lengths_B
-    sizes_B = lengths_B + np.array([len(ids) for ids in rollouts.prompt_ids])
+    config, lengths_B = policy.config, rollouts.lengths_B
     signal_B = (advantages.reshape(len(rollouts), -1) != 0).any(dim=1).numpy()
-    _, engines = ranks.engine(config.rollout.tensor_parallel)
     batches, size = [], config.train.batch_size or len(rollouts)
     for first in range(0, len(rollouts), size):
         rows = np.arange(first, min(first + size, len(rollouts)))
         kept = rows[keep_B[rows]]
         totals = BatchTotals(int(lengths_B[kept].sum()), len(kept), config.rollout.max_new_tokens)
-        active = kept if acts_without_advantage(config.loss) else kept[signal_B[kept]]
+        active = kept if loss.acts_without_advantage else kept[signal_B[kept]]
         active = active[lengths_B[active] > 0]
         plan = plan_microbatches(rollouts, active.tolist(), ranks.count, config.train.microbatch_tokens)
         mine = [rows_of_micro for rows_of_micro in plan[ranks.index] if rows_of_micro or policy.sharded]
-        sampled = np.bincount(rollouts.group_B[active] % engines, sizes_B[active], minlength=engines)  # see join_ranks
-        shared = [int(sizes_B[[row for micro in share for row in micro]].sum()) if any(share) else 0 for share in plan]
-        loads = (float(sampled.max()) * engines / ranks.count, max(shared), sum(shared) / ranks.count)
-        batches.append(OptimizerBatch(totals, mine, bool(signal_B[active].any()), loads))
+        batches.append(OptimizerBatch(totals, plan, mine, bool(signal_B[active].any())))
     return batches
 
 
-def rank_imbalance(batches: list[OptimizerBatch]) -> dict[str, float]:
-    """Tokens of the fullest rank over the mean, 1 being perfect: the rest is time in which the other ranks wait."""
-    as_sampled, as_shared, mean = np.array([batch.loads for batch in batches]).sum(axis=0)
-    if not mean:
-        return {"rank_imbalance_sampled": 1.0, "rank_imbalance": 1.0}
-    return {"rank_imbalance_sampled": float(as_sampled / mean), "rank_imbalance": float(as_shared / mean)}
+def rank_imbalance(batches: list[OptimizerBatch], rollouts: Rollouts) -> float:
+    """Tokens of the fullest rank over the mean rank's, 1 being perfect: the rest is time in which the other ranks wait."""
+    fullest, mean = 0.0, 0.0
+    for batch in batches:
+        rows_of_ranks = [[row for rows in share for row in rows] for share in batch.plan]
+        tokens = [sum(len(rollouts.prompt_ids[r]) + int(rollouts.lengths_B[r]) for r in mine) for mine in rows_of_ranks]
+        fullest, mean = fullest + max(tokens), mean + sum(tokens) / len(tokens)
+    return fullest / mean if mean else 1.0
+
+
+def old_logprobs(
+    policy: Policy, loss: Loss, rollouts: Rollouts, batches: list[OptimizerBatch], ranks: Ranks
+) -> Sequence[np.ndarray] | None:
+    """Log-probs [T] of every row under the policy before the updates of this step.
+
+    The sampler has recorded them (loss.old_logprobs=sampler), or the trainer scores its rows now. With a single update its
+    own forward pass gives them, so nothing is done: None. Fills rollouts.old_entropies, too, if the loss needs them.
+    """
+    from_sampler = policy.config.loss.old_logprobs == "sampler"
+    several = len(batches) * policy.config.train.inner_epochs > 1
+    if not loss.needs_entropy and (from_sampler or not several):
+        return rollouts.sampler_logprobs if from_sampler else None
+    mine = [rows for batch in batches if batch.has_signal for rows in batch.microbatches]
+    scored, entropies = score(policy, rollouts, mine, loss.needs_entropy)
+    rollouts.old_entropies = {row: values for part in ranks.gather(entropies) for row, values in part.items()}
+    if from_sampler:
+        return rollouts.sampler_logprobs
+    return [scored.get(row, sampled) for row, sampled in enumerate(rollouts.sampler_logprobs)]
 
 
 def loss_inputs(
-    policy: Policy,
-    method: Method,
-    rollouts: Rollouts,
-    advantages: Tensor,
-    micro: MicroBatch,
-    old: dict[int, np.ndarray] | None,
+    policy: Policy, rollouts: Rollouts, advantages: Tensor, micro: MicroBatch, old: Sequence[np.ndarray] | None
 ) -> LossInputs:
     """Run the forward passes of one micro-batch and put everything the loss may want into [B, T]."""
     logprobs_BT, _ = policy.logprobs(micro)
@@ -207,24 +204,23 @@ def tally_mismatch(tally: Tally, x: LossInputs) -> None:
     matched_B = torch.from_numpy(~x.rollouts.unmatched_B[x.rows]).to(x.mask_BT.device)
     mask_BT = x.mask_BT * matched_B[:, None]
     difference_BT = (x.logprobs_BT.detach() - x.sampler_logprobs_BT).abs() * mask_BT
-    tally.add("mismatch_sum", float(difference_BT.sum()))
-    tally.add("mismatch_tokens", float(mask_BT.sum()))
-    tally.add("mismatch_max", float(difference_BT.max()))
+    tally.add("mismatch", difference_BT, mask_BT)
+    largest = difference_BT.max()
+    tally.maxima["mismatch_max"] = torch.maximum(tally.maxima.get("mismatch_max", largest), largest)
 
 
-def summarize(sums: dict[str, float], norms: list[float], planned: int, learning_rate: float) -> dict[str, float]:
+def summarize(tally: Tally, norms: list[float], planned: int, learning_rate: float) -> dict[str, float]:
     """Means from sums. `loss` is the mean over the optimizer steps taken; near zero is normal in GRPO."""
-    tokens, compared = sums.get("trained_tokens", 0.0), sums["mismatch_tokens"]
+    compared = tally.counts["mismatch"]
+    means = {name: tally.sums[name] / count if count else math.nan for name, count in tally.counts.items()}
     finite = [norm for norm in norms if math.isfinite(norm)]
-    means = {name.removeprefix("mean/"): v / tokens for name, v in sums.items() if name.startswith("mean/") and tokens}
     return means | {
-        "loss": sums.get("loss", 0.0) / max(1, len(norms)),
+        "loss": tally.sums["loss"] / max(1, len(norms)),
         "grad_norm": sum(finite) / max(1, len(finite)),
         "learning_rate": learning_rate,
-        "mismatch": sums["mismatch_sum"] / compared if compared else math.nan,
-        "mismatch_max": sums["mismatch_max"] if compared else math.nan,
+        "mismatch_max": tally.maxima["mismatch_max"] if compared else math.nan,
         "compared_tokens": compared,
-        "trained_tokens": tokens,
+        "trained_tokens": tally.counts["loss"],
         "updates": float(len(finite)),
         "updates_skipped": float(planned - len(norms)),
         "updates_bad": float(len(norms) - len(finite)),

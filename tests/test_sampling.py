@@ -376,7 +376,7 @@ def test_D3_resuming_is_bit_exact_with_every_hook_in_use(base, tmp_path):
         for steps in stops:
             config = make_run(base, tmp_path / name, loss=R2VPO, train={"steps": steps})
             method, metrics = run(config, Everything)
-        runs.append((metrics, weights_of_run(config), method.state_dict(), method.loss_state))
+        runs.append((metrics, weights_of_run(config), method.state_dict(), method.loss.state))
     (metrics, weights, state, loss_state), again = runs
     assert metrics == again[0] and max(m["rounds"] for m in metrics) > 1
     assert [m["r2vpo_lam"] for m in metrics] == [m["r2vpo_lam"] for m in again[0]] and len(metrics) == 5

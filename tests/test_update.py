@@ -14,11 +14,12 @@ import torch
 from tiny import CPU, make_config, make_rows, score_rows, update
 from transformers import AutoModelForCausalLM
 
-from nanolapo.methods.base import LossInputs, Method
+from nanolapo.losses import BatchTotals, Loss, LossInputs
+from nanolapo.methods.base import Method
 from nanolapo.policy import Policy
 from nanolapo.ranks import Ranks
 from nanolapo.rollouts import Rollouts
-from nanolapo.update import update_policy
+from nanolapo.update import OptimizerBatch, rank_imbalance, update_policy
 
 LENGTHS = [3, 200, 17, 90, 5, 150, 40, 8]
 ADVANTAGES = [1.0, -1.0, 0.5, -0.5, 2.0, -2.0, 0.3, -0.3]
@@ -89,13 +90,14 @@ def test_B6_later_updates_see_ratios_other_than_one(tied_model, train):
     score_rows(policy, rollouts)
     seen: list[LossInputs] = []
 
-    class Spy(Method):
-        def loss(self, x: LossInputs):
+    class Spy(Loss):
+        def __call__(self, x: LossInputs):
             seen.append(x)
-            return super().loss(x)
+            return super().__call__(x)
 
-    advantages = torch.tensor(ADVANTAGES)
-    logged = update_policy(policy, Spy(policy.config), rollouts, advantages, np.ones(8, dtype=bool), Ranks())
+    advantages, method = torch.tensor(ADVANTAGES), Method(policy.config)
+    method.loss = Spy(policy.config)
+    logged = update_policy(policy, method, rollouts, advantages, np.ones(8, dtype=bool), Ranks())
     assert logged["updates"] == 2 and logged["clip_fraction"] > 0
     first, second = seen
     for x in seen:  # an exact sampler's log-probs are the old ones, in both updates
@@ -162,6 +164,16 @@ def test_advantages_per_token(tied_model):
     got = gradients(Policy(config, CPU), rollouts, first_tokens)
     want = gradients(Policy(config, CPU), shorter, per_row)
     assert_close(got, {name: value * 8 / 21 for name, value in want.items()}, rtol=1e-4)  # 8 of 21 tokens
+
+
+def test_rank_imbalance_is_the_fullest_rank_over_the_mean():
+    """Prompts count; of every optimizer batch the fullest rank; ranks without a row pull the mean down."""
+    rollouts = make_rows([10, 20, 5, 5])
+    rollouts.prompt_ids = [ids[:2] for ids in rollouts.prompt_ids]  # 12, 22, 7 and 7 tokens
+    one, two = ([[[0]], [[1]]], [[[2], [3]], [[]]])  # fullest 22 of 34, then 14 of 14
+    batches = [OptimizerBatch(BatchTotals(40, 4, 64), plan, plan[0], True) for plan in (one, two)]
+    assert rank_imbalance(batches, rollouts) == pytest.approx((22 + 14) / (34 / 2 + 14 / 2))
+    assert rank_imbalance([OptimizerBatch(BatchTotals(0, 0, 64), [[], []], [], False)], rollouts) == 1.0
 
 
 # ------------------------------------------------------------------------------------------------------ KL

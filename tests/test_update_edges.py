@@ -15,8 +15,7 @@ from tiny import CPU, make_config, make_rows, same_tensors, score_rows, update, 
 
 from nanolapo.advantages import group_advantages
 from nanolapo.checkpoint import optimizer_tensors
-from nanolapo.policy import Policy
-from nanolapo.update import BadStepsError
+from nanolapo.policy import BadStepsError, Policy
 
 AGGREGATIONS = ["token_mean", "sequence_mean", "constant"]
 

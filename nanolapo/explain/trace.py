@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nanolapo.data.problems import Problem
 from nanolapo.data.prompts import Guidance
-from nanolapo.methods.base import LossInputs
+from nanolapo.losses import LossInputs
 from nanolapo.methods.lapo import Internalization, Lapo
 from nanolapo.rollouts import Rollouts
 from nanolapo.samplers.sampler import Request, Sample
@@ -104,7 +104,7 @@ class Trace:
             (s.sampler, "generate", on_generate),
             (s.method, "reward", on_reward),
             (s.method, "advantage", on_advantage),
-            (s.method, "loss", on_loss),
+            (s.method.loss, "__call__", on_loss),
             (s.policy, "step", lambda norm: self.norms.append(norm)),
             (s.log, "step", lambda _, step, metrics, share: self.metrics.update(metrics)),
         ):
@@ -126,15 +126,15 @@ def listening(part: Any, name: str, hear: Callable[..., None]) -> Iterator[None]
     >>> part.double(5), heard
     (10, [(4, 8)])
     """
-    called = getattr(part, name)
+    kind = type(part)
 
-    def call(*arguments: Any, **named: Any) -> Any:
-        result = called(*arguments, **named)
+    def call(self: Any, *arguments: Any, **named: Any) -> Any:
+        result = getattr(kind, name)(self, *arguments, **named)
         hear(result, *arguments, **named)
         return result
 
-    setattr(part, name, call)
+    part.__class__ = type(kind.__name__, (kind,), {name: call})  # unlike part.name = call, this works for __call__, too
     try:
         yield
     finally:
-        delattr(part, name)  # what the class defines is seen again
+        part.__class__ = kind

@@ -15,7 +15,7 @@ from nanolapo.microbatches import make_microbatch
 from nanolapo.rollouts import Rollouts, make_rollouts
 from nanolapo.samplers.sampler import Decoding
 from nanolapo.session import Session
-from nanolapo.update import Tally, loss_inputs, summarize, tally_mismatch
+from nanolapo.update import Tally, loss_inputs, tally_mismatch
 
 DRIFTED = 4  # so many tokens of an answer are shown for their ratio, besides its first and its last
 
@@ -42,7 +42,7 @@ def the_tokens(v: View) -> Section:
         body.append(token_table(v, p, b))
     return Section(
         "Token by token into the loss",
-        "update.py: loss_inputs, update_policy; methods/base.py: Method.loss; losses.py: policy_loss, row_weights",
+        "update.py: loss_inputs, update_policy; losses/grpo.py: Loss, policy_loss, row_weights",
         body,
     )
 
@@ -117,9 +117,9 @@ def compare(s: Session, rollouts: Rollouts) -> tuple[float, Tensor]:
     """(mismatch as the trainer measures it, its log-prob of each whole answer [B]), under the weights of now."""
     tally = Tally()
     micro = make_microbatch(rollouts, range(len(rollouts)), s.policy.device)
-    inputs = loss_inputs(s.policy, s.method, rollouts, torch.zeros(len(rollouts)), micro, None)
+    inputs = loss_inputs(s.policy, rollouts, torch.zeros(len(rollouts)), micro, None)
     tally_mismatch(tally, inputs)
-    return summarize(tally.values, [], 0, 0.0)["mismatch"], inputs.logprobs_BT.sum(dim=1)
+    return float(tally.sums["mismatch"] / tally.counts["mismatch"]), inputs.logprobs_BT.sum(dim=1)
 
 
 def sample_again(v: View) -> Rollouts:

@@ -1,9 +1,10 @@
 """`Method`: accuracy-only GRPO, and the hooks in which every other method differs from it.
 
 The loop calls the hooks in this order, once a step: sampling, monitor, on_monitor; guidance (per rollout), edit_rollouts,
-reward, keep_groups (once per round of dynamic sampling, so mostly once); advantage, after_step, prepare_loss, loss (once
-per micro-batch), after_update. A subclass overrides only what it changes. Every rank sees the rollouts of all ranks and
-computes the same rewards, advantages and state, so a method needs no word about ranks.
+reward, keep_groups (once per round of dynamic sampling, so mostly once); advantage, after_step. A subclass overrides only
+what it changes. The policy loss is an object, `method.loss`; loss.kind chooses it, and a subclass may replace it. Every
+rank sees the rollouts of all ranks and computes the same rewards, advantages and state, so a method needs no word about
+ranks.
 
 advantage and the loss see the groups that keep_groups kept, after_step all that were sampled: so nothing may be carried
 from one to the other by row number. State is read before and written after the rewards of a step.
@@ -11,21 +12,19 @@ from one to the other by row number. State is read before and written after the 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from nanolapo.advantages import group_advantages
-from nanolapo.config import Config
+from nanolapo.config import Config, NoOptions
 from nanolapo.config_file import build
 from nanolapo.data.problems import Problem
 from nanolapo.data.prompts import Guidance
-from nanolapo.losses import high_covariance, kl_penalty, loss_of_kind, next_lam, tis_weights
+from nanolapo.losses import Loss, load_loss
 from nanolapo.rollouts import Rollouts
 
 
@@ -53,42 +52,19 @@ class MonitorPlan:
     max_new_tokens: int
 
 
-@dataclass(frozen=True)
-class LossInputs:
-    """One micro-batch on its way to the loss; rows are padded to the right with zeros where mask_BT is 0."""
-
-    logprobs_BT: Tensor  # of the policy being trained, with gradient
-    old_logprobs_BT: Tensor  # of the policy at the start of this step
-    sampler_logprobs_BT: Tensor  # as recorded while sampling
-    ref_logprobs_BT: Tensor | None  # of the stage's first model; None when loss.kl_coef is 0
-    entropy_BT: Tensor | None  # of the policy at the start of this step; only when the method sets needs_entropy
-    advantages_BT: Tensor
-    mask_BT: Tensor  # 1 for sampled tokens, by position (the end token included)
-    rows: list[int]  # row numbers in `rollouts`
-    rollouts: Rollouts
-
-
-@dataclass(frozen=True)
-class NoOptions:
-    """A method without settings of its own."""
-
-
 class Method:
-    """Accuracy-only GRPO: reward 1 for a right answer, 0 otherwise, group advantages, clipped token loss."""
+    """Accuracy-only GRPO: reward 1 for a right answer, 0 otherwise, group advantages, and the loss that loss.kind names."""
 
     Options: type = NoOptions  # a frozen dataclass; method.options in the YAML fills it, strictly
     grader_rule = "math"
     cut_answers_count = False  # may an answer that hit the length limit be right (its box already printed)?
-    needs_entropy = False  # have rollouts.old_entropies filled before prepare_loss, at the cost of a forward pass
     # Share of the run that is done, by steps or by sampled tokens, in [0, 1): at the start of the step that a hook is for.
     progress = 0.0
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.options: Any = build(self.Options, dict(config.method.options), "method.options")
-        # What loss.kind remembers. In every checkpoint beside state_dict, so that a method need not pass it on.
-        self.loss_state = {"r2vpo_lam": config.loss.r2vpo_lam} if config.loss.kind == "r2vpo" else {}
-        self.high_covariance_BT: Tensor | None = None  # kl_cov: this step's choice, see prepare_loss
+        self.loss: Loss = load_loss(config)  # what update_policy calls; its state is in every checkpoint, too
 
     def start(self, problems: list[Problem]) -> None:
         """Called once with the training problems, before the first step. Raise UserError for what cannot work."""
@@ -129,47 +105,6 @@ class Method:
     def advantage(self, rollouts: Rollouts, rewards_PG: Tensor) -> Tensor:
         """Advantages [B], or [B, T] to weigh single tokens (T = the longest response)."""
         return group_advantages(rewards_PG, self.config.loss.normalize_std).flatten()
-
-    def prepare_loss(self, rollouts: Rollouts, advantages: Tensor, keep_B: np.ndarray) -> None:
-        """Called once before the updates of a step, for what a loss must know about the whole batch, on every rank alike.
-
-        Log-probs of the old policy that all ranks hold are those recorded while sampling, rollouts.sampler_logprobs.
-        """
-        c = self.config.loss
-        if c.kind == "kl_cov":
-            self.high_covariance_BT = high_covariance(rollouts.sampler_logprobs, advantages, keep_B, c.kl_cov_share)
-
-    def loss(self, x: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """Per-token loss [B, T] and per-token quantities to log (each averaged over the trained tokens)."""
-        c = self.config.loss
-        chosen_BT = self.high_covariance_BT
-        if chosen_BT is not None:
-            chosen_BT = chosen_BT[x.rows, : x.mask_BT.shape[1]].to(x.mask_BT.device)
-        loss_BT, touched_BT = loss_of_kind(
-            c, x.logprobs_BT, x.old_logprobs_BT, x.advantages_BT, x.mask_BT, chosen_BT, self.loss_state.get("r2vpo_lam")
-        )
-        ratio_BT = torch.exp(x.logprobs_BT - x.old_logprobs_BT).detach()
-        logged = {"clip_fraction": touched_BT.float(), "ratio": ratio_BT}
-        if c.kind == "r2vpo":
-            logged["ratio_variance"] = (ratio_BT - 1).square()
-        if c.tis_cap:
-            weights_BT = tis_weights(x.old_logprobs_BT, x.sampler_logprobs_BT, c.tis_cap)
-            loss_BT = loss_BT * weights_BT
-            logged["tis_weight"] = weights_BT
-        if x.ref_logprobs_BT is not None:
-            kl_BT = kl_penalty(x.logprobs_BT, x.ref_logprobs_BT, c.kl_kind)
-            loss_BT = loss_BT + c.kl_coef * kl_BT
-            logged["kl"] = kl_BT.detach()
-        return loss_BT, logged
-
-    def after_update(self, trained: dict[str, float]) -> dict[str, float]:
-        """After the updates of a step, with what they logged (means over all ranks); returns further numbers to log."""
-        c = self.config.loss
-        variance = trained.get("ratio_variance", math.nan)  # missing in a step without any update
-        if c.kind == "r2vpo" and math.isfinite(variance):
-            lam = self.loss_state["r2vpo_lam"]
-            self.loss_state["r2vpo_lam"] = next_lam(lam, variance, c.r2vpo_rate, c.r2vpo_target)
-        return dict(self.loss_state)
 
     def after_step(self, rollouts: Rollouts) -> dict[str, float]:
         """Update state from this step's rollouts; returns numbers to log."""

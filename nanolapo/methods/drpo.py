@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from nanolapo.config import Config, UserError
-from nanolapo.methods.base import LossInputs, Method
+from nanolapo.losses import Loss, LossInputs
+from nanolapo.methods.base import Method
 from nanolapo.rollouts import Rollouts
 
 
@@ -64,6 +65,23 @@ def softmax(values: np.ndarray) -> np.ndarray:
     return powers / powers.sum()
 
 
+class DrpoLoss(Loss):
+    """-A log p, plus the trust-region penalty."""
+
+    def __init__(self, config: Config, beta: float, delta: float) -> None:
+        super().__init__(config)
+        self.beta, self.delta = beta, delta
+
+    def __call__(self, x: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
+        drift_BT = (x.old_logprobs_BT - x.logprobs_BT) * x.mask_BT
+        drift = drift_BT.detach().sum() / x.mask_BT.sum().clamp(min=1)  # K of this micro-batch
+        strength = (self.beta * (drift - self.delta)).clamp(min=0)
+        # L_b / mean(L) turns the 1 / (L_b rows) of sequence_mean into 1 / tokens.
+        length_B1 = x.mask_BT.sum(dim=1, keepdim=True) / float(x.rollouts.lengths_B.mean())
+        loss_BT = -x.advantages_BT * x.logprobs_BT + strength * drift_BT * length_B1
+        return loss_BT, {"drift": drift_BT.detach(), "penalty_strength": strength * x.mask_BT}
+
+
 class Drpo(Method):
     Options = Options
 
@@ -75,6 +93,7 @@ class Drpo(Method):
                 "drpo:Drpo has a loss of its own: needs loss.kind=grpo, loss.aggregation=sequence_mean, loss.kl_coef=0, "
                 "and loss.tis_cap=0 (configs/methods/drpo.yaml)"
             )
+        self.loss = DrpoLoss(config, self.options.beta, self.options.delta)
 
     def advantage(self, rollouts: Rollouts, rewards_PG: Tensor) -> Tensor:
         """G * dJ_q/ds_i: sequence_mean divides by the number of rows, the paper by the number of prompts."""
@@ -87,12 +106,3 @@ class Drpo(Method):
             for lengths, correct, scores in zip(*map(rollouts.by_group, columns), strict=True)
         ]
         return torch.from_numpy(np.concatenate(weights_PG) * rollouts.group_size)
-
-    def loss(self, x: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
-        drift_BT = (x.old_logprobs_BT - x.logprobs_BT) * x.mask_BT
-        drift = drift_BT.detach().sum() / x.mask_BT.sum().clamp(min=1)  # K of this micro-batch
-        strength = (self.options.beta * (drift - self.options.delta)).clamp(min=0)
-        # L_b / mean(L) turns the 1 / (L_b rows) of sequence_mean into 1 / tokens.
-        length_B1 = x.mask_BT.sum(dim=1, keepdim=True) / float(x.rollouts.lengths_B.mean())
-        loss_BT = -x.advantages_BT * x.logprobs_BT + strength * drift_BT * length_B1
-        return loss_BT, {"drift": drift_BT.detach(), "penalty_strength": strength * x.mask_BT}

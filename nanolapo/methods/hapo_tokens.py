@@ -28,9 +28,8 @@ from torch import Tensor
 
 from nanolapo.advantages import MIN_SPREAD, group_advantages
 from nanolapo.config import Config, UserError
-from nanolapo.losses import clipped_surrogate
+from nanolapo.losses import Loss, LossInputs, clipped_surrogate
 from nanolapo.methods import dapo
-from nanolapo.methods.base import LossInputs
 from nanolapo.rollouts import Rollouts
 
 
@@ -87,10 +86,31 @@ def heterogeneous_loss(
     return clipped_surrogate(ratio, a, low_BT, high_BT, dual_clip)
 
 
+class TokenHapoLoss(Loss):
+    """heterogeneous_loss, measured against the entropies of the whole batch."""
+
+    needs_entropy = True
+
+    def __init__(self, config: Config, quantile: float) -> None:
+        super().__init__(config)
+        self.quantile = quantile
+
+    def prepare(self, rollouts: Rollouts, advantages: Tensor, keep_B: np.ndarray) -> None:
+        entropies = [rollouts.old_entropies[row] for row in sorted(rollouts.old_entropies)]
+        self.scale = entropy_scale(np.concatenate([*entropies, np.zeros(0)]), self.quantile)
+
+    def __call__(self, x: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
+        assert x.entropy_BT is not None
+        h_BT, c = normalized_entropies(x.entropy_BT, self.scale), self.config
+        loss_BT, clipped_BT = heterogeneous_loss(
+            x.logprobs_BT, x.old_logprobs_BT, x.advantages_BT, h_BT, c.clip_low, c.clip_high, c.dual_clip
+        )
+        return loss_BT, {"clip_fraction": clipped_BT.float(), "unsure_fraction": (h_BT > 0).float()}
+
+
 class TokenHapo(dapo.Dapo):
     Options = Options
     cache_share = 4096 / 10240
-    needs_entropy = True
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -99,19 +119,8 @@ class TokenHapo(dapo.Dapo):
                 "hapo_tokens:TokenHapo has a loss of its own: needs loss.kind=grpo, loss.kl_coef=0 and loss.tis_cap=0 "
                 "(configs/methods/hapo-tokens.yaml)"
             )
+        self.loss = TokenHapoLoss(config, self.options.quantile)
 
     def advantage(self, rollouts: Rollouts, rewards_PG: Tensor) -> Tensor:
         lengths_PG = torch.from_numpy(rollouts.by_group(rollouts.lengths_B))
         return self.filtered(rollouts, token_group_advantages(rewards_PG, lengths_PG).flatten())
-
-    def prepare_loss(self, rollouts: Rollouts, advantages: Tensor, keep_B: np.ndarray) -> None:
-        entropies = [rollouts.old_entropies[row] for row in sorted(rollouts.old_entropies)]
-        self.scale = entropy_scale(np.concatenate([*entropies, np.zeros(0)]), self.options.quantile)
-
-    def loss(self, x: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
-        assert x.entropy_BT is not None
-        h_BT, c = normalized_entropies(x.entropy_BT, self.scale), self.config.loss
-        loss_BT, clipped_BT = heterogeneous_loss(
-            x.logprobs_BT, x.old_logprobs_BT, x.advantages_BT, h_BT, c.clip_low, c.clip_high, c.dual_clip
-        )
-        return loss_BT, {"clip_fraction": clipped_BT.float(), "unsure_fraction": (h_BT > 0).float()}

@@ -20,7 +20,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 from tiny import make_config, make_rows
 
-from nanolapo.methods.base import LossInputs, Method
+from nanolapo.losses import Loss, LossInputs
+from nanolapo.methods.base import Method
 from nanolapo.model.folder import load_model
 from nanolapo.model.sharding import whole
 from nanolapo.policy import Policy
@@ -61,11 +62,11 @@ CASES = [
 ]
 
 
-class NanOnLastRank(Method):
-    """Accuracy-only GRPO whose loss is not a number on one rank."""
+class NanOnLastRank(Loss):
+    """GRPO's loss, but not a number on one rank."""
 
-    def loss(self, x: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
-        loss_BT, logged = super().loss(x)
+    def __call__(self, x: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
+        loss_BT, logged = super().__call__(x)
         last = not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
         return loss_BT * (float("nan") if last else 1.0), logged
 
@@ -94,7 +95,9 @@ def run_case(case: Case, folders: dict[str, str], sharding: str) -> tuple[dict[s
         steps += 1
 
     policy.optimizer.register_step_pre_hook(keep_gradients)
-    method = NanOnLastRank(config) if case.nan_on_last_rank else Method(config)
+    method = Method(config)
+    if case.nan_on_last_rank:
+        method.loss = NanOnLastRank(config)
     rollouts = make_rows(case.lengths)
     for call in range(1 if case.nan_on_last_rank else 2):
         result = update_policy(

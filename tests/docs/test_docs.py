@@ -91,7 +91,11 @@ def keys_in(function: ast.FunctionDef) -> set[str]:
 def names_in_code() -> frozenset[str]:
     """What the source logs in a step: every dict that a hook, the update or the loop makes; f-strings with {x} in them."""
     found: set[str] = set()
-    for path in [PACKAGE / "update.py", *sorted((PACKAGE / "methods").glob("*.py"))]:
+    for path in [
+        PACKAGE / "update.py",
+        *sorted((PACKAGE / "losses").glob("*.py")),
+        *sorted((PACKAGE / "methods").glob("*.py")),
+    ]:
         for function in functions(path):
             prefix = RETURNS_NUMBERS.get(ast.unparse(function.returns)) if function.returns else None
             if prefix is not None:
@@ -112,7 +116,7 @@ def names_of_a_run(folder: Path) -> set[str]:
     found = set(rollout_metrics(rollouts, {"correct": verdict}))
     for loss in ({}, {"kl_coef": 0.1, "tis_cap": 2.0}, {"kind": "r2vpo"}):
         found |= set(update(Policy(make_config(folder, loss=loss), CPU), rollouts, [1.0, -1.0, 1.0, 0.5]))
-    return found | set(Method(make_config(loss={"kind": "r2vpo"})).after_update({"ratio_variance": 0.1}))
+    return found | set(Method(make_config(loss={"kind": "r2vpo"})).loss.after_update({"ratio_variance": 0.1}))
 
 
 def pattern(name: str) -> str:
@@ -391,7 +395,7 @@ def test_the_readme_shows_how_the_two_scripts_differ():
 CORE = (  # what a step of LAPO runs through: sampling, reward, M(q), update; without set-up, grader, samplers and logs
     "loop", "sampling", "methods/lapo", "methods/base", "update", "policy", "microbatches",
     "model/attention", "model/logprobs",
-    "model/precision", "losses", "advantages", "lengths", "rollouts",
+    "model/precision", "losses/grpo", "advantages", "lengths", "rollouts",
 )  # fmt: skip
 
 

@@ -72,7 +72,7 @@ def test_the_table_of_state_names_exactly_the_methods_that_have_one():
         re.findall(r"`([\w.-]+)`", "".join(re.findall(r"^\|.*?\|", section("What is remembered"), re.MULTILINE)))
     )
     methods = {name: method_of(name) for name in YAMLS}
-    assert listed == {name for name, method in methods.items() if method.state_dict() or method.loss_state}
+    assert listed == {name for name, method in methods.items() if method.state_dict() or method.loss.state}
 
 
 def test_the_decision_table_names_real_methods_only():

@@ -151,7 +151,7 @@ class Everything(Dynamic):
         self.weights = state["weights"]
 
 
-R2VPO = {"kind": "r2vpo", "r2vpo_rate": 5.0}
+R2VPO = {"kind": "r2vpo", "options": {"rate": 5.0}}
 
 
 if __name__ == "__main__":

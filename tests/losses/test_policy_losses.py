@@ -11,6 +11,7 @@ import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,8 +23,10 @@ from transformers import AutoModelForCausalLM
 from nanolapo.config import Config, LossConfig, UserError
 from nanolapo.config_checks import validate
 from nanolapo.config_file import load_config
-from nanolapo.losses import high_covariance, next_lam, policy_loss
-from nanolapo.methods.base import LossInputs, Method
+from nanolapo.losses import LOSSES, BatchTotals, LossInputs, load_loss, policy_loss, row_weights
+from nanolapo.losses.kl_cov import high_covariance
+from nanolapo.losses.r2vpo import next_lam
+from nanolapo.methods.base import Method
 from nanolapo.policy import Policy
 from nanolapo.ranks import Ranks
 from nanolapo.rollouts import Rollouts
@@ -40,11 +43,11 @@ CASES: list[dict] = [
     {"kind": "grpo", "aggregation": "constant"},
     {"kind": "gspo", "clip_low": 3e-3, "clip_high": 4e-3, "aggregation": "sequence_mean"},
     {"kind": "luspo", "clip_low": 2e-3, "clip_high": 2.5e-3, "aggregation": "sequence_mean"},
-    {"kind": "cispo", "cispo_cap": 1.2},
-    {"kind": "kl_cov", "kl_cov_share": 0.1, "kl_cov_coef": 0.7},
-    {"kind": "kl_cov", "kl_cov_share": 0.3, "kl_cov_coef": 2.0, "aggregation": "sequence_mean"},
-    {"kind": "r2vpo", "r2vpo_lam": 0.8},
-    {"kind": "dhpo", "dhpo_weight": 0.3, "dhpo_clip_low": 0.02, "dhpo_clip_high": 0.03},
+    {"kind": "cispo", "options": {"cap": 1.2}},
+    {"kind": "kl_cov", "options": {"share": 0.1, "coef": 0.7}},
+    {"kind": "kl_cov", "options": {"share": 0.3, "coef": 2.0}, "aggregation": "sequence_mean"},
+    {"kind": "r2vpo", "options": {"lam": 0.8}},
+    {"kind": "dhpo", "options": {"token_weight": 0.3, "sequence_clip_low": 0.02, "sequence_clip_high": 0.03}},
     {"kind": "dhpo", "aggregation": "sequence_mean"},
     {"kind": "minpro", "clip_low": 0.15},
     {"kind": "minpro", "dual_clip": 1.3, "aggregation": "constant"},
@@ -79,9 +82,10 @@ def slow_chosen(old: list[list[float]], advantages: list[list[float]], share: fl
 
 
 def slow_row(
-    c: LossConfig, new: list[float], old: list[float], a: list[float], chosen: set[int]
+    c: LossConfig, o: Any, new: list[float], old: list[float], a: list[float], chosen: set[int]
 ) -> list[tuple[float, float, bool]]:
-    """(value, gradient with respect to its log-prob, touched) of every token of one answer, before aggregation."""
+    """(value, gradient with respect to its log-prob, touched) of every token of one answer, before aggregation. o is what
+    loss.options says, with its defaults."""
     length = len(new)
     ratios = [math.exp(n - o) for n, o in zip(new, old, strict=True)]
     s = math.exp(sum(n - o for n, o in zip(new, old, strict=True)) / length)
@@ -95,22 +99,22 @@ def slow_row(
             value, slope, touched = clipped_term(s, a[t], c.clip_low, c.clip_high)
             out.append((value * times, slope * times, touched))
         elif c.kind == "cispo":
-            weight = r if r < c.cispo_cap else c.cispo_cap
-            out.append((-weight * a[t] * new[t], -weight * a[t], r > c.cispo_cap))
+            weight = r if r < o.cap else o.cap
+            out.append((-weight * a[t] * new[t], -weight * a[t], r > o.cap))
         elif c.kind == "kl_cov":
             d = new[t] - old[t]
-            extra = (c.kl_cov_coef * abs(d), c.kl_cov_coef * (1 if d > 0 else -1)) if t in chosen else (0.0, 0.0)
+            extra = (o.coef * abs(d), o.coef * (1 if d > 0 else -1)) if t in chosen else (0.0, 0.0)
             out.append((-r * a[t] + extra[0], -r * a[t] + extra[1], t in chosen))
         elif c.kind == "r2vpo":
-            out.append((-(r * a[t] - c.r2vpo_lam * (r - 1) ** 2), -r * (a[t] - 2 * c.r2vpo_lam * (r - 1)), False))
+            out.append((-(r * a[t] - o.lam * (r - 1) ** 2), -r * (a[t] - 2 * o.lam * (r - 1)), False))
         elif c.kind == "dhpo":
-            w = c.dhpo_weight
+            w = o.token_weight
             r_in, s_in = (
                 1 - c.clip_low <= r <= 1 + c.clip_high,
-                1 - c.dhpo_clip_low <= s <= 1 + c.dhpo_clip_high,
+                1 - o.sequence_clip_low <= s <= 1 + o.sequence_clip_high,
             )
             r_cut = r if r_in else (1 + c.clip_high if r > 1 else 1 - c.clip_low)
-            s_cut = s if s_in else (1 + c.dhpo_clip_high if s > 1 else 1 - c.dhpo_clip_low)
+            s_cut = s if s_in else (1 + o.sequence_clip_high if s > 1 else 1 - o.sequence_clip_low)
             free, cut = w * r + (1 - w) * s, w * r_cut + (1 - w) * s_cut
             if cut * a[t] < free * a[t]:
                 out.append((-cut * a[t], -a[t] * (w * r * r_in + (1 - w) * s * s_in), True))
@@ -129,11 +133,11 @@ def slow_loss(
     config: Config, new: list[list[float]], old: list[list[float]], advantages: list[list[float]]
 ) -> tuple[float, list[list[float]], float]:
     """(loss, d loss / d log-prob of every token, number of touched tokens) of a whole optimizer batch."""
-    c, rows, tokens = config.loss, len(new), sum(map(len, new))
-    chosen = slow_chosen(old, advantages, c.kl_cov_share) if c.kind == "kl_cov" else set()
+    c, o, rows, tokens = config.loss, load_loss(config).options, len(new), sum(map(len, new))
+    chosen = slow_chosen(old, advantages, o.share) if c.kind == "kl_cov" else set()
     total, gradients, touched = 0.0, [], 0.0
     for b in range(rows):
-        terms = slow_row(c, new[b], old[b], advantages[b], {t for row, t in chosen if row == b})
+        terms = slow_row(c, o, new[b], old[b], advantages[b], {t for row, t in chosen if row == b})
         divisor = {
             "token_mean": tokens,
             "sequence_mean": len(new[b]) * rows,
@@ -155,14 +159,12 @@ def pad(rows: list[torch.Tensor], width: int) -> torch.Tensor:
 def fast_loss(
     config: Config, new: list, old: list, advantages: torch.Tensor, split: list[list[int]]
 ) -> tuple[float, list[np.ndarray], float]:
-    """The code under test, micro-batch by micro-batch: Method.loss and row_weights with the totals of the whole batch."""
-    from nanolapo.losses import BatchTotals, row_weights
-
-    method = Method(config)
+    """The code under test, micro-batch by micro-batch: the loss and row_weights with the totals of the whole batch."""
+    loss_of_kind = load_loss(config)
     lengths = [len(row) for row in new]
     rollouts = make_rows(lengths)
     rollouts.sampler_logprobs = [np.array(row) for row in old]
-    method.prepare_loss(rollouts, advantages, np.ones(len(new), dtype=bool))
+    loss_of_kind.prepare(rollouts, advantages, np.ones(len(new), dtype=bool))
     leaves = [torch.tensor(row, dtype=torch.float64, requires_grad=True) for row in new]
     totals = BatchTotals(sum(lengths), len(lengths), config.rollout.max_new_tokens)
     total, touched = 0.0, 0.0
@@ -181,7 +183,7 @@ def fast_loss(
             rows=rows,
             rollouts=rollouts,
         )
-        loss_BT, logged = method.loss(x)
+        loss_BT, logged = loss_of_kind(x)
         assert loss_BT.shape == mask_BT.shape and all(values.shape == mask_BT.shape for values in logged.values())
         weights_B = row_weights(torch.tensor([lengths[b] for b in rows]), config.loss.aggregation, totals)
         loss = (loss_BT * mask_BT * weights_B[:, None]).sum()
@@ -224,18 +226,23 @@ def test_value_and_gradient_for_any_split(case, per_token, seed):
 
 
 def test_every_kind_is_covered():
-    from nanolapo.config_checks import CHOICES
+    assert {case["kind"] for case in CASES} == set(LOSSES)
 
-    assert {case["kind"] for case in CASES} == set(CHOICES["loss.kind"])
+
+def drifted(logprobs_BT: torch.Tensor, advantage: float) -> LossInputs:
+    """Whole rows whose old log-probs are 0."""
+    zeros, ones = torch.zeros_like(logprobs_BT), torch.ones_like(logprobs_BT)
+    rows = list(range(len(zeros)))
+    return LossInputs(
+        logprobs_BT, zeros, zeros, None, None, advantage * ones, ones, rows, make_rows([1] * len(rows), 1)
+    )
 
 
 def test_gspo_is_one_ratio_per_sequence():
     """Token ratios 1.1 and 0.9: s = sqrt(0.99). The gradient of -s A, averaged over 2 tokens, is -s A / 2 at each."""
     new = torch.tensor([[math.log(1.1), math.log(0.9)]], dtype=torch.float64, requires_grad=True)
-    from nanolapo.losses import gspo_loss
-
-    ones = torch.ones(1, 2, dtype=torch.float64)
-    loss, _ = gspo_loss(new, torch.zeros(1, 2, dtype=torch.float64), 2 * ones, ones, 0.1, 0.1)
+    config = make_config(loss={"kind": "gspo", "clip_low": 0.1, "clip_high": 0.1, "aggregation": "sequence_mean"})
+    loss, _ = load_loss(config)(drifted(new, 2.0))
     loss.mean().backward()
     s = math.sqrt(0.99)
     np.testing.assert_allclose(loss.detach(), [[-2 * s, -2 * s]])
@@ -245,10 +252,10 @@ def test_gspo_is_one_ratio_per_sequence():
 
 def test_minpro_takes_the_smallest_ratio_before_the_token():
     """Ratios 0.9, 1.5, 0.5, 1 with A = 1 and wide clips: prefix minima 1, 0.9, 0.9, 0.5."""
-    from nanolapo.losses import minpro_loss
-
     ratios = torch.tensor([[0.9, 1.5, 0.5, 1.0], [1.2, 1.0, 1.0, 1.0]], dtype=torch.float64)
-    loss, _ = minpro_loss(ratios.log(), torch.zeros_like(ratios), torch.ones_like(ratios), 0.9, 9.0)
+    loss, _ = load_loss(make_config(loss={"kind": "minpro", "clip_low": 0.9, "clip_high": 9.0}))(
+        drifted(ratios.log(), 1.0)
+    )
     np.testing.assert_allclose(-loss, [[0.9, 1.35, 0.45, 0.5], [1.2, 1.0, 1.0, 1.0]])  # never above 1
 
 
@@ -394,7 +401,7 @@ def test_luspo_leaves_the_kl_term_alone(tied_model):
 def test_r2vpo_lam_follows_the_variance_and_survives_json(tied_model):
     """lam + rate * (variance - target), never below 0; a step without updates or with broken numbers leaves it."""
     assert next_lam(1.0, 0.05, 2.0, 0.01) == pytest.approx(1.08) and next_lam(0.1, 0.0, 20.0, 0.01) == 0.0
-    loss = {"kind": "r2vpo", "r2vpo_lam": 0.5, "r2vpo_rate": 10.0, "r2vpo_target": 0.02, "old_logprobs": "sampler"}
+    loss = {"kind": "r2vpo", "options": {"lam": 0.5, "rate": 10.0, "target": 0.02}, "old_logprobs": "sampler"}
     config = make_config(tied_model, loss=loss)
     method, policy, rollouts = Method(config), Policy(config, CPU), stale_rollouts(tied_model, 0.3)
     values, everything = torch.tensor(ADVANTAGES, dtype=torch.float64), np.ones(8, dtype=bool)
@@ -404,12 +411,12 @@ def test_r2vpo_lam_follows_the_variance_and_survives_json(tied_model):
     assert logged["ratio_variance"] == pytest.approx(variance, rel=1e-4)
     assert logged["r2vpo_lam"] == pytest.approx(0.5 + 10 * (variance - 0.02), rel=1e-4)
     again = Method(config)
-    again.loss_state |= json.loads(json.dumps(method.loss_state))
-    assert again.loss_state == method.loss_state != Method(config).loss_state
+    again.loss.state |= json.loads(json.dumps(method.loss.state))
+    assert again.loss.state == method.loss.state != Method(config).loss.state
     skipped = update_policy(policy, again, rollouts, 0 * values, everything, Ranks())
-    assert skipped["updates"] == 0 and again.loss_state == method.loss_state
-    assert again.after_update({"ratio_variance": math.nan}) == method.loss_state
-    assert Method(make_config(tied_model)).loss_state == {}
+    assert skipped["updates"] == 0 and again.loss.state == method.loss.state
+    assert again.loss.after_update({"ratio_variance": math.nan}) == method.loss.state
+    assert Method(make_config(tied_model)).loss.state == {}
 
 
 def drift(policy: Policy, rollouts: Rollouts) -> list[float]:
@@ -435,15 +442,20 @@ def drift(policy: Policy, rollouts: Rollouts) -> list[float]:
         ({"dual_clip": 3.0, "kind": "cispo"}, "loss.dual_clip=3.0.*'cispo'"),
         ({"tis_cap": 2.0, "old_logprobs": "sampler"}, "loss.tis_cap=2.0.*loss.old_logprobs=trainer"),
         ({"tis_cap": -1.0}, "loss.tis_cap=-1.0"),
-        ({"cispo_cap": 0.5}, "loss.cispo_cap=0.5"),
-        ({"kl_cov_share": 1.5}, "loss.kl_cov_share=1.5"),
-        ({"r2vpo_lam": -1.0}, "loss.r2vpo_lam=-1.0"),
-        ({"dhpo_weight": 2.0}, "loss.dhpo_weight=2.0"),
+        ({"kind": "cispo", "options": {"cap": 0.5}}, "loss.options.cap=0.5: need 1 <= cap"),
+        ({"kind": "kl_cov", "options": {"share": 1.5}}, "loss.options.share=1.5"),
+        ({"kind": "r2vpo", "options": {"lam": -1.0}}, "loss.options.lam=-1.0"),
+        ({"kind": "dhpo", "options": {"token_weight": 2.0}}, "loss.options.token_weight=2.0"),
+        ({"kind": "cispo", "options": {"cpa": 2.0}}, "unknown key loss.options.cpa; did you mean loss.options.cap"),
+        ({"options": {"cap": 5.0}}, "unknown key loss.options.cap; loss.options takes no keys here"),
+        ({"cispo_cap": 5.0}, "unknown key loss.cispo_cap.*Settings of a single loss belong in loss.options"),
     ],
 )
 def test_what_contradicts_the_loss_is_refused(loss, key):
     with pytest.raises(UserError, match=key) as error:
-        validate(make_config(loss=loss))
+        config = make_config(loss=loss)
+        validate(config)
+        load_loss(config)
     assert "\n" not in str(error.value)
 
 

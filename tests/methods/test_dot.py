@@ -222,7 +222,7 @@ def test_state_survives_json():
 def test_its_yaml_has_the_published_loss():
     config = load_config(ROOT / "configs/deepscaler-1.5b/stage1.yaml", [f"method={ROOT}/configs/methods/dot.yaml"])
     loss = config.loss
-    assert (loss.kind, loss.aggregation, loss.kl_cov_share, loss.kl_cov_coef) == ("kl_cov", "sequence_mean", 0.002, 1.0)
+    assert (loss.kind, loss.aggregation, loss.options) == ("kl_cov", "sequence_mean", {"share": 0.002, "coef": 1.0})
     method = load_method(config)
     assert isinstance(method, Dot) and method.cut_answers_count and method.min_cut == 32
 
@@ -250,7 +250,7 @@ def dot_run(base: Path, folder: Path, steps: int) -> Config:
         base,
         folder,
         method={"options": {"spread": 1.0, "min_cut": 1}},
-        loss={"kind": "kl_cov", "aggregation": "sequence_mean", "kl_cov_share": 0.05, "kl_coef": 0.0},
+        loss={"kind": "kl_cov", "aggregation": "sequence_mean", "options": {"share": 0.05}, "kl_coef": 0.0},
         rollout={"prompts_per_step": 6},
         train={"steps": steps},
     )

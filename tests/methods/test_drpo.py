@@ -13,7 +13,7 @@ import torch
 from tiny import CPU, make_config, make_rows, score_rows
 
 from nanolapo.config import UserError
-from nanolapo.methods.base import LossInputs
+from nanolapo.losses import LossInputs
 from nanolapo.methods.drpo import Drpo, decoupled_weights
 from nanolapo.microbatches import make_microbatch
 from nanolapo.policy import Policy

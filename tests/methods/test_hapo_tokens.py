@@ -14,7 +14,7 @@ from tiny import CPU, make_config, make_rows, score_rows
 from transformers import AutoModelForCausalLM
 
 from nanolapo.config import UserError
-from nanolapo.methods.base import LossInputs
+from nanolapo.losses import LossInputs
 from nanolapo.methods.hapo_tokens import (
     TokenHapo,
     entropy_scale,
@@ -135,7 +135,7 @@ def test_statistics_are_those_of_the_whole_batch():
     method = hapo()
     rollouts = make_rows([2, 3, 1, 4], correct=[True, False, True, True])
     rollouts.old_entropies = {0: np.array([0.1, 2.0]), 1: np.array([1.0, 0.5, 0.2])}
-    method.prepare_loss(rollouts, torch.zeros(4), np.ones(4, dtype=bool))
+    method.loss.prepare(rollouts, torch.zeros(4), np.ones(4, dtype=bool))
     want = slow_h([0.1, 2.0, 1.0, 0.5, 0.2], 0.8)
     ones, zeros, logp = torch.ones(1, 3), torch.zeros(1, 3), torch.zeros(1, 3, requires_grad=True)
     entropy_BT = torch.tensor([[1.0, 0.5, 0.2]])
@@ -144,8 +144,8 @@ def test_statistics_are_those_of_the_whole_batch():
     np.testing.assert_allclose(logp.grad[0], [-(1 + min(x, 0)) for x in want[2:]], rtol=1e-6)
     assert logged["unsure_fraction"].tolist() == [[0, 0, 0]]
     rollouts.old_entropies = {}
-    method.prepare_loss(rollouts, torch.zeros(4), np.ones(4, dtype=bool))  # nothing to train on
-    assert method.scale == (0, 0, 0)
+    method.loss.prepare(rollouts, torch.zeros(4), np.ones(4, dtype=bool))  # nothing to train on
+    assert method.loss.scale == (0, 0, 0)
 
 
 @pytest.mark.parametrize("tokens", [4096, 40])
@@ -191,7 +191,7 @@ def test_settings_that_its_loss_would_ignore_are_refused():
 
 def test_recipe_is_dapos():
     method = hapo()
-    assert method.cache == pytest.approx(40) and method.needs_entropy and method.sampling(0).max_rounds == 4
+    assert method.cache == pytest.approx(40) and method.loss.needs_entropy and method.sampling(0).max_rounds == 4
     rollouts = make_rows([80, 100, 10, 10], correct=[True, False, True, True], finished=[True, False, True, True])
     parts = method.reward(rollouts)
     np.testing.assert_allclose(sum(parts.values()), [0.5, -2.0, 1, 1])

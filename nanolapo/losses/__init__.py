@@ -1,0 +1,48 @@
+"""The published policy losses. grpo.py has GRPO's and all that the others share; each family of rivals has one more file.
+
+`loss.kind` names one of LOSSES, and `loss.options` holds the settings that only this loss has. A new loss is a subclass of
+`Loss` and one line here. With one update per rollout every ratio is 1, and all losses but the divisor are the same policy
+gradient.
+
+Where they come from: GRPO, CISPO and KL-Cov from the maintained code of verl and of the authors; GSPO from the authors'
+code; LUSPO from a third-party library, its paper was not read. UNVERIFIED are R2VPO (two third-party codes), DHPO and
+MinPRO (abstracts only, our readings of them).
+"""
+
+from __future__ import annotations
+
+import difflib
+
+from nanolapo.config import Config, UserError
+from nanolapo.losses.grpo import BatchTotals as BatchTotals
+from nanolapo.losses.grpo import Loss as Loss
+from nanolapo.losses.grpo import LossInputs as LossInputs
+from nanolapo.losses.grpo import clipped_surrogate as clipped_surrogate
+from nanolapo.losses.grpo import kl_penalty as kl_penalty
+from nanolapo.losses.grpo import policy_loss as policy_loss
+from nanolapo.losses.grpo import row_weights as row_weights
+from nanolapo.losses.grpo import tis_weights as tis_weights
+from nanolapo.losses.kl_cov import KlCov
+from nanolapo.losses.r2vpo import R2vpo
+from nanolapo.losses.sequence import Dhpo, Gspo, Luspo
+from nanolapo.losses.tokens import Cispo, Minpro
+
+LOSSES: dict[str, type[Loss]] = {
+    "grpo": Loss,
+    "gspo": Gspo,
+    "luspo": Luspo,
+    "dhpo": Dhpo,
+    "cispo": Cispo,
+    "minpro": Minpro,
+    "kl_cov": KlCov,
+    "r2vpo": R2vpo,
+}
+
+
+def load_loss(config: Config) -> Loss:
+    """Build the loss that loss.kind names. Raises UserError for an unknown kind, and for settings it cannot work with."""
+    kind = config.loss.kind
+    if kind not in LOSSES:
+        close = difflib.get_close_matches(kind, LOSSES, n=1, cutoff=0.0)[0]
+        raise UserError(f"loss.kind={kind!r} is not one of {', '.join(map(repr, LOSSES))}; did you mean {close!r}?")
+    return LOSSES[kind](config)

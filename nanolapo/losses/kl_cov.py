@@ -1,0 +1,64 @@
+"""KL-Cov (arXiv 2505.22617, as used by DOT): no clip, and a KL term on the few tokens that narrow the policy most."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanolapo.losses.grpo import Loss, LossInputs, need_range
+from nanolapo.rollouts import Rollouts
+
+
+@dataclass(frozen=True)
+class KlCovOptions:
+    share: float = 0.002  # of the step's tokens that carry the KL term
+    coef: float = 1.0  # its weight
+
+    def __post_init__(self) -> None:
+        need_range("share", self.share, 0.0, 1.0)
+        need_range("coef", self.coef, 0.0, math.inf)
+
+
+def high_covariance(logprobs: Sequence[np.ndarray], advantages: Tensor, keep_B: np.ndarray, share: float) -> Tensor:
+    """Choose the `share` of tokens with the largest (A - mean A) (log p - mean log p), bool [B, T].
+
+    logprobs: [T_b] per row, of the policy that sampled; advantages [B] or [B, T]; means and choice run over all tokens of
+    the rows in keep_B, at least one token is chosen. Of equal values the earlier one wins. verl chooses anew in every
+    micro-batch, from the current log-probs; this choice is made once, so no split of the batch can change it.
+    """
+    width = max((len(row) for row in logprobs), default=0)
+    values_BT = np.full((len(logprobs), width), np.nan)  # nan: no token there
+    advantages_BT = advantages.double().reshape(len(logprobs), -1).expand(-1, width).cpu().numpy()
+    for b in np.flatnonzero(keep_B):
+        values_BT[b, : len(logprobs[b])] = logprobs[b]
+    at = np.flatnonzero(~np.isnan(values_BT))
+    chosen = np.zeros(values_BT.size, dtype=bool)
+    if len(at) and share:
+        logp_N, advantages_N = values_BT.ravel()[at], advantages_BT.ravel()[at]
+        covariance_N = (advantages_N - advantages_N.mean()) * (logp_N - logp_N.mean())
+        largest = np.argsort(-covariance_N, kind="stable")[: max(1, int(len(at) * share))]
+        chosen[at[largest]] = True
+    return torch.from_numpy(chosen.reshape(values_BT.shape))
+
+
+class KlCov(Loss):
+    """-r A for all tokens, plus coef |log p - log p_old| for the chosen ones, whose choice needs the whole batch."""
+
+    Options = KlCovOptions
+    aggregations = ("token_mean", "sequence_mean")
+    dual_clips = False
+    acts_without_advantage = True
+    chosen_BT: Tensor  # of this step, all rows
+
+    def prepare(self, rollouts: Rollouts, advantages: Tensor, keep_B: np.ndarray) -> None:
+        self.chosen_BT = high_covariance(rollouts.sampler_logprobs, advantages, keep_B, self.options.share)
+
+    def policy_term(self, x: LossInputs) -> tuple[Tensor, Tensor]:
+        chosen_BT = self.chosen_BT[x.rows, : x.mask_BT.shape[1]].to(x.mask_BT.device)
+        log_ratio = x.logprobs_BT - x.old_logprobs_BT
+        return -torch.exp(log_ratio) * x.advantages_BT + self.options.coef * chosen_BT * log_ratio.abs(), chosen_BT
