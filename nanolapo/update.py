@@ -36,8 +36,8 @@ class OptimizerBatch:
 
 
 class Tally:
-    """Sums of per-token values, the number of tokens in each, and maxima. They stay on the device, as float64, so that no
-    micro-batch waits for the host; `over_ranks` reads them once a step."""
+    """Sums of per-token values, the number of tokens in each sum, and maxima. They stay on the device, in float64, until
+    `over_ranks` reads them once a step."""
 
     def __init__(self) -> None:
         self.sums: defaultdict[str, Any] = defaultdict(float)
@@ -126,10 +126,10 @@ def plan_batches(
 
 def rank_imbalance(batches: list[OptimizerBatch], rollouts: Rollouts) -> float:
     """Tokens of the fullest rank over the mean rank's, 1 being perfect: the rest is time in which the other ranks wait."""
+    sizes = [len(prompt) + int(length) for prompt, length in zip(rollouts.prompt_ids, rollouts.lengths_B, strict=True)]
     fullest, mean = 0.0, 0.0
     for batch in batches:
-        rows_of_ranks = [[row for rows in share for row in rows] for share in batch.plan]
-        tokens = [sum(len(rollouts.prompt_ids[r]) + int(rollouts.lengths_B[r]) for r in mine) for mine in rows_of_ranks]
+        tokens = [sum(sizes[row] for rows in of_rank for row in rows) for of_rank in batch.plan]
         fullest, mean = fullest + max(tokens), mean + sum(tokens) / len(tokens)
     return fullest / mean if mean else 1.0
 
@@ -144,14 +144,14 @@ def old_logprobs(
     """
     from_sampler = policy.config.loss.old_logprobs == "sampler"
     several = len(batches) * policy.config.train.inner_epochs > 1
-    if not loss.needs_entropy and (from_sampler or not several):
-        return rollouts.sampler_logprobs if from_sampler else None
-    mine = [rows for batch in batches if batch.has_signal for rows in batch.microbatches]
-    scored, entropies = score(policy, rollouts, mine, loss.needs_entropy)
-    rollouts.old_entropies = {row: values for part in ranks.gather(entropies) for row, values in part.items()}
-    if from_sampler:
-        return rollouts.sampler_logprobs
-    return [scored.get(row, sampled) for row, sampled in enumerate(rollouts.sampler_logprobs)]
+    old = rollouts.sampler_logprobs if from_sampler else None
+    if loss.needs_entropy or (several and not from_sampler):
+        mine = [rows for batch in batches if batch.has_signal for rows in batch.microbatches]
+        scored, entropies = score(policy, rollouts, mine, loss.needs_entropy)
+        rollouts.old_entropies = {row: values for part in ranks.gather(entropies) for row, values in part.items()}
+        if not from_sampler:
+            old = [scored.get(row, sampled) for row, sampled in enumerate(rollouts.sampler_logprobs)]
+    return old
 
 
 def loss_inputs(
@@ -163,14 +163,13 @@ def loss_inputs(
     if policy.reference is not None:
         with torch.no_grad():
             ref_logprobs_BT, _ = policy.logprobs(micro, reference=True)
-    width, entropies = micro.mask_BT.shape[1], rollouts.old_entropies
+    width, sampled, entropies = micro.mask_BT.shape[1], rollouts.sampler_logprobs, rollouts.old_entropies
     mine = advantages[micro.rows].to(policy.device, torch.float32)
     advantages_BT = (mine[:, None] if mine.ndim == 1 else mine[:, :width]) * micro.mask_BT
-    sampler_BT = micro.pad([rollouts.sampler_logprobs[row] for row in micro.rows])
     return LossInputs(
         logprobs_BT=logprobs_BT,
         old_logprobs_BT=logprobs_BT.detach() if old is None else micro.pad([old[row] for row in micro.rows]),
-        sampler_logprobs_BT=sampler_BT,
+        sampler_logprobs_BT=micro.pad([sampled[row] for row in micro.rows]),
         ref_logprobs_BT=ref_logprobs_BT,
         entropy_BT=micro.pad([entropies[row] for row in micro.rows]) if entropies else None,
         advantages_BT=advantages_BT,

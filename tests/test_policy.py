@@ -127,7 +127,7 @@ def test_A9_sampled_ids_are_trained_as_they_are(tied_model):
     micro = make_microbatch(rollouts, [0, 1], CPU)
     assert micro.ids_S.tolist() == [1, 2, *ids.tolist(), *ids.tolist()]  # the prompt they share, then both
     assert micro.lengths_B.tolist() == [5, 5] and rollouts.lengths_B.tolist() == [5, 5]
-    for module in ("rollouts", "policy", "update", "losses", "loop"):
+    for module in ("rollouts", "policy", "update", "losses/grpo", "loop"):
         source = (Path(policy_module.__file__).parent / f"{module}.py").read_text()
         assert "encode(" not in source.replace("decode(", ""), module
 

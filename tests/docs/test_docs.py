@@ -91,11 +91,7 @@ def keys_in(function: ast.FunctionDef) -> set[str]:
 def names_in_code() -> frozenset[str]:
     """What the source logs in a step: every dict that a hook, the update or the loop makes; f-strings with {x} in them."""
     found: set[str] = set()
-    for path in [
-        PACKAGE / "update.py",
-        *sorted((PACKAGE / "losses").glob("*.py")),
-        *sorted((PACKAGE / "methods").glob("*.py")),
-    ]:
+    for path in [PACKAGE / "update.py", *sorted(PACKAGE.glob("losses/*.py")), *sorted(PACKAGE.glob("methods/*.py"))]:
         for function in functions(path):
             prefix = RETURNS_NUMBERS.get(ast.unparse(function.returns)) if function.returns else None
             if prefix is not None:
