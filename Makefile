@@ -13,16 +13,16 @@ COUNT ?= 50
 RUNS ?= runs/demo/seed$(SEED)/*
 OUT ?= report.html
 PY := .venv/bin/python
-PIP := $(PY) -m pip install --quiet
+PIP := $(PY) -m pip install --quiet --constraint constraints.txt
 
 .PHONY: help install vllm demo demo-controls explain compare reproduce report exercise test faults bench lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
-install: .venv/.core  ## virtual environment with the pinned packages (no vLLM)
+install: .venv/.core  ## virtual environment with the packages of constraints.txt (no vLLM)
 
-.venv/.core: pyproject.toml
+.venv/.core: pyproject.toml constraints.txt
 	@echo "installing PyTorch and others into .venv: one to three minutes without a word"
 	$(PYTHON) -m venv .venv
 	$(PIP) -e ".[dev]"

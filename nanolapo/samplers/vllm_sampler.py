@@ -3,10 +3,10 @@
 The engine loads no tokenizer and starts no server; under torchrun each rank drives its own engine (vLLM's external
 launcher). What comes back is ids and the log-prob of each sampled token *after* the temperature, the number the trainer
 computes on its side (vLLM's default is before). Of the model folder only the weights and the end tokens count: every
-sampling field is set here. Tested with vLLM 0.32.
+sampling field is set here. Run with vLLM 0.24 and 0.32; the interface it uses is the same in 0.33.
 
 Two things to know. Creating the engine seeds Python's, NumPy's and torch's global generators with `seed`. And on a single
-process it starts a torch.distributed group of one (on loopback), because vLLM cannot do without.
+process the sampler starts a torch.distributed group of one (on loopback), because vLLM cannot do without.
 """
 
 from __future__ import annotations
@@ -56,8 +56,6 @@ def _import_vllm() -> Any:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # no choice: tensors are handed over, not pickled
-    if not dist.is_initialized():  # a single process: the group vLLM starts for itself stays on this machine
-        stay_on_loopback()
     try:
         import vllm
     except ImportError as error:
@@ -128,6 +126,11 @@ class VLLMSampler:
         self.can_sleep = not on_cpu
         self.broken_by = ""  # the call that broke off half-way, see `_whole`
         self.owns_group = not dist.is_initialized()
+        if (
+            self.owns_group
+        ):  # vLLM needs a group. One that it starts for itself listens on every interface (seen in 0.24)
+            stay_on_loopback()
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         token_bytes = 2 * text.num_hidden_layers * heads * size * dtype.itemsize
@@ -150,8 +153,10 @@ class VLLMSampler:
             generation_config="vllm",  # not the folder's temperature, top_k, penalties, ...
             logprobs_mode="processed_logprobs",  # after temperature
         )
-        if not self.owns_group:  # else garbage collection of the engine would destroy the trainer's process group
-            self.llm.llm_engine.engine_core._finalizer.detach()
+        # From 0.32 on garbage collection of the engine shuts it down, which would destroy the trainer's process group.
+        finalizer = getattr(self.llm.llm_engine.engine_core, "_finalizer", None)
+        if finalizer is not None and not self.owns_group:
+            finalizer.detach()
 
     def generate(
         self,
