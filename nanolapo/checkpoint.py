@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from nanolapo.config import UserError
 from nanolapo.model.folder import sync
-from nanolapo.model.sharding import like, to_host
+from nanolapo.model.sharding import shard_like, to_host
 from nanolapo.policy import Policy
 from nanolapo.ranks import Ranks
 
@@ -133,13 +133,13 @@ def load_checkpoint(folder: Path, policy: Policy, fingerprint: dict[str, Any], r
             raise UserError(f"{path}: its weights are of another model ({sorted(shapes ^ stored_shapes)[:3]})")
         with torch.no_grad():
             for name, parameter in policy.trained.items():
-                parameter.copy_(like(parameter, stored.get_tensor(name)))
+                parameter.copy_(shard_like(parameter, stored.get_tensor(name)))
         policy.weights_changed()
     with tensors_in(path / "optimizer.safetensors") as stored:
         for label in stored.keys():  # noqa: SIM118
             key, name = label.split(":", 1)
             parameter = policy.trained[name]
-            policy.optimizer.state[parameter][key] = like(parameter, stored.get_tensor(label))
+            policy.optimizer.state[parameter][key] = shard_like(parameter, stored.get_tensor(label))
     policy.num_steps, policy.bad_steps = state["optimizer_steps"], state["bad_steps"]
     return state
 

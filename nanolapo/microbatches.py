@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanolapo.model.attention import Stem
+from nanolapo.model.attention import SharedPrompt
 from nanolapo.rollouts import Rollouts
 
 
@@ -21,9 +21,11 @@ class MicroBatch:
     rows: list[int]
     ids_S: Tensor
     positions_S: Tensor  # 0, 1, 2, ... in each prompt, going on in each of its responses
-    stems: list[Stem]
+    shared_prompts: list[SharedPrompt]
     tokens_N: Tensor  # where in S each response token lies ...
-    before_N: Tensor  # ... and the token before it, whose hidden state predicts it (the prompt's last, for the first)
+    predictor_N: (
+        Tensor  # ... and the token before it, whose hidden state predicts it (the prompt's last, for the first)
+    )
     lengths_B: Tensor  # response lengths, 0 for a masked row
     mask_BT: Tensor  # 1 where response token t of row b exists: by position, never by token id
 
@@ -60,17 +62,17 @@ def make_microbatch(rollouts: Rollouts, rows: Sequence[int], device: torch.devic
     positions: list[np.ndarray] = []
     before: list[np.ndarray] = []
     tokens: list[np.ndarray] = []
-    stems: list[Stem] = []
+    shared_prompts: list[SharedPrompt] = []
     end = 0
     for b, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         if b == 0 or not np.array_equal(prompt, prompts[b - 1]):
-            stems.append(Stem((end, len(prompt)), ()))
+            shared_prompts.append(SharedPrompt((end, len(prompt)), ()))
             ids.append(prompt)
             positions.append(np.arange(len(prompt)))
             end += len(prompt)
-        first, count = stems[-1].prompt
+        first, count = shared_prompts[-1].prompt
         if len(response):
-            stems[-1] = Stem((first, count), (*stems[-1].responses, (end, len(response))))
+            shared_prompts[-1] = SharedPrompt((first, count), (*shared_prompts[-1].responses, (end, len(response))))
             ids.append(response)
             positions.append(count + np.arange(len(response)))
             tokens.append(end + np.arange(len(response)))
@@ -86,9 +88,9 @@ def make_microbatch(rollouts: Rollouts, rows: Sequence[int], device: torch.devic
         rows=list(rows),
         ids_S=tensor(ids),
         positions_S=tensor(positions),
-        stems=stems,
+        shared_prompts=shared_prompts,
         tokens_N=tensor(tokens),
-        before_N=tensor(before),
+        predictor_N=tensor(before),
         lengths_B=torch.from_numpy(lengths).to(device),
         mask_BT=torch.from_numpy(mask_BT.astype(np.float32)).to(device),
     )

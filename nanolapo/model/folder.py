@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from nanolapo.config import UserError
 from nanolapo.model.lora import lora_layers, merged_delta
-from nanolapo.model.sharding import to_host, whole
+from nanolapo.model.sharding import gather_full, to_host
 
 NO_FOLDER = "no such folder; the run that writes it comes first (the demo's models: make demo)"
 
@@ -98,7 +98,7 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         plain = plain_name(name)
         if plain in tied or ".lora_" in plain:
             continue
-        full = whole(tensor.detach())
+        full = gather_full(tensor.detach())
         if plain in adapters:
             full = full + merged_delta(adapters[plain])
         yield plain.replace(".base_layer.", "."), full
