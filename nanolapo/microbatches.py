@@ -103,9 +103,9 @@ def plan_microbatches(
     """Split rows over ranks and micro-batches by token count: plan[rank] is that rank's list of row lists.
 
     The longest rows are placed first, each on the rank with the fewest tokens so far. A rank's rows are then sorted, so
-    rows of a group are neighbours, and cut into micro-batches where the tokens would exceed the budget. A prompt that neighbours
-    share counts once. Every rank gets the same number of micro-batches; some may be empty. All ranks know all inputs, so
-    they compute the same plan without communication.
+    rows of a group are neighbours, and cut into micro-batches where the tokens would exceed the budget. A prompt that
+    neighbours share counts once. Every rank gets the same number of micro-batches; some may be empty. All ranks know all
+    inputs, so they compute the same plan without communication.
     """
     lengths = {row: len(rollouts.response_ids[row]) for row in rows}
     sizes = {row: lengths[row] + len(rollouts.prompt_ids[row]) for row in rows}
