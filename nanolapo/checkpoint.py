@@ -1,10 +1,10 @@
-"""Everything the next step depends on, written so that a kill at any moment leaves the previous checkpoint whole.
+"""Save and load everything the next step depends on. A kill at any moment leaves the previous checkpoint intact.
 
 A checkpoint is a folder `checkpoints/step-NNNNNN` (NNNNNN = steps done) with `model.safetensors` (the trained parameters,
 float32), `optimizer.safetensors` (float32 moments and step counts) and `state.json` (counters, method state, alarms,
-fingerprint, file sizes). It is filled under a temporary name, flushed to disk, and only then renamed. There is no random
-state in it: every random number derives from (run.seed, step, position), so the step number is the random state. Its
-tensors are whole, so any number of ranks can go on from it; rank 0 writes, all read (from a disk all nodes see). No pickle.
+fingerprint, file sizes). It is filled under a temporary name, flushed to disk, and then renamed. It needs no random state,
+because every random number derives from (run.seed, step, position). It stores full tensors, so a run can resume on any
+number of ranks. Rank 0 writes, and all ranks read it from a disk that all nodes see. There is no pickle in it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from nanolapo.config import UserError
 from nanolapo.model.folder import sync
-from nanolapo.model.sharding import like, to_host
+from nanolapo.model.sharding import shard_like, to_host
 from nanolapo.policy import Policy
 from nanolapo.ranks import Ranks
 
@@ -34,9 +34,9 @@ NAME = re.compile(r"step-(\d{6,})$")
 def save_checkpoint(
     folder: Path, step: int, policy: Policy, state: dict[str, Any], keep: int, is_main: bool = True
 ) -> None:
-    """Write folder/step-NNNNNN atomically, then delete all but the newest `keep`. All ranks call it, the main one writes.
+    """Write folder/step-NNNNNN atomically, then delete all but the newest `keep`. All ranks call it; the main rank writes.
 
-    A full disk is a UserError, and leaves the older checkpoints as they were.
+    A full disk raises UserError and leaves older checkpoints as they were.
     """
     final = folder / f"step-{step:06d}"
     temporary = folder / f"{final.name}.tmp"
@@ -66,15 +66,15 @@ def save_checkpoint(
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all checkpoints but the newest `keep`, and what killed saves have left."""
+    """Delete all checkpoints except the newest `keep`, and the remains of killed saves."""
     for old in complete_checkpoints(folder)[keep:]:
-        old.rename(old.with_name(f"{old.name}.tmp"))  # so that a kill cannot leave half of it under its final name
+        old.rename(old.with_name(f"{old.name}.tmp"))  # a kill must not leave half of it under its final name
     for leftover in folder.glob("step-*.tmp"):
         shutil.rmtree(leftover)
 
 
 def optimizer_tensors(policy: Policy) -> dict[str, torch.Tensor]:
-    """AdamW's state as named tensors, this rank's slices of them: `exp_avg:NAME`, `exp_avg_sq:NAME`, `step:NAME`."""
+    """Name the tensors of AdamW's state (this rank's slices): `exp_avg:NAME`, `exp_avg_sq:NAME`, `step:NAME`."""
     tensors = {}
     for name, parameter in policy.trained.items():
         for key, value in policy.optimizer.state.get(parameter, {}).items():
@@ -83,7 +83,7 @@ def optimizer_tensors(policy: Policy) -> dict[str, torch.Tensor]:
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints whose files all have the size that was recorded, newest first (by number, not by name)."""
+    """Return the checkpoints whose files all have their recorded size, newest first (by number, not by name)."""
     found = []
     for path in folder.glob("step-*"):
         match = NAME.match(path.name)
@@ -105,10 +105,10 @@ def is_complete(path: Path) -> bool:
 
 
 def load_checkpoint(folder: Path, policy: Policy, fingerprint: dict[str, Any], ranks: Ranks) -> dict[str, Any] | None:
-    """Take up the newest complete checkpoint and return its state, or None where there is none.
+    """Load the newest complete checkpoint and return its state, or None if there is no checkpoint.
 
-    Raises UserError when it belongs to another model, data set or batch: a resumed run must be the same run. So it does
-    when all are damaged: to start again would delete the logs of everything that was done.
+    Raises UserError if it belongs to another model, data set or batch: a resumed run must be the same run. Also raises if
+    all checkpoints are damaged: starting again would delete the logs of the work already done.
     """
     path = ranks.gather(next(iter(complete_checkpoints(folder)), None))[0]  # the main rank chooses for all
     if path is None:
@@ -120,7 +120,7 @@ def load_checkpoint(folder: Path, policy: Policy, fingerprint: dict[str, Any], r
         return None
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     for key, now in fingerprint.items():
-        then = state["fingerprint"].get(key, now)  # a key that came with a later version says nothing
+        then = state["fingerprint"].get(key, now)  # a checkpoint of an earlier version may lack a key
         if then != now:
             raise UserError(
                 f"{path} was written with {key}={then!r}, this run has {key}={now!r}: resume with the same settings, or "
@@ -133,20 +133,20 @@ def load_checkpoint(folder: Path, policy: Policy, fingerprint: dict[str, Any], r
             raise UserError(f"{path}: its weights are of another model ({sorted(shapes ^ stored_shapes)[:3]})")
         with torch.no_grad():
             for name, parameter in policy.trained.items():
-                parameter.copy_(like(parameter, stored.get_tensor(name)))
+                parameter.copy_(shard_like(parameter, stored.get_tensor(name)))
         policy.weights_changed()
     with tensors_in(path / "optimizer.safetensors") as stored:
         for label in stored.keys():  # noqa: SIM118
             key, name = label.split(":", 1)
             parameter = policy.trained[name]
-            policy.optimizer.state[parameter][key] = like(parameter, stored.get_tensor(label))
+            policy.optimizer.state[parameter][key] = shard_like(parameter, stored.get_tensor(label))
     policy.num_steps, policy.bad_steps = state["optimizer_steps"], state["bad_steps"]
     return state
 
 
 @contextmanager
 def tensors_in(path: Path) -> Iterator[Any]:
-    """The file, to be read tensor by tensor."""
+    """Open the file to read it tensor by tensor."""
     try:
         with safe_open(path, framework="pt") as stored:
             yield stored

@@ -1,4 +1,4 @@
-"""Micro-batches: which rows are trained together on which rank, and how they lie side by side in one sequence."""
+"""Micro-batches: choose which rows are trained together on which rank, and put them into one sequence."""
 
 from __future__ import annotations
 
@@ -9,31 +9,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanolapo.model.attention import Stem
+from nanolapo.model.attention import SharedPrompt
 from nanolapo.rollouts import Rollouts
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows without padding: S tokens, each run of equal prompts once, the responses behind it. N response tokens of all
-    rows, in row order; T = the longest response, for values that are padded to [B, T] after the model."""
+    """Rows in one sequence of S tokens without padding. Neighbours with equal prompts share one copy.
+
+    N counts the response tokens of all B rows, in row order. T is the longest response: after the model, values are padded
+    to [B, T].
+    """
 
     rows: list[int]
     ids_S: Tensor
-    positions_S: Tensor  # 0, 1, 2, ... in each prompt, going on in each of its responses
-    stems: list[Stem]
-    tokens_N: Tensor  # where in S each response token lies ...
-    before_N: Tensor  # ... and the token before it, whose hidden state predicts it (the prompt's last, for the first)
+    positions_S: Tensor  # 0, 1, 2, ... in each prompt; each of its responses counts on
+    shared_prompts: list[SharedPrompt]
+    tokens_N: Tensor  # the place in S of each response token ...
+    predictor_N: Tensor  # ... and of the token whose hidden state predicts it (for the first: the prompt's last)
     lengths_B: Tensor  # response lengths, 0 for a masked row
     mask_BT: Tensor  # 1 where response token t of row b exists: by position, never by token id
 
     def scatter(self, values_N: Tensor) -> Tensor:
-        """Values of the N real response tokens -> [B, T] with zeros elsewhere (keeps the gradient)."""
+        """Put the values of the N response tokens into [B, T], with zeros elsewhere. The gradient flows through."""
         out_BT = values_N.new_zeros(self.mask_BT.shape)
         return out_BT.masked_scatter(self.mask_BT.bool(), values_N)
 
     def pad(self, ragged: Sequence[np.ndarray]) -> Tensor:
-        """One array [T_b] per row of this micro-batch -> float32 [B, T], zeros where mask_BT is 0."""
+        """Put one array [T_b] per row of this micro-batch into float32 [B, T], with zeros where mask_BT is 0."""
         out_BT = np.zeros(self.mask_BT.shape, dtype=np.float32)
         for b, length in enumerate(self.lengths_B.tolist()):
             out_BT[b, :length] = ragged[b][:length]
@@ -41,15 +44,15 @@ class MicroBatch:
 
 
 def make_microbatch(rollouts: Rollouts, rows: Sequence[int], device: torch.device) -> MicroBatch:
-    """Put the rows' prompts and responses one after the other; neighbours with the same prompt share it.
+    """Put the rows' prompts and responses one after the other. Neighbours with the same prompt share it.
 
-    Without rows it is a batch of one masked token: a sharded model needs all ranks in every forward and backward pass, also
-    those that have nothing left to train. Rows marked broken keep their place with length 0, so they add nothing anywhere.
+    Rows marked broken keep their place with length 0, so they add nothing anywhere. Without rows the result is one masked
+    token: a sharded model needs all ranks in every forward and backward pass, even ranks with nothing left to train.
 
     Worked example: prompt [5, 6] with responses [7, 8, 2] and [3], prompt [5] with response [9] give
     ids        5 6 | 7 8 2 | 3 | 5 | 9
     positions  0 1 | 2 3 4 | 2 | 0 | 1
-    tokens     2 3 4  5  7     before 1 2 3  1  6      mask [[1, 1, 1], [1, 0, 0], [1, 0, 0]]
+    tokens     2 3 4  5  7     predictor 1 2 3  1  6   mask [[1, 1, 1], [1, 0, 0], [1, 0, 0]]
     """
     empty = np.zeros(0, dtype=np.int64)
     prompts = [rollouts.prompt_ids[r] for r in rows]
@@ -58,23 +61,23 @@ def make_microbatch(rollouts: Rollouts, rows: Sequence[int], device: torch.devic
         rows, prompts, responses = [0], [rollouts.prompt_ids[0][:1]], [empty]
     ids: list[np.ndarray] = []
     positions: list[np.ndarray] = []
-    before: list[np.ndarray] = []
+    predictors: list[np.ndarray] = []
     tokens: list[np.ndarray] = []
-    stems: list[Stem] = []
+    shared_prompts: list[SharedPrompt] = []
     end = 0
     for b, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         if b == 0 or not np.array_equal(prompt, prompts[b - 1]):
-            stems.append(Stem((end, len(prompt)), ()))
+            shared_prompts.append(SharedPrompt((end, len(prompt)), ()))
             ids.append(prompt)
             positions.append(np.arange(len(prompt)))
             end += len(prompt)
-        first, count = stems[-1].prompt
+        first, count = shared_prompts[-1].prompt
         if len(response):
-            stems[-1] = Stem((first, count), (*stems[-1].responses, (end, len(response))))
+            shared_prompts[-1] = SharedPrompt((first, count), (*shared_prompts[-1].responses, (end, len(response))))
             ids.append(response)
             positions.append(count + np.arange(len(response)))
             tokens.append(end + np.arange(len(response)))
-            before.append(np.concatenate([[first + count - 1], tokens[-1][:-1]]))
+            predictors.append(np.concatenate([[first + count - 1], tokens[-1][:-1]]))
             end += len(response)
     lengths = np.array([len(x) for x in responses], dtype=np.int64)
     mask_BT = np.arange(max(1, lengths.max(initial=1)))[None, :] < lengths[:, None]
@@ -86,9 +89,9 @@ def make_microbatch(rollouts: Rollouts, rows: Sequence[int], device: torch.devic
         rows=list(rows),
         ids_S=tensor(ids),
         positions_S=tensor(positions),
-        stems=stems,
+        shared_prompts=shared_prompts,
         tokens_N=tensor(tokens),
-        before_N=tensor(before),
+        predictor_N=tensor(predictors),
         lengths_B=torch.from_numpy(lengths).to(device),
         mask_BT=torch.from_numpy(mask_BT.astype(np.float32)).to(device),
     )
@@ -99,10 +102,10 @@ def plan_microbatches(
 ) -> list[list[list[int]]]:
     """Split rows over ranks and micro-batches by token count: plan[rank] is that rank's list of row lists.
 
-    Longest first, each row goes to the rank with the fewest tokens so far; a rank's rows, in order so that those of a group
-    are neighbours, are cut where the tokens would pass the budget (a prompt that neighbours share counts once). Every rank
-    gets the same number of micro-batches (some may be empty). A pure function of numbers all ranks know, so no rank needs
-    to ask another.
+    The longest rows are placed first, each on the rank with the fewest tokens so far. A rank's rows are then sorted, so
+    rows of a group are neighbours, and cut into micro-batches where the tokens would exceed the budget. A prompt that
+    neighbours share counts once. Every rank gets the same number of micro-batches; some may be empty. All ranks know all
+    inputs, so they compute the same plan without communication.
     """
     lengths = {row: len(rollouts.response_ids[row]) for row in rows}
     sizes = {row: lengths[row] + len(rollouts.prompt_ids[row]) for row in rows}

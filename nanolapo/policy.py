@@ -1,15 +1,14 @@
 """The model being trained: load it, score rollouts with it, step its optimizer, name its weights for the sampler.
 
-Master weights, gradients and optimizer state are float32 whatever the arithmetic is, see model/precision.py. Gradients are
-*summed* over ranks; model/sharding.py says how the model lies on them.
+Master weights, gradients and optimizer state are always float32 (model/precision.py). model/sharding.py splits the model
+over ranks and says why gradients are *summed* over them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -19,12 +18,12 @@ from transformers import PreTrainedModel
 
 from nanolapo.config import Config, RunStopped
 from nanolapo.microbatches import MicroBatch
-from nanolapo.model.attention import use_stems
+from nanolapo.model.attention import use_shared_prompts
 from nanolapo.model.folder import compile_token_wise, load_model, named_weights, plain_name
 from nanolapo.model.logprobs import LogprobHead
 from nanolapo.model.lora import adapters_off, add_lora
-from nanolapo.model.precision import WorkingCopy, cast_parameters, gradient_of, only_rows_read
-from nanolapo.model.sharding import shard, sum_gradients, whole
+from nanolapo.model.precision import MasterGradients, cast_parameters, make_copy, refresh_copy
+from nanolapo.model.sharding import shard
 
 
 class BadStepsError(RunStopped):
@@ -32,8 +31,8 @@ class BadStepsError(RunStopped):
 
 
 class Scorer(nn.Module):
-    """A causal LM asked one question: how likely were these tokens? This forward is the only way into the model, so that
-    the hooks of sharding always run."""
+    """A causal LM that says how likely given tokens were. All computing goes through `forward`, so that the hooks of
+    sharding always run."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -42,20 +41,23 @@ class Scorer(nn.Module):
     def forward(self, batch: MicroBatch, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
         """Log-probs (and entropy) [N] of the response tokens, each predicted from the token before it."""
         hidden_1SD = self.model.get_decoder()(
-            input_ids=batch.ids_S[None], position_ids=batch.positions_S[None], use_cache=False, stems=batch.stems
+            input_ids=batch.ids_S[None],
+            position_ids=batch.positions_S[None],
+            use_cache=False,
+            shared_prompts=batch.shared_prompts,
         ).last_hidden_state
         head = self.model.get_output_embeddings()
-        return head(hidden_1SD[0, batch.before_N], batch.ids_S[batch.tokens_N], temperature, with_entropy)
+        return head(hidden_1SD[0, batch.predictor_N], batch.ids_S[batch.tokens_N], temperature, with_entropy)
 
 
 class Policy:
-    """Model, frozen reference, optimizer and learning-rate schedule. `trained` are the parameters (or this rank's slices
-    of them) that the optimizer moves and a checkpoint holds, by name."""
+    """Model, frozen reference, optimizer and learning-rate schedule. `trained` maps names to the parameters (or this rank's
+    slices of them) that the optimizer moves and a checkpoint holds."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
         self.dtype = getattr(torch, config.model.dtype)
-        # One rank has nothing to cut. A model that will be cut is loaded into host memory and moved layer by layer.
+        # One rank has nothing to split. A model to be split is loaded into host memory and moved layer by layer.
         self.sharded = config.model.sharding == "fsdp2" and dist.is_initialized()
         self.model = load_model(config.model.path, torch.device("cpu") if self.sharded else device)
         self.model.train(config.model.gradient_checkpointing)  # without dropout the two modes compute the same
@@ -63,18 +65,18 @@ class Policy:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         if config.model.lora_rank:
             add_lora(self.model, config.model.lora_rank, config.model.lora_alpha)
-        self.working = None if self.sharded or self.dtype == torch.float32 else WorkingCopy(self.model, self.dtype)
-        model, head_gradient = self.working.model if self.working else self.model, None
-        # fsdp2 must get whole gradients to cut up; otherwise head and embedding add theirs to the masters' directly.
-        if not self.sharded:
-            head_gradient = partial(gradient_of, self.model.get_output_embeddings().weight)
-            only_rows_read(model.get_input_embeddings())
-        self.scorer = self.spread(model, head_gradient)
+        masters_compute = self.sharded or self.dtype == torch.float32
+        self.bf16_copy = None if masters_compute else make_copy(self.model, self.dtype)
+        model = self.bf16_copy or self.model
+        self.scorer = self.prepare(model)
         self.trained = {plain_name(n): p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.gradients = MasterGradients(self.trained.values())
+        if not self.sharded:  # fsdp2 collects gradients itself
+            self.gradients.collect(self.model, model)
         self.reference = self.load_reference() if config.loss.kl_coef else None
         self.num_steps = 0  # optimizer steps taken
         self.progress = 0.0  # share of the run done at the start of this step, set by the loop
-        self.bad_steps = 0  # optimizer steps not taken in a row, because their gradient was not finite
+        self.bad_steps = 0  # steps in a row that were not taken because the gradient was not finite
         self.total_steps = config.train.steps * config.optimizer_steps_per_step
         t = config.train
         self.optimizer = torch.optim.AdamW(
@@ -82,15 +84,13 @@ class Policy:
             weight_decay=t.weight_decay, fused=True,
         )  # fmt: skip
 
-    def spread(
-        self, model: PreTrainedModel, head_gradient: Callable[[], Tensor] | None = None, offload: bool = False
-    ) -> Scorer:
-        """Cut the model up over the ranks if it is to be; all computing goes through what is returned.
+    def prepare(self, model: PreTrainedModel, offload: bool = False) -> Scorer:
+        """Wrap a model for scoring, and split it over the ranks if model.sharding says so.
 
-        head_gradient: see LogprobHead; offload: weights stay in host memory and visit the device while they are used.
+        offload: the weights stay in host memory and visit the device while they are used.
         """
-        use_stems(model)
-        model.set_output_embeddings(LogprobHead(model.get_output_embeddings(), head_gradient))
+        use_shared_prompts(model)
+        model.set_output_embeddings(LogprobHead(model.get_output_embeddings()))
         if self.config.model.compile:
             compile_token_wise(model)
         scorer = Scorer(model)
@@ -101,7 +101,7 @@ class Policy:
         return scorer
 
     def load_reference(self) -> Scorer:
-        """The stage's first model, frozen; with LoRA it is in the model already."""
+        """Load the model that the stage started from, frozen. With LoRA it is in the policy's model already."""
         if self.config.model.lora_rank:
             return self.scorer
         offload = self.config.model.offload_reference
@@ -109,7 +109,7 @@ class Policy:
         model = load_model(self.config.model.path, at_start).eval().requires_grad_(False)
         if not self.sharded:
             cast_parameters(model, self.dtype)
-        return self.spread(model, offload=offload)
+        return self.prepare(model, offload)
 
     @property
     def vocab_size(self) -> int:
@@ -118,9 +118,10 @@ class Policy:
     def logprobs(
         self, batch: MicroBatch, with_entropy: bool = False, reference: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-prob of every sampled token given all before it, float32 [B, T] (0 where mask is 0), and its entropy.
+        """Return the log-prob of every sampled token given all tokens before it, float32 [B, T], and its entropy.
 
-        A response's first token is predicted from the prompt's last position. Only response tokens meet the head.
+        Both are 0 where the mask is 0. The prompt's last position predicts the first token of a response. The head computes
+        response tokens only.
         """
         scorer = self.reference if reference else self.scorer
         assert scorer is not None, "there is no reference model when loss.kl_coef is 0"
@@ -131,8 +132,8 @@ class Policy:
     def learning_rate(self) -> float:
         """Linear warm-up, then cosine decay to final_lr_fraction of the peak, over the share of the run that is done.
 
-        That is the share of optimizer steps taken, or the loop's own where it is further: when sampled tokens end the run
-        (train.match_runs), or batches were skipped for want of any signal, the steps taken would stop short of the floor.
+        This is the share of optimizer steps taken, or the loop's `progress` if that is larger. Steps alone would end above
+        the floor when a token budget ends the run (train.match_runs) or batches without signal were skipped.
         """
         t = self.config.train
         done = max(self.num_steps / self.total_steps, self.progress)
@@ -143,18 +144,17 @@ class Policy:
         return t.learning_rate * (t.final_lr_fraction + (1 - t.final_lr_fraction) * cosine)
 
     def weights_changed(self) -> None:
-        """To be called by whoever writes to the trained weights."""
-        if self.working:
-            self.working.refresh()
+        """Bring the bf16 copy up to date. Whoever writes to the trained weights must call this."""
+        if self.bf16_copy:
+            refresh_copy(self.model, self.bf16_copy)
 
     def step(self) -> float:
-        """Sum gradients over ranks, clip, step; returns the global gradient norm before clipping.
+        """Sum gradients over ranks, clip, step; return the global gradient norm before clipping.
 
-        A norm that is not finite (on any rank: the sum carries it to all) leaves weights and optimizer untouched; after
-        train.max_bad_steps of them in a row BadStepsError is raised.
+        If the norm is not finite, weights and optimizer stay as they are. All ranks see this, because gradients are summed.
+        Raises BadStepsError after train.max_bad_steps such steps in a row.
         """
-        sum_gradients(self.trained.values())
-        norm = float(whole(nn.utils.clip_grad_norm_(self.trained.values(), self.config.train.grad_clip)))
+        norm = self.gradients.sum_and_clip(self.config.train.grad_clip)
         if math.isfinite(norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate()
@@ -171,5 +171,5 @@ class Policy:
         return norm
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """What the sampler is sent, see named_weights."""
+        """Return the weights to send to the sampler, see model/folder.py."""
         return named_weights(self.model)

@@ -1,11 +1,11 @@
-"""Attention over rows that lie side by side in one long sequence, without padding, equal prompts read once.
+"""Attention over one long sequence that holds many rows without padding and reads equal prompts once.
 
-A micro-batch is one sequence of *stems*: a prompt, then all responses to it. A prompt sees itself; a response sees the
-prompt and itself, never the response beside it. So the prompt of a group is computed once for its G rollouts (its gradient
-is the sum over them), and no position is padding. transformers' models take such a function by name, and hand it whatever
-keyword the model was called with: here `stems`.
+A micro-batch is one sequence: a prompt, all responses to it, the next prompt, its responses, and so on. A prompt sees
+itself. A response sees its prompt and itself, but not the other responses. So the prompt of a group is computed once for
+its G rollouts (its gradient is the sum over them), and no position is padding. transformers lets a model use such a
+function by name, and passes it every keyword that the model was called with: here `shared_prompts`.
 
-Legend: S all tokens of the sequence, P prompt tokens, H query heads, K key/value heads, D head size.
+Legend: S all tokens of the sequence, H query heads, K key/value heads, D head size.
 """
 
 from __future__ import annotations
@@ -22,42 +22,42 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from nanolapo.config import UserError
 
-NAME = "nanolapo_stems"
+NAME = "nanolapo_shared_prompts"
 
 
 @dataclass(frozen=True)
-class Stem:
-    """Where a prompt lies in the sequence, and where each response to it does: (first token, number of tokens)."""
+class SharedPrompt:
+    """The place of a prompt and of each response to it in the sequence: (first token, number of tokens)."""
 
     prompt: tuple[int, int]
     responses: tuple[tuple[int, int], ...]
 
     def pieces(self) -> Iterator[tuple[int, int, int]]:
-        """(first token, number of tokens, tokens of the prompt that it also sees) of each piece, in order."""
+        """Yield (first token, number of tokens, number of prompt tokens it also sees) of each piece, in order."""
         yield *self.prompt, 0
         for first, count in self.responses:
             yield first, count, self.prompt[1]
 
 
-def stem_attention(
+def shared_prompt_attention(
     module: nn.Module,
     query_1HSD: Tensor,
     key_1KSD: Tensor,
     value_1KSD: Tensor,
     attention_mask: Tensor | None,
     *,
-    stems: Sequence[Stem],
+    shared_prompts: Sequence[SharedPrompt],
     scaling: float,
     sliding_window: int | None = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each stem, [1, S, H, D]. The signature is transformers'."""
+    """Attend causally within each prompt and its responses: [1, S, H, D]. transformers fixes the signature."""
     if unused.get("s_aux") is not None or unused.get("softcap") is not None:
         raise UserError("model.path: attention with sinks or capped logits is not supported")
     pieces = []
-    for stem in stems:
-        start = stem.prompt[0]
-        for first, count, seen in stem.pieces():
+    for shared in shared_prompts:
+        start = shared.prompt[0]
+        for first, count, seen in shared.pieces():
             own = slice(first, first + count)
             key, value = key_1KSD[:, :, own], value_1KSD[:, :, own]
             if seen:
@@ -68,11 +68,11 @@ def stem_attention(
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
-    """The queries are the last of the keys' positions; each sees its own and all before it, at most `window` of them."""
+    """Attend causally. The queries stand at the last positions of the keys; a query sees at most `window` positions."""
     T, S, dtype = query.shape[2], key.shape[2], query.dtype
     if query.device.type == "cpu":  # torch's bf16 kernel for CPUs takes 1.5 times as long as its float32 one
         query, key, value = query.float(), key.float(), value.float()
-    mask: Tensor = causal_lower_right(T, S)  # a note to the kernel, not a tensor in memory
+    mask: Tensor = causal_lower_right(T, S)  # a note to the kernel: it takes no memory
     if window is not None and window < S:
         mask = torch.ones(T, S, dtype=torch.bool, device=query.device).tril(S - T).triu(S - T - window + 1)
     out = F.scaled_dot_product_attention(
@@ -81,8 +81,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: in
     return out.to(dtype)
 
 
-def use_stems(model: PreTrainedModel) -> None:
-    """Let the model attend by stems from now on. Raises UserError where rows side by side would mix in another way."""
+def use_shared_prompts(model: PreTrainedModel) -> None:
+    """Switch the model to `shared_prompt_attention`. Raises UserError if its layers also mix tokens in another way."""
     kinds = set(getattr(model.config, "layer_types", None) or ())  # not every kind of model lists them
     common = model._supports_attention_backend and not model._is_stateful
     if not common or kinds - {"full_attention", "sliding_attention"}:
@@ -90,5 +90,5 @@ def use_stems(model: PreTrainedModel) -> None:
             f"model.path: {model.config.model_type} cannot be trained here; its layers must mix tokens by attention only, "
             "in transformers' common form (llama, mistral, qwen2, qwen3, ...)"
         )
-    AttentionInterface.register(NAME, stem_attention)
+    AttentionInterface.register(NAME, shared_prompt_attention)
     model.set_attn_implementation(NAME)

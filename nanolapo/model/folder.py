@@ -1,4 +1,4 @@
-"""A model as a Hugging Face folder: load it, name its weights, write it. Neither pickle nor code of the folder is used."""
+"""A model as a Hugging Face folder: load it, name its weights, write it. It never runs pickle or code."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from nanolapo.config import UserError
 from nanolapo.model.lora import lora_layers, merged_delta
-from nanolapo.model.sharding import to_host, whole
+from nanolapo.model.sharding import gather_full, to_host
 
 NO_FOLDER = "no such folder; the run that writes it comes first (the demo's models: make demo)"
 
 
 def must_be_local(path: str) -> bool:
-    """Can this path be no hub name (organisation/name)? It has more slashes, or begins with a folder that is here.
+    """Return True if `path` cannot be a hub name (organisation/name): it has more slashes, or an existing first folder.
 
     >>> [must_be_local(path) for path in ("runs/base", "./base", "../base", "/base", "a/b/c", "someone/base", "base")]
     [True, True, True, True, True, False, False]
@@ -32,12 +32,12 @@ def must_be_local(path: str) -> bool:
 
 
 def load_tokenizer(path: str, key: str = "model.path") -> PreTrainedTokenizerBase:
-    """Raises UserError naming the config's key when there is no tokenizer."""
+    """Load a tokenizer. Raises UserError naming the config's key if there is none."""
     if must_be_local(path) and not Path(path).exists():  # the hub would be asked for a minute without a network
         raise UserError(f"{key}={path!r}: {NO_FOLDER}")
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # a damaged file may be anything: KeyError, TypeError, tokenizers' bare Exception
+    except Exception as error:  # a damaged file raises anything: KeyError, TypeError, tokenizers' bare Exception
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{key}={path!r}: no tokenizer to be had there ({first}); without a network give a local folder"
@@ -70,7 +70,7 @@ def load_model(path: str, device: torch.device, key: str = "model.path") -> PreT
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Dropout would make old and new log-probs differ by chance; RL fine-tuning runs without it."""
+    """Switch dropout off, in place. It would make old and new log-probs differ by chance."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -79,18 +79,18 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def compile_token_wise(model: PreTrainedModel) -> None:
-    """Compile, in place, what looks at one token at a time: MLPs and norms, the same code for any number of tokens.
-    Attention reads lists of rows that differ in every micro-batch, and is one fused kernel a row anyway."""
+    """Compile, in place, the layers that treat every token alone: MLPs and norms, which serve any number of tokens.
+    Attention depends on the rows of each micro-batch, and is already one fused kernel per row."""
     for name, module in model.get_decoder().named_modules():
         if name.rsplit(".", 1)[-1] in ("mlp", "input_layernorm", "post_attention_layernorm"):
             module.compile(dynamic=True)
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, whole tensor) of every parameter and saved buffer, exactly the names of a saved checkpoint.
+    """Yield (Hugging Face name, full tensor) of every parameter and saved buffer, with the names of a saved checkpoint.
 
-    A tied head appears once, under the embedding's name; samplers that keep two copies must fill both. Slices are brought
-    together one tensor at a time, and LoRA matrices are added in; all ranks must take the same steps of this iterator.
+    A tied head appears once, under the embedding's name; samplers that keep two copies must fill both. Slices are gathered
+    one tensor at a time, and LoRA matrices are added in. All ranks must iterate in lockstep.
     """
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     adapters = {f"{plain_name(name)}.base_layer.weight": layer for name, layer in lora_layers(model).items()}
@@ -98,24 +98,24 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         plain = plain_name(name)
         if plain in tied or ".lora_" in plain:
             continue
-        full = whole(tensor.detach())
+        full = gather_full(tensor.detach())
         if plain in adapters:
             full = full + merged_delta(adapters[plain])
         yield plain.replace(".base_layer.", "."), full
 
 
 def plain_name(name: str) -> str:
-    """Without what torch.compile and activation-checkpoint wrappers put in."""
+    """Remove what torch.compile and activation-checkpoint wrappers add to a name."""
     return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def save_model(
     model: PreTrainedModel, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase, folder: Path, is_main: bool = True
 ) -> None:
-    """Write a plain Hugging Face folder, complete or not at all. `model` holds float32 weights, the files `dtype`.
+    """Write a plain Hugging Face folder, complete or not at all. The model's float32 weights are stored as `dtype`.
 
-    transformers and vLLM load it as it is; a tied head is stored once, as the architecture wants it. All ranks call it, the
-    main one writes.
+    transformers and vLLM load the folder as it is. A tied head is stored once, as transformers expects. All ranks must call
+    this; the main rank writes.
     """
     state = to_host(((name, tensor.to(dtype)) for name, tensor in named_weights(model)), keep=is_main)
     if not is_main:
@@ -123,7 +123,7 @@ def save_model(
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     config = copy.deepcopy(model.config)
-    config.dtype = dtype  # model.save_pretrained writes that of the master weights
+    config.dtype = dtype  # model.save_pretrained writes float32, the masters' dtype
     try:
         model.save_pretrained(temporary, state_dict=state)
         config.save_pretrained(temporary)
@@ -138,7 +138,7 @@ def save_model(
 
 
 def sync(path: Path) -> None:
-    """Flush a file or a folder entry to disk, so that the rename cannot overtake the contents."""
+    """Flush a file or folder to disk, so that a rename cannot become visible before the contents."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

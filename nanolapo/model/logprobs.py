@@ -1,4 +1,4 @@
-"""From hidden states to log-probs: the head, the softmax and their gradients, without ever holding [tokens, vocabulary]."""
+"""From hidden states to log-probs: head, softmax and their gradients. A [tokens, vocabulary] tensor never exists."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# At most this many logits exist at a time, whatever the vocabulary. On a CPU 8 MiB of float32: they stay in the cache, and
-# the C library keeps such blocks, where the pages of larger ones are cleared anew. On a GPU 256 MiB: few launches.
+# At most this many logits exist at a time, for any vocabulary. On a CPU they take 8 MiB: they stay in the cache, and the C
+# library reuses blocks of this size, while it gets larger ones as fresh, cleared pages. On a GPU 256 MiB: few launches.
 CPU_LOGITS, GPU_LOGITS = 2**21, 2**26
 
 
 class HeadLogprobs(torch.autograd.Function):
-    """Log-softmax of the head's logits at one target per token, and the entropy; a block of the vocabulary at a time.
+    """Log-prob of one target per token under softmax(head's logits), and the entropy, by blocks of the vocabulary.
 
-    For one token with logits z = W h / temperature, p = softmax(z), target y and entropy H = log Z - p.z, the gradient
-    with respect to z is g (1[y] - p) for the log-prob and -g p (log p + H) for the entropy. So the backward pass needs the
-    logits of one block at a time again, and autograd keeps nothing of size [N, V]. Blocks go over the vocabulary and not
-    over the tokens, so that each row of W meets its gradient once.
+    Take one token with logits z = W h / temperature, p = softmax(z), target y and entropy H = log Z - p.z. With respect to
+    z, the gradient of the log-prob is g (1[y] - p), and that of the entropy is -g p (log p + H). So the backward pass
+    computes the logits again, block by block, and autograd keeps nothing of size [N, V]. The blocks cut the vocabulary,
+    not the tokens, so the gradient of each row of W is added once.
     """
 
     @staticmethod
@@ -29,14 +29,16 @@ class HeadLogprobs(torch.autograd.Function):
         with_entropy: bool, gradient_sum: Callable[[], Tensor] | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         ctx.temperature, ctx.with_entropy, ctx.gradient_sum = temperature, with_entropy, gradient_sum
-        log_z_N = torch.full_like(targets_N, -torch.inf, dtype=torch.float32)  # of the blocks so far, like the next two
+        log_z_N = torch.full_like(
+            targets_N, -torch.inf, dtype=torch.float32
+        )  # of the blocks so far, like the next line
         chosen_N, mean_N = torch.zeros_like(log_z_N), torch.zeros_like(log_z_N)  # the target's logit, and p.z
         for block, logits_NC in blocks(hidden_ND, weight_VD, bias_V, temperature):
             here_N, index_N1 = inside(targets_N, block)
             chosen_N = torch.where(here_N, logits_NC.gather(-1, index_N1).squeeze(-1), chosen_N)
             before_N, top_N1 = log_z_N, logits_NC.amax(dim=-1, keepdim=True)
             z_NC = logits_NC.clone() if with_entropy else None
-            p_NC = logits_NC.sub_(top_N1).exp_()  # in place: a tensor of this size less; p / exp(top) so far
+            p_NC = logits_NC.sub_(top_N1).exp_()  # in place, to save a tensor; p / exp(top) so far
             log_z_N = torch.logaddexp(before_N, p_NC.sum(-1).log_().add_(top_N1[:, 0]))
             if z_NC is not None:
                 added_N = (p_NC * z_NC).sum(-1) * (top_N1[:, 0] - log_z_N).exp()
@@ -81,7 +83,7 @@ class HeadLogprobs(torch.autograd.Function):
 def blocks(
     hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, temperature: float
 ) -> Iterator[tuple[slice, Tensor]]:
-    """(block of the vocabulary, its logits / temperature [N, C] in float32), the caller's to write to."""
+    """Yield (block of the vocabulary, its logits / temperature [N, C] in float32). The caller may overwrite the logits."""
     most = CPU_LOGITS if hidden_ND.device.type == "cpu" else GPU_LOGITS
     size = max(1, most // max(1, len(hidden_ND)))
     for first in range(0, len(weight_VD), size):
@@ -91,7 +93,7 @@ def blocks(
 
 
 def inside(targets_N: Tensor, block: slice) -> tuple[Tensor, Tensor]:
-    """Which targets lie in the block [N], and where [N, 1], with 0 for those that do not.
+    """Return which targets lie in the block [N] and their index in it [N, 1] (0 for the others).
 
     >>> inside(torch.tensor([3, 4, 7]), slice(4, 8))
     (tensor([False,  True,  True]), tensor([[0],
@@ -103,24 +105,23 @@ def inside(targets_N: Tensor, block: slice) -> tuple[Tensor, Tensor]:
 
 
 class LogprobHead(nn.Module):
-    """A model's head that is asked for log-probs and not for logits; weights and names are those of the linear layer.
+    """A model's head that returns log-probs instead of logits. Its weights keep the names they have in the linear layer.
 
-    A module, so that whoever moves weights about (a head in host memory, a sharded one) has them in place during `forward`.
+    It is a module because sharding and offloading bring weights to the device around a module's `forward`.
     """
 
-    def __init__(self, head: nn.Module, gradient_sum: Callable[[], Tensor] | None = None) -> None:
+    def __init__(self, head: nn.Module) -> None:
         super().__init__()
         self.weight, self.bias = head.weight, getattr(head, "bias", None)
-        # The float32 tensor [V, D] that the weight's gradient is added to; without it autograd gets a gradient of its own.
-        self.gradient_sum = gradient_sum
+        # Returns the float32 tensor [V, D] to add the weight's gradient to (precision.py). None: autograd gets it.
+        self.gradient_sum: Callable[[], Tensor] | None = None
 
     def forward(
         self, hidden_ND: Tensor, targets_N: Tensor, temperature: float, with_entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-prob (and entropy) of each target under softmax(W hidden / temperature), both float32 [N].
+        """Return the log-prob (and entropy) of each target under softmax(W hidden / temperature), both float32 [N].
 
-        The softmax runs in float32 over a block of the vocabulary at a time, computed again in the backward pass, so a
-        [N, V] tensor never exists. The temperature divides the logits, exactly as the sampler's does.
+        The temperature divides the logits, exactly as in the sampler. The softmax runs in float32.
         """
         logprobs_N, entropy_N = HeadLogprobs.apply(
             hidden_ND, self.weight, self.bias, targets_N, temperature, with_entropy, self.gradient_sum

@@ -1,78 +1,100 @@
-"""bf16 arithmetic on float32 weights: a working copy of the model that hands its gradients to the masters.
+"""Master weights in float32, a bf16 copy to compute with, and the one place where gradients reach the masters.
 
 The masters keep weights, gradients and optimizer state in float32: at a learning rate of 1e-6 about 98 % of bf16 weights
-would not move at all. Under autocast every forward pass casts every weight again, and everything between the matrix
-products stays float32; the copy is cast once per optimizer step and halves the activations too. It computes what the
-exported model and vLLM compute, so sampler and trainer also agree better. (fsdp2 does the same by itself, see sharding.py.)
+would not move at all. Autocast would cast every weight in every forward pass and keep float32 between the matrix products.
+The copy is cast once per optimizer step and halves the activations too. It computes what the exported model and vLLM
+compute, so sampler and trainer also agree better. (fsdp2 does the same by itself, see sharding.py.)
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Iterable
+from functools import partial
+from typing import cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+
+from nanolapo.model.sharding import gather_full
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
-    """In place. Parameters only: rotary frequencies are buffers and stay float32."""
+    """Cast the parameters in place. Buffers stay as they are: rotary frequencies must be float32."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
 
 
-def gradient_of(parameter: nn.Parameter) -> Tensor:
-    """Its gradient so far, to be added to: zeros where there is none yet."""
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
+def make_copy(masters: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Copy the model in `dtype`; tied weights stay tied."""
+    copied = copy.deepcopy(masters)
+    cast_parameters(copied, dtype)
+    return copied
 
 
-def only_rows_read(embedding: nn.Module) -> None:
-    """Let the embedding's gradient be that of the rows that were read, and not a tensor of the vocabulary's size, of which
-    nearly all is zero. The parameter's .grad stays what it is for any other: a dense sum."""
-
-    def rows(gradient: Tensor) -> Tensor:
-        gradient_of(weight)  # what sparse gradients are added to stays dense
-        return gradient.coalesce()  # sorted: sums of rows that were read twice have an order on GPUs, too
-
-    weight = embedding.get_parameter("weight")
-    embedding.sparse = True  # type: ignore[assignment]
-    if weight.dtype == torch.float32 and weight.requires_grad:  # a working copy's is added to its master's by hand_over
-        weight.register_hook(rows)
+@torch.no_grad()
+def refresh_copy(masters: PreTrainedModel, copied: PreTrainedModel) -> None:
+    """Cast the masters into the copy again. Whoever writes to the masters must call it: a fused optimizer does not raise
+    their version counters, so nothing else can tell that they changed."""
+    for master, mine in zip(masters.parameters(), copied.parameters(), strict=True):
+        mine.copy_(master)
 
 
-class WorkingCopy:
-    """`model` is the copy to compute with. Its gradients are added to the masters', in float32, as they are born."""
+class MasterGradients:
+    """Owns `.grad` of the trained masters: dense, float32, summed over micro-batches and, before the step, over ranks.
 
-    def __init__(self, masters: PreTrainedModel, dtype: torch.dtype) -> None:
-        self.model = copy.deepcopy(masters)
-        self.pairs: list[tuple[nn.Parameter, nn.Parameter]] = []  # (master, its copy); a tied weight once
-        cast_parameters(self.model, dtype)
-        for master, mine in zip(masters.parameters(), self.model.parameters(), strict=True):
-            if master.requires_grad:
-                mine.register_post_accumulate_grad_hook(hand_over(master))
-            self.pairs.append((master, mine))
+    With fsdp2, torch adds to this rank's slices by itself. Otherwise `collect` arranges who adds during a backward pass:
 
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Cast the masters again, after they were written to. (A fused optimizer does not raise their version counters, so
-        nothing but the caller can know.)"""
-        for master, mine in self.pairs:
-            mine.copy_(master)
+    - A parameter of the bf16 copy hands its gradient over as soon as it is complete: it is added in float32, then freed.
+    - A float32 model computes with the masters themselves, so autograd adds.
+    - The head adds block by block, in float32 (logprobs.py). So no second tensor of its size exists.
+    - The embedding adds only the rows that were read. Its gradient is sparse, because nearly all rows are zero.
+    """
 
+    def __init__(self, trained: Iterable[nn.Parameter]) -> None:
+        self.trained = list(trained)
 
-def hand_over(master: nn.Parameter) -> Callable[[Tensor], None]:
-    def add(mine: Tensor) -> None:
-        if mine.grad is None:
-            return  # the head, which has added its own already (logprobs.py)
+    def collect(self, masters: PreTrainedModel, model: PreTrainedModel) -> None:
+        """Make the backward pass of `model`, which is the masters or their copy, add to the masters' gradients."""
+        for master, mine in zip(masters.parameters(), model.parameters(), strict=True):
+            if master.requires_grad and mine is not master:
+                mine.register_post_accumulate_grad_hook(partial(self.hand_over, master))
+        model.get_output_embeddings().gradient_sum = partial(self.sum_of, masters.get_output_embeddings().weight)
+        embedding = cast(nn.Embedding, model.get_input_embeddings())
+        embedding.sparse = True
+        if model is masters and embedding.weight.requires_grad:
+            embedding.weight.register_hook(partial(self.rows_read, embedding.weight))
+
+    def sum_of(self, master: Tensor) -> Tensor:
+        """Return the gradient so far, to be added to; zeros if there is none yet."""
+        if master.grad is None:
+            master.grad = torch.zeros_like(master)
+        return master.grad
+
+    def hand_over(self, master: nn.Parameter, mine: Tensor) -> None:
+        """Move a gradient from the copy to its master."""
+        if mine.grad is None:  # the head has added its gradient already
+            return
         if mine.grad.is_sparse:
-            gradient_of(master).add_(mine.grad.float().coalesce())
+            self.sum_of(master).add_(mine.grad.float().coalesce())
         elif master.grad is None:
             master.grad = mine.grad.float()
         else:
             master.grad.add_(mine.grad)
         mine.grad = None
 
-    return add
+    def rows_read(self, weight: Tensor, gradient: Tensor) -> Tensor:
+        """Prepare an embedding's sparse gradient for autograd, which adds it in place to a dense sum that exists."""
+        self.sum_of(weight)
+        return gradient.coalesce()  # sorted: rows that were read twice are summed in a fixed order on GPUs, too
+
+    def sum_and_clip(self, max_norm: float) -> float:
+        """Sum over ranks, clip, and return the global norm before clipping. A missing gradient counts as zero."""
+        for master in self.trained:
+            gradient = self.sum_of(master)
+            if dist.is_initialized() and not isinstance(master, DTensor):  # slices were summed in the backward pass
+                dist.all_reduce(gradient)
+        return float(gather_full(nn.utils.clip_grad_norm_(self.trained, max_norm)))

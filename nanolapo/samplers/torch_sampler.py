@@ -1,16 +1,16 @@
-"""The reference sampler: Llama- and Qwen2-type models, plain PyTorch, a static key/value cache.
+"""The reference sampler: Llama- and Qwen2-type models in plain PyTorch with a static key/value cache.
 
-For a model of a million parameters the Python around the matrix products is what costs, so this file runs the layers of
-the Hugging Face model itself (its modules, its weights) instead of `generate`, about ten times faster. Three ideas:
+For a model of a million parameters, the Python between the matrix products takes most of the time. So this file runs the
+layers of the Hugging Face model (its modules, its weights) instead of its `generate`, which is about ten times slower.
 
-- A cache row belongs to one request and starts at column 0, so no row is padded on the left and position == column.
-  Prompts are padded on the right while they are read: causal attention never looks there, decoding overwrites it.
-- Rows that end are replaced by waiting requests; when none wait, the cache is compacted. Equal prompts are read once.
-- Tokens come from the inverse of the cumulative distribution and one uniform number per token, drawn from the request's
-  seed. So a request's tokens do not depend on the batch it travels in (up to float rounding).
+- A cache row belongs to one request and starts at column 0. So no row is padded on the left, and position == column.
+  Prompts are padded on the right while they are read: causal attention never looks there, and decoding overwrites it.
+- Waiting requests take the rows of finished ones. When none wait, the cache is compacted. Equal prompts are read once.
+- A token is drawn with one uniform number and the inverse of the cumulative distribution. The numbers come from the
+  request's seed. So a request's tokens do not depend on the other requests in the batch (up to float rounding).
 
-Returned log-probs are those of softmax(logits / temperature) over the whole vocabulary, in fp32, also under top_p (which
-is for evaluation only). Greedy decoding (temperature 0) returns those at temperature 1.
+Returned log-probs are those of softmax(logits / temperature) over the whole vocabulary, in float32. This also holds with
+top_p, which is for evaluation only. Greedy decoding (temperature 0) returns those at temperature 1.
 
 Legend: R cache rows, T new tokens per row, S cache columns, V vocabulary, K key/value heads, D head size.
 """
@@ -29,11 +29,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nanolapo.config import UserError
 from nanolapo.samplers.sampler import Decoding, Request, Sample
 
-REPACK = 0.25  # replace or drop finished rows once they are this fraction of the cache
+REPACK = 0.25  # replace or drop free rows once they are this fraction of the cache
+Cache = list[tuple[Tensor, Tensor]]  # keys and values of each layer, [R, K, S, D]
 
 
 def end_token_ids(model_path: str, model_config: object, generation_config: object) -> list[int]:
-    """Every token that ends a response: generation_config (one or several), config, tokenizer."""
+    """Return every token that ends a response, according to generation_config (one or several), config or tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     found: set[int] = set()
     for value in (getattr(generation_config, "eos_token_id", None), getattr(model_config, "eos_token_id", None)):
@@ -44,7 +45,7 @@ def end_token_ids(model_path: str, model_config: object, generation_config: obje
 
 
 def pick_tokens(logits_RV: Tensor, uniform_R: Tensor, decoding: Decoding) -> tuple[Tensor, Tensor]:
-    """Next token of each row and its log-prob: the first token whose cumulative probability exceeds `uniform`.
+    """Return each row's next token, the first whose cumulative probability exceeds `uniform`, and its log-prob.
 
     >>> logits = torch.tensor([[0.5, 0.3, 0.2]]).log().repeat(3, 1)
     >>> pick_tokens(logits, torch.tensor([0.49, 0.51, 0.99], dtype=torch.float64), Decoding())[0].tolist()
@@ -70,8 +71,63 @@ def pick_tokens(logits_RV: Tensor, uniform_R: Tensor, decoding: Decoding) -> tup
     return tokens_R, logprobs_RV.gather(-1, tokens_R[:, None])[:, 0]
 
 
+class Rows:
+    """The requests that are sampled side by side. Row r works on request owner_R[r]. A free row (owner -1) computes along,
+    but its tokens are never read."""
+
+    def __init__(self, cache: Cache, num: int, longest: int, vocab: int, device: torch.device) -> None:
+        self.cache, self.owner_R = cache, np.full(num, -1)
+        self.logits_RV = torch.zeros(num, vocab, device=device)  # of each row's next token
+        self.column_R = torch.zeros(num, dtype=torch.long, device=device)  # the next cache column to fill
+        self.count_R = torch.zeros_like(self.column_R)  # tokens drawn so far ...
+        self.limit_R = torch.zeros_like(self.column_R)  # ... and at most
+        self.uniform_RT = torch.zeros(num, longest, dtype=torch.float64, device=device)
+        self.ids_RT = torch.zeros(num, longest, dtype=torch.long, device=device)
+        self.logprobs_RT = torch.zeros(num, longest, device=device)
+
+    def admit(self, at: Tensor, requests: list[Request], logits_RV: Tensor) -> None:
+        """Start requests in the rows `at`, whose cache holds their prompts; `logits_RV` are those after each prompt."""
+        longest = self.ids_RT.shape[1]
+        self.logits_RV[at] = logits_RV
+        self.column_R[at] = torch.tensor([len(r.prompt_ids) for r in requests], device=at.device)
+        self.count_R[at] = 0
+        self.limit_R[at] = torch.tensor([r.max_new_tokens for r in requests], device=at.device)
+        drawn = [np.random.default_rng(r.seed).random(longest) for r in requests]
+        self.uniform_RT[at] = torch.from_numpy(np.stack(drawn)).to(at.device)
+
+    def compact(self) -> None:
+        """Drop the free rows."""
+        keep = torch.from_numpy(np.flatnonzero(self.owner_R >= 0)).to(self.ids_RT.device)
+        num, used = len(keep), int(self.column_R.max())
+        for keys_values in self.cache:
+            for part in keys_values:
+                part[:num, :, :used] = part[keep, :, :used]
+        self.cache = [(keys[:num], values[:num]) for keys, values in self.cache]
+        self.owner_R = self.owner_R[self.owner_R >= 0]
+        self.column_R, self.count_R, self.limit_R = self.column_R[keep], self.count_R[keep], self.limit_R[keep]
+        self.logits_RV, self.uniform_RT = self.logits_RV[keep], self.uniform_RT[keep]
+        self.ids_RT, self.logprobs_RT = self.ids_RT[keep], self.logprobs_RT[keep]
+
+    def draw(self, busy_R: Tensor, decoding: Decoding, end_ids: Tensor) -> tuple[Tensor, dict[int, Sample]]:
+        """Draw a token in every row. Return the tokens, and by request the samples now complete; their rows become free."""
+        step_R1 = self.count_R[:, None].clamp(max=self.ids_RT.shape[1] - 1)  # free rows stand still at their last token
+        token_R, logprob_R = pick_tokens(self.logits_RV, self.uniform_RT.gather(1, step_R1)[:, 0], decoding)
+        self.ids_RT.scatter_(1, step_R1, token_R[:, None])
+        self.logprobs_RT.scatter_(1, step_R1, logprob_R[:, None])
+        self.count_R += busy_R
+        ended_R = torch.isin(token_R, end_ids)
+        done_R = busy_R & (ended_R | (self.count_R >= self.limit_R))
+        complete = {}
+        for row in done_R.nonzero()[:, 0].tolist():
+            num = int(self.count_R[row])
+            ids, logprobs = (part[row, :num].cpu().numpy().copy() for part in (self.ids_RT, self.logprobs_RT))
+            complete[int(self.owner_R[row])] = Sample(ids, logprobs, bool(ended_R[row]))
+            self.owner_R[row] = -1
+        return token_R, complete
+
+
 class TorchSampler:
-    """`generate`, `load_weights`, `sleep`, `wake`: the same small interface as sampler_vllm.VLLMSampler."""
+    """Implements sampler.Sampler, as vllm_sampler.VLLMSampler does."""
 
     def __init__(self, model_path: str, dtype: torch.dtype, device: torch.device, max_rows: int = 256):
         loaded: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
@@ -93,17 +149,17 @@ class TorchSampler:
         )
 
     def sleep(self) -> None:
-        """Nothing to free: the cache lives only inside `generate`."""
+        """Do nothing: the cache lives only inside `generate`."""
 
     def wake(self) -> None:
-        """See `sleep`."""
+        """Do nothing, see `sleep`."""
 
     def close(self) -> None:
-        """See `sleep`."""
+        """Do nothing, see `sleep`."""
 
     @torch.no_grad()
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Copy weights in by Hugging Face name; every name must match, only a tied lm_head may be left out."""
+        """Copy weights in by Hugging Face name. Every name must match; only a tied lm_head may be left out."""
         own = self.model.state_dict()
         given = dict(named_tensors)
         missing = own.keys() - given.keys()
@@ -116,17 +172,17 @@ class TorchSampler:
                 raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
             own[name].copy_(tensor)  # state_dict shares storage with the model
 
-    def _new_cache(self, rows: int, columns: int) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values per layer, [R, K, S, D]. Zeros, not empty: a masked column must not hold a NaN."""
+    def _new_cache(self, rows: int, columns: int) -> Cache:
+        """Return a cache of zeros. Uninitialised memory could hold a NaN, which a mask does not hide."""
         shape = (rows, self.num_kv_heads, columns, self.head_size)
         layers = range(self.model.config.num_hidden_layers)
         both = torch.zeros(2, len(layers), *shape, dtype=self.dtype, device=self.device)
         return [(both[0, layer], both[1, layer]) for layer in layers]
 
-    def _hidden(self, ids_RT: Tensor, position_RT: Tensor, cache: list[tuple[Tensor, Tensor]], used: int) -> Tensor:
+    def _hidden(self, ids_RT: Tensor, position_RT: Tensor, cache: Cache, used: int) -> Tensor:
         """Run the layers on new tokens, write their keys and values into the cache, return hidden states [R, T, H].
 
-        `used` is the number of cache columns in play; column s is visible to a token at position p when s <= p.
+        Attention reads the first `used` columns of the cache. A token at position p sees column s if s <= p.
         """
         core, (R, T) = self.model.model, ids_RT.shape
         K, D = self.num_kv_heads, self.head_size
@@ -158,74 +214,50 @@ class TorchSampler:
         progress: Callable[[int], None] | None = None,
         finished: Callable[[int, Sample], None] | None = None,
     ) -> list[Sample]:
-        """Sample every request; results in the order of the requests. `progress` gets the number of new tokens, `finished`
-        the number of a request and its row, while others are still being sampled."""
+        """Sample every request and return the samples in the order of the requests.
+
+        `progress` gets the number of tokens of each decode step. `finished` gets a request's number and its sample as soon
+        as it is complete.
+        """
         if not requests:
             return []
-        rows = min(self.max_rows, len(requests))
-        cache = self._new_cache(rows, max(len(r.prompt_ids) + r.max_new_tokens for r in requests))
+        num = min(self.max_rows, len(requests))
         longest = max(r.max_new_tokens for r in requests)
-        # State of each row. Row r holds request owner[r]; -1 is a free row, which computes but is never read.
-        owner = np.full(rows, -1)
-        logits_RV = torch.zeros(rows, self.model.config.vocab_size, device=self.device)
-        state = torch.zeros(3, rows, dtype=torch.long, device=self.device)  # next column, tokens so far, token limit
-        uniform = torch.zeros(rows, longest, dtype=torch.float64, device=self.device)
-        ids = torch.zeros(rows, longest, dtype=torch.long, device=self.device)
-        logprobs = torch.zeros(rows, longest, device=self.device)
-        samples: list[Sample | None] = [None] * len(requests)
+        cache = self._new_cache(num, max(len(r.prompt_ids) + r.max_new_tokens for r in requests))
+        rows = Rows(cache, num, longest, self.model.config.vocab_size, self.device)
         waiting = list(range(len(requests)))[::-1]  # popped from the end
-
-        while waiting or (owner >= 0).any():
-            free = np.flatnonzero(owner < 0)
-            if len(free) >= REPACK * len(owner):
+        samples: dict[int, Sample] = {}
+        while len(samples) < len(requests):
+            free = np.flatnonzero(rows.owner_R < 0)
+            if len(free) >= REPACK * len(rows.owner_R):
                 if waiting:
                     new = [waiting.pop() for _ in free[: len(waiting)]]
-                    at = torch.from_numpy(free[: len(new)]).to(self.device)
-                    owner[free[: len(new)]] = new
-                    chosen = [requests[i] for i in new]
-                    logits_RV[at] = self._read_prompts(chosen, cache, at)
-                    state[0, at] = torch.tensor([len(r.prompt_ids) for r in chosen], device=self.device)
-                    state[1, at] = 0
-                    state[2, at] = torch.tensor([r.max_new_tokens for r in chosen], device=self.device)
-                    drawn = [np.random.default_rng(r.seed).random(longest) for r in chosen]
-                    uniform[at] = torch.from_numpy(np.stack(drawn)).to(self.device)
-                elif len(free):
-                    keep = torch.from_numpy(np.flatnonzero(owner >= 0)).to(self.device)
-                    owner, n, used = owner[owner >= 0], len(keep), int(state[0].max())
-                    for keys_values in cache:
-                        for part in keys_values:
-                            part[:n, :, :used] = part[keep, :, :used]
-                    cache = [(keys[:n], values[:n]) for keys, values in cache]
-                    logits_RV, state, uniform = logits_RV[keep], state[:, keep], uniform[keep]
-                    ids, logprobs = ids[keep], logprobs[keep]
-
-            column_R, count_R, limit_R = state
-            steps_R = count_R[:, None].clamp(max=longest - 1)  # free rows stand still at their last token
-            token_R, logprob_R = pick_tokens(logits_RV, uniform.gather(1, steps_R)[:, 0], decoding)
-            ids.scatter_(1, steps_R, token_R[:, None])
-            logprobs.scatter_(1, steps_R, logprob_R[:, None])
-            busy_R = torch.from_numpy(owner >= 0).to(self.device)
-            count_R += busy_R
-            ended_R = torch.isin(token_R, self.end_ids)
-            done_R = busy_R & (ended_R | (count_R >= limit_R))
+                    rows.owner_R[free[: len(new)]] = new
+                    chosen, at = [requests[i] for i in new], torch.from_numpy(free[: len(new)]).to(self.device)
+                    rows.admit(at, chosen, self._read_prompts(chosen, rows.cache, at))
+                else:
+                    rows.compact()
+            busy_R = torch.from_numpy(rows.owner_R >= 0).to(self.device)
+            token_R, complete = rows.draw(busy_R, decoding, self.end_ids)
             if progress is not None:
-                progress(int((owner >= 0).sum()))
-            for row in done_R.nonzero()[:, 0].tolist():
-                num = int(count_R[row])
-                row_ids, row_logprobs = (buffer[row, :num].cpu().numpy().copy() for buffer in (ids, logprobs))
-                number, sample = int(owner[row]), Sample(row_ids, row_logprobs, bool(ended_R[row]))
-                samples[number], owner[row] = sample, -1
+                progress(int(busy_R.sum()))
+            for number, sample in complete.items():
+                samples[number] = sample
                 if finished is not None:
                     finished(number, sample)
-            if (owner >= 0).any():
-                used = int(column_R[busy_R].max()) + 1
-                hidden = self._hidden(token_R[:, None], column_R[:, None].clamp(max=used - 1), cache, used)
-                logits_RV = self.model.lm_head(hidden[:, 0]).float()
-                column_R += torch.from_numpy(owner >= 0).to(self.device)
-        return [sample for sample in samples if sample is not None]
+            if (rows.owner_R >= 0).any():
+                self._read_tokens(token_R, rows, busy_R)
+        return [samples[number] for number in range(len(requests))]
 
-    def _read_prompts(self, chosen: list[Request], cache: list[tuple[Tensor, Tensor]], at: Tensor) -> Tensor:
-        """Put prompts into cache rows `at` and return the logits after each, [R, V]. Equal prompts are read once."""
+    def _read_tokens(self, token_R: Tensor, rows: Rows, busy_R: Tensor) -> None:
+        """Put the tokens into the rows' cache and set the logits after each."""
+        used = int(rows.column_R[busy_R].max()) + 1
+        hidden = self._hidden(token_R[:, None], rows.column_R[:, None].clamp(max=used - 1), rows.cache, used)
+        rows.logits_RV = self.model.lm_head(hidden[:, 0]).float()
+        rows.column_R += torch.from_numpy(rows.owner_R >= 0).to(self.device)
+
+    def _read_prompts(self, chosen: list[Request], cache: Cache, at: Tensor) -> Tensor:
+        """Put prompts into the cache rows `at` and return the logits after each, [R, V]. Equal prompts are read once."""
         distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(tuple(r.prompt_ids) for r in chosen))}
         which = torch.tensor([distinct[tuple(r.prompt_ids)] for r in chosen], device=self.device)
         last = torch.tensor([len(p) - 1 for p in distinct], device=self.device)
@@ -242,6 +274,6 @@ class TorchSampler:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of [R, T, heads, D]."""
+    """Apply the rotary position embedding to [R, T, heads, D]."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin

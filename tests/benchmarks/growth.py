@@ -99,7 +99,7 @@ def one(settings: dict[str, Any], dtype: str) -> dict[str, float]:
         seconds.append(time.perf_counter() - start)
         cpu_seconds.append(time.process_time() - cpu_start)
     count, cut = sum(p.numel() for p in policy.model.parameters()), settings["ranks"] if policy.sharded else 1
-    held = count * (16 / cut + (2 if policy.working else 0)) / 1e9
+    held = count * (16 / cut + (2 if policy.bf16_copy else 0)) / 1e9
     tokens = P * settings["prompt"] + rows * settings["length"]
     found = {"parameters, M": count / 1e6, "tokens": tokens, "seconds": statistics.median(seconds[1:])}
     found |= {"CPU seconds": statistics.median(cpu_seconds[1:])}

@@ -23,7 +23,7 @@ from tiny import make_config, make_rows
 from nanolapo.losses import Loss, LossInputs
 from nanolapo.methods.base import Method
 from nanolapo.model.folder import load_model
-from nanolapo.model.sharding import whole
+from nanolapo.model.sharding import gather_full
 from nanolapo.policy import Policy
 from nanolapo.ranks import Ranks
 from nanolapo.update import update_policy
@@ -91,7 +91,7 @@ def run_case(case: Case, folders: dict[str, str], sharding: str) -> tuple[dict[s
 
     def keep_gradients(*_: object) -> None:
         nonlocal steps
-        seen.update({f"gradient {steps} {n}": whole(p.grad).clone() for n, p in policy.trained.items()})
+        seen.update({f"gradient {steps} {n}": gather_full(p.grad).clone() for n, p in policy.trained.items()})
         steps += 1
 
     policy.optimizer.register_step_pre_hook(keep_gradients)

@@ -62,5 +62,5 @@ def test_rule_zero_stops_the_run_at_step_0(model):
         stopped = True
     assert stopped, (
         f"the end token is gone from the mask, and nobody noticed: mean |dlogp| is {mismatch:.1e} at step 0. Break the "
-        "mask alone: tokens_N, before_N and lengths_B stay, so that the masked place takes the next token's value"
+        "mask alone: tokens_N, predictor_N and lengths_B stay, so that the masked place takes the next token's value"
     )

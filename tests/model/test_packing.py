@@ -1,4 +1,4 @@
-"""Rows side by side and the bf16 working copy: the same gradients as one row at a time through plain transformers.
+"""Rows side by side and the bf16 copy: the same gradients as one row at a time through plain transformers.
 
 Run: python -m pytest tests/model/test_packing.py
 (Micro-batches with equal prompts run through tests/test_update.py, too.)
@@ -94,7 +94,7 @@ def test_models_that_mix_tokens_in_another_way_are_refused(tmp_path):
             Policy(make_config(tmp_path / kind), CPU)
 
 
-# ------------------------------------------------------------------------------------------------------ bf16 working copy
+# ------------------------------------------------------------------------------------------------------ bf16 copy
 
 
 def plain_bf16_gradients(folder, rollouts, advantages) -> dict[str, torch.Tensor]:
@@ -132,14 +132,14 @@ def test_bf16_gradients_are_as_near_to_float32_as_plain_bf16(tmp_path):
     assert 1e-4 < far(got, exact) < 1.5 * far(plain, exact) < 0.2
 
 
-def test_the_working_copy_follows_the_masters(tied_model, tmp_path):
+def test_the_bf16_copy_follows_the_masters(tied_model, tmp_path):
     """After an optimizer step, and after a checkpoint was taken up: its weights are the masters', rounded."""
     config = make_config(tied_model, model={"dtype": "bfloat16"})
     first, second = Policy(config, CPU), Policy(config, CPU)
 
     def rounded(policy: Policy) -> bool:
-        assert policy.working is not None
-        mine = dict(policy.working.model.named_parameters())
+        assert policy.bf16_copy is not None
+        mine = dict(policy.bf16_copy.named_parameters())
         return all(torch.equal(p.bfloat16(), mine[name]) for name, p in policy.model.named_parameters())
 
     start = {name: p.clone() for name, p in first.model.named_parameters()}
