@@ -371,43 +371,29 @@ def test_make_targets_exist(page):
 # -------------------------------------------------------------------------------------------------- the files themselves
 
 
-def test_the_readme_lists_every_module():
-    table = sections(ROOT / "README.md")["The files"]
-    named = set(re.findall(r"(\w+\.py)`", table))
-    modules = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"}
-    assert not modules - named, "modules missing from the README's table"
+def test_the_readme_names_every_folder():
+    plan = sections(ROOT / "README.md")["The plan of the house"]
+    named = set(re.findall(r"^      (\w+)/ ", plan, re.MULTILINE))
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert len(folders) > 8 and not folders - named, "folders missing from the README's plan"
 
 
-def test_the_readme_shows_how_the_two_scripts_differ():
+def test_the_walkthrough_shows_how_the_two_scripts_differ():
     """The real output of diff, and short enough for a screen."""
-    shown = re.findall(
-        r"^```diff\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
-    )
+    page = (ROOT / "docs/WALKTHROUGH.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^```diff\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     command = ["diff", "train_stage1.py", "train_stage2.py"]
     assert shown == [subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout]
     assert len(shown[0].splitlines()) <= 24
 
 
-CORE = (  # what a step of LAPO runs through: sampling, reward, M(q), update; without set-up, grader, samplers and logs
-    "loop", "sampling", "methods/lapo", "methods/base", "update", "policy", "microbatches",
-    "model/attention", "model/logprobs",
-    "model/precision", "losses/grpo", "advantages", "lengths", "rollouts",
-)  # fmt: skip
-
-
-def test_the_readme_counts_lines_right():
+def test_the_readme_counts_the_lines_of_the_files_to_read_first():
     """Within 5 %."""
-
-    def lines(*names: str) -> int:
-        return sum(len((PACKAGE / f"{name}.py").read_text(encoding="utf-8").splitlines()) for name in names)
-
-    opening = sections(ROOT / "README.md")[""]
-    sampler, core = (
-        int(re.findall(words, opening)[0].replace(",", "")) for words in (r"(\d+)-line torch", r"core, ([\d,]+) lines")
-    )
-    assert sampler == pytest.approx(lines("samplers/torch_sampler"), rel=0.05) and core == pytest.approx(
-        lines(*CORE), rel=0.05
-    )
+    table = sections(ROOT / "README.md")["The plan of the house"]
+    rows = re.findall(r"^\| (\d) \| `(nanolapo/[\w/]+\.py)` \| (\d+) \|", table, re.MULTILINE)
+    assert [int(number) for number, _, _ in rows] == list(range(1, 9))
+    for _, path, lines in rows:
+        assert int(lines) == pytest.approx(len((ROOT / path).read_text(encoding="utf-8").splitlines()), rel=0.05), path
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
