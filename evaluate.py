@@ -14,7 +14,7 @@ from nanolapo import cli
 
 
 def main() -> None:
-    config, action = cli.parse(__doc__, default_method="base:Method")
+    config, action = cli.parse(__doc__)
     from nanolapo.evaluation.evaluate import evaluate, write_results
     from nanolapo.evaluation.passes import describe, parse_models
     from nanolapo.ranks import Ranks

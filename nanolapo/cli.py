@@ -1,9 +1,10 @@
-"""What the three scripts share: arguments, --dry-run, and one clear line with exit code 2 for a user's mistake."""
+"""What the scripts share: their arguments, and one clear line with exit code 2 for a user's mistake.
+
+A script imports torch only after `parse` has found the config good, so that --help and a misspelt key take no time."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import errno
 import json
 import os
@@ -13,17 +14,13 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from nanolapo.config import Config, RunStopped, UserError
-from nanolapo.config_checks import validate
-from nanolapo.config_file import load_config, to_yaml
-
-if TYPE_CHECKING:  # torch is only imported once the config is known to be good
-    from nanolapo.methods.base import Method
+from nanolapo.config_file import load_config
 
 
-def parse(description: str, default_method: str = "", can_explain: bool = False) -> tuple[Config, str]:
+def parse(description: str, can_explain: bool = False) -> tuple[Config, str]:
     """Read `CONFIG.yaml [section.key=value ...] [--dry-run | --explain]`; returns the config and "run", "dry-run" or
     "explain"."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -38,10 +35,7 @@ def parse(description: str, default_method: str = "", can_explain: bool = False)
                             help="do the first step only, and tell everything that happens to one problem in it, on the "
                             "console and in explain.html; the run itself is left alone")  # fmt: skip
     arguments = parser.parse_intermixed_args()  # overrides may also come after --dry-run
-    config = load_config(arguments.config, arguments.overrides)
-    if default_method and not config.method.name:
-        config = dataclasses.replace(config, method=dataclasses.replace(config.method, name=default_method))
-    return config, arguments.action
+    return load_config(arguments.config, arguments.overrides), arguments.action
 
 
 # full, over quota or over the file size limit, or not ours to write
@@ -87,53 +81,3 @@ def tell_torchrun(text: str, is_echo: bool = False) -> None:
         message = json.dumps({"message": text, "timestamp": int(time.time()) + ECHO_DELAY_S * is_echo})
         with suppress(OSError):  # the full disk that is to be reported may be this one, too
             Path(path).write_text(message, encoding="utf-8")
-
-
-def act(config: Config, action: str) -> None:
-    """Train; or print everything that can be known without weights (dry-run), or what happens in one step (explain)."""
-    from nanolapo.explain.explain import explain
-    from nanolapo.loop import train
-    from nanolapo.methods import load_method
-
-    {"run": train, "dry-run": describe, "explain": explain}[action](config, load_method(config))
-
-
-def describe(config: Config, method: Method) -> None:
-    """Resolve and check config and data; print the config, the batch arithmetic, one prompt and the cost."""
-    from nanolapo.data.load import load_data
-    from nanolapo.grader import Grader
-    from nanolapo.plan.cost import plan
-    from nanolapo.plan.machines import this_machine
-    from nanolapo.session import token_limit
-
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    validate(config, ranks)
-    limit = token_limit(config)
-    with Grader(rule=method.grader_rule) as grader:
-        data = load_data(config, grader)
-    method.start(data.problems)
-    guidance = method.guidance(data.problems[0], 0, 0)
-    most = monitored = 0
-    for step in range(config.train.steps):
-        method.progress = step / config.train.steps
-        most += most_tokens(method, step)
-        if extra := method.possible_monitor(step):
-            monitored += len(extra.problem_indices) * extra.group_size
-    print(to_yaml(config))
-    print("\n".join([*data.report, f"{len(data.problems)} problems", config.arithmetic(ranks)]))
-    print(f"at most {most:,} sampled tokens in {config.train.steps} steps (upper bound: every answer at the limit)")
-    if limit:
-        print(f"stops after the step that reaches {limit:,} sampled tokens")
-    prompts = [len(data.prompter.ids(p.question, method.guidance(p, 0, 0))) for p in data.problems[:200]]
-    planned = plan(config, this_machine(config), None, sum(prompts) / len(prompts), monitored / config.train.steps)
-    print("\n".join(planned.lines()))
-    print(f"one prompt, as the model sees it:\n---\n{data.prompter.render(data.problems[0].question, guidance)}\n---")
-
-
-def most_tokens(method: Method, step: int) -> int:
-    """Upper bound of what a step samples: every round of dynamic sampling and a monitor pass, every answer at the limit."""
-    plan, monitor = method.sampling(step), method.possible_monitor(step)
-    tokens = plan.num_prompts * plan.max_rounds * plan.group_size * plan.max_new_tokens
-    if monitor:
-        tokens += len(monitor.problem_indices) * monitor.group_size * monitor.max_new_tokens
-    return tokens

@@ -1,13 +1,15 @@
 """Every key a config may have, with its default: frozen dataclasses, one per section of the YAML file.
 
-config_checks.py refuses values that cannot work together; config_file.py turns YAML into these classes, strictly.
+A key's annotation says which values it takes: a type, a Literal with its choices, or a type with a condition (Must).
+config_file.py reads YAML into these classes and refuses everything else.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 PAPER_TEMPLATE = (  # the paper's prompt for stage 1 and for inference, one raw string
     "You are a helpful assistant. A conversation between User and Assistant. The user asks a question, and the "
@@ -26,29 +28,44 @@ class RunStopped(Exception):
     """The run can no longer be trusted or continued; one line says why (exit code 3). What was saved stays."""
 
 
+class Must(NamedTuple):
+    """A condition that a value must meet beside its type, and the words of the message when it does not."""
+
+    hold: Callable[[Any], bool]
+    words: str
+
+
+T = TypeVar("T", int, float)
+Positive = Annotated[T, Must(lambda x: x > 0, "must be positive")]
+NotNegative = Annotated[T, Must(lambda x: x >= 0, "must not be negative")]
+Share = Annotated[float, Must(lambda x: 0 <= x <= 1, "must lie between 0 and 1")]
+
+
 @dataclass(frozen=True)
 class RunConfig:
     name: str = "run"  # the run directory is dir/name
     dir: str = "runs"
     seed: int = 0  # every random number of a run derives from (seed, step, position)
     threads: int = 0  # CPU threads for torch; 0 leaves torch's choice
-    checkpoint_every: int = 10  # steps; the last step is always saved
-    keep_checkpoints: int = 2
+    checkpoint_every: Positive[int] = 10  # steps; the last step is always saved
+    keep_checkpoints: Positive[int] = 2
     print_every: int = 5  # steps between the printed good and bad rollout; 0 never
     log_rollouts: int = 64  # rollouts of each step kept with their text in rollouts.jsonl
-    export_every: int = 0  # also write the model after each so many steps, as models/step-NNNNNN; 0: only the final one
+    export_every: NotNegative[int] = 0  # write models/step-NNNNNN after each so many steps; 0: only the final model
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     path: str = ""  # a local Hugging Face folder or a hub name
-    dtype: str = "bfloat16"  # of the arithmetic; master weights and optimizer state are always float32
+    # Of the arithmetic; master weights and optimizer state are always float32
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
     gradient_checkpointing: bool = False  # recompute activations layer by layer in the backward pass
     compile: bool = False  # torch.compile MLPs and norms: the first step takes longer, later ones less
-    sharding: str = "ddp"  # over ranks. ddp: a whole copy on each; fsdp2: a slice of every weight and moment on each
+    # Over ranks. ddp: a whole copy on each; fsdp2: a slice of every weight and moment on each
+    sharding: Literal["ddp", "fsdp2"] = "ddp"
     offload_reference: bool = False  # keep the reference model (loss.kl_coef) in host memory, not on the GPU
-    lora_rank: int = 0  # 0: all weights are trained; else LoRA beside every linear layer, merged on export
-    lora_alpha: int = 32  # the adapter's scale is lora_alpha / lora_rank
+    lora_rank: NotNegative[int] = 0  # 0: all weights are trained; else LoRA beside every linear layer, merged on export
+    lora_alpha: Positive[int] = 32  # the adapter's scale is lora_alpha / lora_rank
 
 
 @dataclass(frozen=True)
@@ -78,74 +95,78 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class PromptConfig:
-    style: str = "raw"  # raw: one string with {question}; chat: the tokenizer's own chat template
+    style: Literal["raw", "chat"] = "raw"  # raw: one string with {question}; chat: the tokenizer's own chat template
     template: str = PAPER_TEMPLATE  # raw
     # chat: what follows the question, or the whole user turn where it says {question}
     instruction: str = "Please think step by step and output the final answer within \\boxed{}."
     system: str = ""  # chat; empty leaves the template's own default
     think_prefix: str = ""  # chat: first words put into the assistant's mouth, e.g. "<think>"
-    length_multiple: int = 1  # every length that a prompt states is printed as a multiple of this
+    length_multiple: Positive[int] = 1  # every length that a prompt states is printed as a multiple of this
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    engine: str = "auto"  # auto: vllm where installed, else torch
-    prompts_per_step: int = 128
-    group_size: int = 8  # G, rollouts per prompt
-    max_prompt_tokens: int = 1024  # a longer prompt is skipped and counted, never cut
-    max_new_tokens: int = 4096
-    temperature: float = 1.0
+    engine: Literal["auto", "vllm", "torch"] = "auto"  # auto: vllm where installed, else torch
+    prompts_per_step: Positive[int] = 128
+    group_size: Positive[int] = 8  # G, rollouts per prompt
+    max_prompt_tokens: Positive[int] = 1024  # a longer prompt is skipped and counted, never cut
+    max_new_tokens: Positive[int] = 4096
+    temperature: Positive[float] = 1.0
     top_p: float = 1.0  # anything below 1 would make the trainer's ratios wrong and is refused
-    dtype: str = ""  # of the sampler's weights; empty: model.dtype
-    max_rows: int = 256  # sequences decoded at once
+    dtype: Literal["", "float32", "bfloat16"] = ""  # of the sampler's weights; empty: model.dtype
+    max_rows: Positive[int] = 256  # sequences decoded at once
     gpu_memory_utilization: float = 0.45  # vLLM's share of the GPU while it is awake
-    tensor_parallel: int = 1  # this many neighbouring ranks share one vLLM engine's weights
+    tensor_parallel: Positive[int] = 1  # this many neighbouring ranks share one vLLM engine's weights
     mismatch_factor: float = 5.0  # stop when mean |dlogp| exceeds this times its step-0 value ...
     mismatch_floor: float = 0.02  # ... and this
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int = 240  # rollout steps
+    steps: Positive[int] = 240  # rollout steps
     batch_size: int = 128  # rollouts per optimizer step (whole groups); 0: all rollouts of the step
-    inner_epochs: int = 1  # passes over the rollouts of a step
-    microbatch_tokens: int = 16384  # per forward/backward on one rank, prompts shared by a group counted once
-    learning_rate: float = 1e-6
+    inner_epochs: Positive[int] = 1  # passes over the rollouts of a step
+    microbatch_tokens: Positive[int] = 16384  # per forward/backward on one rank, prompts shared by a group counted once
+    learning_rate: Positive[float] = 1e-6
     final_lr_fraction: float = 0.1  # cosine decay ends here
     warmup_fraction: float = 0.03
-    adam_betas: tuple[float, ...] = (0.9, 0.95)
+    adam_betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
-    grad_clip: float = 1.0
+    grad_clip: Positive[float] = 1.0
     sampled_tokens: int = 0  # stop early once this many tokens were sampled (fair comparisons); 0: off
     match_runs: tuple[str, ...] = ()  # ... or as many as these run directories sampled together
-    max_bad_steps: int = 3  # this many non-finite optimizer steps in a row abort the run
+    max_bad_steps: Positive[int] = 3  # this many non-finite optimizer steps in a row abort the run
 
 
 @dataclass(frozen=True)
 class LossConfig:
     kind: str = "grpo"  # grpo | gspo | luspo | dhpo | cispo | minpro | kl_cov | r2vpo: the policy loss, see losses/
     options: dict[str, Any] = field(default_factory=dict)  # the loss's own settings
-    aggregation: str = "token_mean"  # token_mean | sequence_mean | constant (divide by max_new_tokens)
-    clip_low: float = 0.2  # of the token ratio (grpo, dhpo, minpro) or the sequence ratio (gspo, luspo)
-    clip_high: float = 0.2  # larger than clip_low: DAPO's clip-higher
-    dual_clip: float = 0.0  # grpo, minpro: where A < 0 the loss stops at this ratio; 0: off (verl 3, DAPO's recipe 10)
+    # constant: divided by max_new_tokens
+    aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+    # Clip of the token ratio (grpo, dhpo, minpro) or the sequence ratio (gspo, luspo)
+    clip_low: Annotated[float, Must(lambda x: 0 <= x < 1, "must satisfy 0 <= clip_low < 1")] = 0.2
+    clip_high: NotNegative[float] = 0.2  # larger than clip_low: DAPO's clip-higher
+    # grpo, minpro: where A < 0 the loss stops at this ratio; 0: off (verl 3, DAPO's recipe 10)
+    dual_clip: Annotated[float, Must(lambda x: x == 0 or x > 1, "must be a ratio above 1; 0 turns it off")] = 0.0
     kl_coef: float = 1e-4  # 0: no reference model is loaded
-    kl_kind: str = "k3"  # k1 | k2 | k3
-    tis_cap: float = 0.0  # truncated importance sampling against the sampler's log-probs; 0: off
-    old_logprobs: str = "trainer"  # trainer: recomputed; sampler: as sampled (exact only with a float32 sampler)
+    kl_kind: Literal["k1", "k2", "k3"] = "k3"
+    tis_cap: NotNegative[float] = 0.0  # truncated importance sampling against the sampler's log-probs; 0: off
+    # trainer: recomputed; sampler: as sampled (exact only with a float32 sampler)
+    old_logprobs: Literal["trainer", "sampler"] = "trainer"
     normalize_std: bool = True  # divide the group advantage by the group's standard deviation
 
 
 @dataclass(frozen=True)
 class LapoConfig:
-    fidelity: str = "recommended"  # recommended | paper | code: see methods/lapo.py
+    fidelity: Literal["recommended", "paper", "code"] = "recommended"  # see methods/lapo.py
     alpha: float = 0.7  # Eq. 4
     beta: float | None = None  # Eq. 6; None: 0.8 (paper: 0.7)
-    decay: float | None = None  # width of f(d) in tokens; None: 100 * max_new_tokens / 4096
-    sigma: float | None = None  # Eq. 7, tokens; None: 120 * max_new_tokens / 4096
-    percentiles: tuple[float, ...] = (30.0, 70.0)  # Eq. 2
-    statistic: str = "median"  # median | mean | minimum: what M(q) records (paper, Table 3)
-    guidance: str = "exact"  # exact | range | outside | implicit (paper, Table 2)
+    decay: Positive[float] | None = None  # width of f(d) in tokens; None: 100 * max_new_tokens / 4096
+    sigma: Positive[float] | None = None  # Eq. 7, tokens; None: 120 * max_new_tokens / 4096
+    percentiles: tuple[float, float] = (30.0, 70.0)  # Eq. 2
+    statistic: Literal["median", "mean", "minimum"] = "median"  # what M(q) records (paper, Table 3)
+    guidance: Literal["exact", "range", "outside", "implicit"] = "exact"  # how a prompt states n (paper, Table 2)
     length_map: str = ""  # stage 2: the length_map.json that stage 1 wrote
 
 
@@ -156,13 +177,13 @@ class NoOptions:
 
 @dataclass(frozen=True)
 class MethodConfig:
-    name: str = ""  # "file:Class" below nanolapo/methods; empty: the script's own
+    name: str = ""  # "file:Class" below nanolapo/methods; empty: the class that the script names
     options: dict[str, Any] = field(default_factory=dict)  # the method's own settings
 
 
 @dataclass(frozen=True)
 class WandbConfig:
-    mode: str = "disabled"  # online | offline | disabled
+    mode: Literal["online", "offline", "disabled"] = "disabled"
     project: str = "nanolapo"
 
 
@@ -191,7 +212,7 @@ class WarmStartConfig:
     steps: int = 20
     batch_tokens: int = 2500
     learning_rate: float = 1e-4
-    pace: tuple[float, ...] = (7.0, 22.0)  # tokens per operation of the written solutions, between these two
+    pace: tuple[float, float] = (7.0, 22.0)  # tokens per operation of the written solutions, between these two
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""YAML in, frozen dataclasses out, strictly: an unknown key, a wrong type or a batch that does not divide is one line.
+"""YAML in, frozen dataclasses out, strictly: an unknown key, a wrong value or a batch that does not divide is one line.
 
 A config file may name a parent (`extends: base.yaml`, relative to itself); its own keys win. `${section.key}` in a string
 stands for that key's value. On the command line `section.key=value` overrides one value and `method=FILE.yaml` lays a
@@ -15,12 +15,11 @@ import re
 import types
 import typing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 
 from nanolapo.config import Config, UserError
-from nanolapo.config_checks import validate
 
 REFERENCE = re.compile(r"\$\{(\w+)\.(\w+)\}")
 T = TypeVar("T")
@@ -37,7 +36,7 @@ def build(cls: type[T], values: Any, where: str) -> T:
     """
     if not isinstance(values, dict):
         raise UserError(f"{where or 'the config'} must be a mapping of keys to values, not {values!r}")
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     prefix = f"{where}." if where else ""
     for key in values:
         if key not in hints:
@@ -60,8 +59,20 @@ def convert(value: Any, hint: Any, key: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         return None if value is None else convert(value, args[0], key)
+    if origin is Annotated:
+        value, must = convert(value, args[0], key), args[1]
+        if must.hold(value):
+            return value
+        raise UserError(f"{key}={value} {must.words}")
+    if origin is Literal:
+        if value in args:
+            return value
+        close = difflib.get_close_matches(str(value), args, n=1, cutoff=0.0)[0]
+        raise UserError(f"{key}={value!r} is not one of {', '.join(map(repr, args))}; did you mean {close!r}?")
     if origin is tuple:
         items = value if isinstance(value, (list, tuple)) else [value]
+        if args[1] is not Ellipsis and len(items) != 2:
+            raise UserError(f"{key}={value!r}: give exactly two numbers")
         return tuple(convert(item, args[0], f"{key}[{i}]") for i, item in enumerate(items))
     if origin is dict and isinstance(value, dict):
         return dict(value)
@@ -130,6 +141,41 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     config = build(Config, fill_references(values, values), "")
     validate(config)
     return config
+
+
+def validate(config: Config, world_size: int = 1) -> None:
+    """Check a config, also one made in Python: every value as if it came from a file, then those that must fit together."""
+    build(Config, dataclasses.asdict(config), "")
+    r = config.rollout
+    if r.top_p != 1.0:
+        raise UserError(
+            f"rollout.top_p={r.top_p}: the trainer's ratios use the full vocabulary, so samples cut by top-p would be "
+            "weighted wrongly; set rollout.top_p=1.0 (evaluate.top_p may be lower)"
+        )
+    if r.tensor_parallel > 1 and r.engine == "torch":
+        raise UserError("rollout.tensor_parallel needs rollout.engine=vllm; the torch sampler keeps whole copies")
+    if world_size % r.tensor_parallel:
+        raise UserError(f"rollout.tensor_parallel={r.tensor_parallel} does not divide the {world_size} ranks")
+    engines = world_size // r.tensor_parallel
+    if r.prompts_per_step % engines:
+        raise UserError(
+            f"rollout.prompts_per_step={r.prompts_per_step} does not divide over {engines} samplers; each owns whole "
+            f"groups, so use a multiple of {engines}"
+        )
+    batch = config.train.batch_size or config.rollouts_per_step
+    if batch < 0 or batch % r.group_size or config.rollouts_per_step % batch:
+        raise UserError(
+            f"train.batch_size={batch} must be a multiple of rollout.group_size={r.group_size} and divide the "
+            f"{config.rollouts_per_step} rollouts of a step (rollout.prompts_per_step x rollout.group_size)"
+        )
+    loss = config.loss
+    if loss.tis_cap and loss.old_logprobs == "sampler":
+        raise UserError(
+            f"loss.tis_cap={loss.tis_cap}: a positive cap on p_old / p_sampler, which is always 1 under loss.old_logprobs="
+            "sampler; set loss.old_logprobs=trainer, or loss.tis_cap=0"
+        )
+    if not 0 <= config.lapo.percentiles[0] <= config.lapo.percentiles[1] <= 100:
+        raise UserError(f"lapo.percentiles={list(config.lapo.percentiles)}: need 0 <= low <= high <= 100")
 
 
 def fill_references(value: Any, values: dict[str, Any], within: tuple[str, ...] = ()) -> Any:

@@ -17,7 +17,7 @@ import torch
 
 from nanolapo.alarms import Alarms
 from nanolapo.config import Config, UserError
-from nanolapo.config_checks import validate
+from nanolapo.config_file import validate
 from nanolapo.data.load import Data
 from nanolapo.grader import Grader
 from nanolapo.methods.base import Method

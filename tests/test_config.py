@@ -5,7 +5,7 @@ Run: python -m pytest tests/test_config.py
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +13,10 @@ import yaml
 from tiny import make_config
 
 from nanolapo.config import Config, UserError
-from nanolapo.config_checks import validate
-from nanolapo.config_file import build, load_config, overlay, to_yaml
+from nanolapo.config_file import build, load_config, overlay, to_yaml, validate
 from nanolapo.methods import load_method
+from nanolapo.methods.base import Method
+from nanolapo.methods.lapo import Discovery
 
 ROOT = Path(__file__).parents[1]
 # compare.yaml is a plan of runs, see tests/reproduce/test_compare.py
@@ -170,6 +171,26 @@ def test_impossible_values_name_key_and_remedy(write, overrides, expected):
     assert expected in refused(write("{}"), *overrides)
 
 
+@pytest.mark.parametrize(
+    ("section", "changes", "expected"),
+    [
+        ("model", {"sharding": "fsdp3"}, "model.sharding='fsdp3' is not one of 'ddp', 'fsdp2'; did you mean 'fsdp2'?"),
+        ("model", {"lora_rank": -1}, "model.lora_rank=-1 must not be negative"),
+        ("train", {"steps": 0}, "train.steps=0 must be positive"),
+        ("train", {"learning_rate": float("nan")}, "train.learning_rate=nan must be a finite number"),
+        ("lapo", {"decay": 0.0}, "lapo.decay=0.0 must be positive"),
+        ("lapo", {"percentiles": (30.0, 50.0, 70.0)}, "exactly two numbers"),
+        ("loss", {"clip_low": 1.0}, "0 <= clip_low < 1"),
+    ],
+)
+def test_a_config_made_in_python_is_checked_like_one_from_a_file(section, changes, expected):
+    config = make_config()
+    validate(config)
+    with pytest.raises(UserError) as error:
+        validate(replace(config, **{section: replace(getattr(config, section), **changes)}))
+    assert expected in str(error.value)
+
+
 def test_B4_prompts_that_do_not_divide_over_the_ranks():
     """A rank owns whole groups."""
     config = make_config(rollout={"prompts_per_step": 6})
@@ -270,6 +291,13 @@ def test_method_options_are_strict():
         build(Options, {"strenght": 1}, "method.options")
     with pytest.raises(UserError, match="unknown key method.options.alpha; method.options takes no keys here"):
         load_method(make_config(method={"name": "base:Method", "options": {"alpha": 1}}))
+
+
+def test_a_script_names_its_class_and_the_config_may_name_a_rival():
+    """The name is written down either way: config.yaml says which class was trained."""
+    for name, kind in (("", Discovery), ("base:Method", Method)):
+        method = load_method(make_config(method={"name": name}), default=Discovery)
+        assert type(method) is kind and method.config.method.name == (name or "lapo:Discovery")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanolapo import loop
 from nanolapo.config import Config, UserError
-from nanolapo.config_checks import validate
+from nanolapo.config_file import validate
 from nanolapo.demo.pretrain import DemoConfig, make_model, make_tokenizer
 from nanolapo.methods.base import Method
 from nanolapo.model.folder import save_model

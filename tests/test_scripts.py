@@ -66,6 +66,16 @@ def test_help_says_what_the_script_does(name: str) -> None:
     assert result.returncode == 0 and "section.key=value" in result.stdout and "configs/" in result.stdout
 
 
+@pytest.mark.parametrize("name", ["train_stage1.py", "train_stage2.py", "evaluate.py"])
+@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["configs/demo/stage1.yaml", "run.sede=3"], 2)])
+def test_help_and_a_mistake_in_the_config_do_not_wait_for_torch(name: str, arguments: list[str], code: int) -> None:
+    command = [sys.executable, "-X", "importtime", str(ROOT / name), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, env=environment())
+    imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines() if line.startswith("import time:")}
+    assert result.returncode == code and "nanolapo.cli" in imported
+    assert not imported & {"torch", "transformers", "numpy"}
+
+
 def test_dry_run_prints_everything_and_writes_nothing(base: Path, tmp_path: Path) -> None:
     result = script("train_stage1.py", write_config(base, tmp_path), "--dry-run")
     assert result.returncode == 0, result.stderr

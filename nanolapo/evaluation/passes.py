@@ -14,7 +14,6 @@ from pathlib import Path
 
 from nanolapo.checkpoint import NAME
 from nanolapo.config import Config, PromptConfig, UserError
-from nanolapo.config_checks import CHOICES
 from nanolapo.config_file import build, overlay, to_yaml
 from nanolapo.data.load import Data, fit_prompts, gradable_problems
 from nanolapo.data.prompts import Prompter
@@ -90,10 +89,7 @@ def prompt_of(config: Config, name: str) -> PromptConfig:
     given, key = config.evaluate.prompts.get(name, {}), f"evaluate.prompts.{name}"
     if not isinstance(given, dict):
         raise UserError(f"{key}={given!r} must be a mapping of prompt keys to values, such as {{style: chat}}")
-    prompt = build(PromptConfig, overlay(asdict(config.prompt), given), key)
-    if prompt.style not in CHOICES["prompt.style"]:
-        raise UserError(f"{key}.style={prompt.style!r} is not one of {', '.join(map(repr, CHOICES['prompt.style']))}")
-    return prompt
+    return build(PromptConfig, overlay(asdict(config.prompt), given), key)
 
 
 def instruction(text: str) -> Pass:

@@ -192,9 +192,3 @@ class Loss:
     def after_update(self, trained: dict[str, float]) -> dict[str, float]:
         """Change `state` after the updates of a step, given what they logged; returns further numbers to log."""
         return {}
-
-
-def need_range(name: str, value: float, smallest: float, largest: float) -> None:
-    """Refuse an option outside its range."""
-    if not smallest <= value <= largest:
-        raise UserError(f"loss.options.{name}={value}: need {smallest:g} <= {name} <= {largest:g}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,18 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanolapo.losses.grpo import Loss, LossInputs, need_range
+from nanolapo.config import NotNegative, Share
+from nanolapo.losses.grpo import Loss, LossInputs
 from nanolapo.rollouts import Rollouts
 
 
 @dataclass(frozen=True)
 class KlCovOptions:
-    share: float = 0.002  # of the step's tokens that carry the KL term
-    coef: float = 1.0  # its weight
-
-    def __post_init__(self) -> None:
-        need_range("share", self.share, 0.0, 1.0)
-        need_range("coef", self.coef, 0.0, math.inf)
+    share: Share = 0.002  # of the step's tokens that carry the KL term
+    coef: NotNegative[float] = 1.0  # its weight
 
 
 def high_covariance(logprobs: Sequence[np.ndarray], advantages: Tensor, keep_B: np.ndarray, share: float) -> Tensor:

@@ -12,19 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanolapo.config import Config
-from nanolapo.losses.grpo import Loss, LossInputs, need_range
+from nanolapo.config import Config, NotNegative
+from nanolapo.losses.grpo import Loss, LossInputs
 
 
 @dataclass(frozen=True)
 class R2vpoOptions:
-    lam: float = 1.0  # at the start
-    rate: float = 1.0  # 0 keeps lam as it is
-    target: float = 0.01  # of mean((r - 1)^2)
-
-    def __post_init__(self) -> None:
-        for name in ("lam", "rate", "target"):
-            need_range(name, getattr(self, name), 0.0, math.inf)
+    lam: NotNegative[float] = 1.0  # at the start
+    rate: NotNegative[float] = 1.0  # 0 keeps lam as it is
+    target: NotNegative[float] = 0.01  # of mean((r - 1)^2)
 
 
 def next_lam(lam: float, variance: float, rate: float, target: float) -> float:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nanolapo.losses.grpo import Loss, LossInputs, clipped_surrogate, need_range
+from nanolapo.config import NotNegative, Share
+from nanolapo.losses.grpo import Loss, LossInputs, clipped_surrogate
 
 
 def sequence_ratio(x: LossInputs) -> Tensor:
@@ -48,14 +48,9 @@ class Luspo(Gspo):
 class DhpoOptions:
     """Unverified: the mix is ours, the sequence clips are GSPO's numbers. The token ratio's clips are loss.clip_*."""
 
-    token_weight: float = 0.5  # w of the token ratio, 1 - w of the sequence ratio
-    sequence_clip_low: float = 3e-4
-    sequence_clip_high: float = 4e-4
-
-    def __post_init__(self) -> None:
-        need_range("token_weight", self.token_weight, 0.0, 1.0)
-        need_range("sequence_clip_low", self.sequence_clip_low, 0.0, 1.0)
-        need_range("sequence_clip_high", self.sequence_clip_high, 0.0, math.inf)
+    token_weight: Share = 0.5  # w of the token ratio, 1 - w of the sequence ratio
+    sequence_clip_low: Share = 3e-4
+    sequence_clip_high: NotNegative[float] = 4e-4
 
 
 class Dhpo(Loss):

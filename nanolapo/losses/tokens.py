@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from nanolapo.losses.grpo import Loss, LossInputs, need_range
+from nanolapo.config import Must
+from nanolapo.losses.grpo import Loss, LossInputs
 
 
 @dataclass(frozen=True)
 class CispoOptions:
-    cap: float = 5.0  # largest weight of a token
-
-    def __post_init__(self) -> None:
-        need_range("cap", self.cap, 1.0, math.inf)
+    cap: Annotated[float, Must(lambda x: x >= 1, "must be at least 1")] = 5.0  # largest weight of a token
 
 
 class Cispo(Loss):

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 
 from nanolapo.config import Config, UserError
 from nanolapo.methods.base import Method
 
 
-def load_method(config: Config) -> Method:
-    """Build the method that `method.name` names. Raises UserError naming the key when there is no such class."""
+def load_method(config: Config, default: type[Method] | None = None) -> Method:
+    """Build the method that `method.name` names, or `default` where it is empty. Raises UserError for an unknown class.
+
+    The name of the default is written into the method's config, so that config.yaml says which class was trained.
+
+    >>> load_method(Config(), Method).config.method.name
+    'base:Method'
+    """
+    if default and not config.method.name:
+        name = f"{default.__module__.rpartition('.')[2]}:{default.__name__}"
+        config = replace(config, method=replace(config.method, name=name))
     file, _, class_name = config.method.name.partition(":")
     try:
         if not file.isidentifier():

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +31,29 @@ PAPER_LIMIT = 4096  # max generation length of the paper; its 100 and 120 tokens
 
 @dataclass(frozen=True)
 class Readings:
-    """One way to read the paper where text and code differ."""
+    """One way to read the paper where text and code differ. The defaults are the recommended one."""
 
-    beta: float  # weight of the length reward in stage 2
-    strict_range: bool  # stage 1: a range that is a single point gives no length reward at all
-    unsolved_center: str  # stage 2, unsolved problem: Gaussian around the "group_median" or around the "limit"
-    live_map: bool  # stage 2: prompts are rebuilt from the current M(q), or keep stage 1's numbers
-    round_target: bool  # printed n is round(M), or M cut to an integer
-    half_limit: bool  # stage 2 samples at most half of max_new_tokens (2048 of 4096)
-    cut_answers_count: bool  # an answer cut at the limit with its box already printed may be right
-    grader_rule: str  # "math", or the code's first box up to the first brace, compared as text
+    beta: float = 0.8  # weight of the length reward in stage 2
+    strict_range: bool = False  # stage 1: a range that is a single point gives no length reward at all
+    unsolved_center: str = "group_median"  # stage 2, unsolved problem: Gaussian around that, or around the "limit"
+    live_map: bool = True  # stage 2: prompts are rebuilt from the current M(q), or keep stage 1's numbers
+    round_target: bool = True  # printed n is round(M), or M cut to an integer
+    half_limit: bool = False  # stage 2 samples at most half of max_new_tokens (2048 of 4096)
+    cut_answers_count: bool = False  # an answer cut at the limit with its box already printed may be right
+    grader_rule: str = "math"  # or "exact_first_boxed": the code's first box up to the first brace, compared as text
 
 
 READINGS = {
-    "recommended": Readings(0.8, False, "group_median", True, True, False, False, "math"),
-    "paper": Readings(0.7, False, "limit", True, True, False, True, "math"),
-    "code": Readings(0.8, True, "group_median", False, False, True, True, "exact_first_boxed"),
+    "recommended": Readings(),
+    "paper": Readings(beta=0.7, unsolved_center="limit", cut_answers_count=True),
+    "code": Readings(
+        strict_range=True,
+        live_map=False,
+        round_target=False,
+        half_limit=True,
+        cut_answers_count=True,
+        grader_rule="exact_first_boxed",
+    ),
 }
 
 
@@ -103,6 +110,21 @@ def internalization_reward(
     return correct + beta * correct * np.exp(-((lengths - target) ** 2) / (2 * sigma**2))
 
 
+def stated_length(target: float | None, limit: int, multiple: int = 1, rounded: bool = True) -> int:
+    """n, the number of tokens that a stage-2 prompt states: M(q), or the generation limit for an unsolved problem (Eq. 3).
+
+    It is a multiple of `multiple`, the nearest one or (not rounded) the next one below, and at least 1.
+
+    >>> stated_length(1300.7, limit=4096), stated_length(1300.7, limit=4096, rounded=False), stated_length(None, limit=4096)
+    (1301, 1300, 4096)
+    >>> stated_length(1330.0, limit=4096, multiple=100)
+    1300
+    """
+    tokens = limit if target is None else target
+    n = round(tokens / multiple) if rounded else int(tokens / multiple)
+    return max(1, n * multiple)
+
+
 class Lapo(Method):
     """What the two stages share: the map, the readings, and the lengths that may enter the map."""
 
@@ -157,9 +179,8 @@ class Discovery(Lapo):
     def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:
         lengths, correct = rollouts.by_group(rollouts.lengths_B), rollouts.by_group(rollouts.correct_B)
         c = self.config.lapo
-        low, high = c.percentiles
         total = np.concatenate([
-            discovery_reward(lengths[g], correct[g], c.alpha, self.decay, (low, high), self.readings.strict_range)
+            discovery_reward(lengths[g], correct[g], c.alpha, self.decay, c.percentiles, self.readings.strict_range)
             for g in range(len(rollouts.problems))
         ])  # fmt: skip
         verdict = rollouts.correct_B.astype(np.float64)
@@ -187,23 +208,19 @@ class Internalization(Lapo):
 
     def sampling(self, step: int) -> SamplingPlan:
         plan = super().sampling(step)
-        limit = plan.max_new_tokens // 2 if self.readings.half_limit else plan.max_new_tokens
-        return SamplingPlan(plan.num_prompts, plan.group_size, plan.temperature, limit)
+        return replace(plan, max_new_tokens=plan.max_new_tokens // 2) if self.readings.half_limit else plan
 
     def guidance(self, problem: Problem, rollout_index: int, step: int) -> Guidance:
-        """n = M(q), printed as an integer; an unsolved problem is given the generation limit (Eq. 3)."""
-        c, multiple = self.config.lapo, self.config.prompt.length_multiple
-        target = self.length_map.target(problem.id)
-        n = float(self.config.rollout.max_new_tokens) if target is None else target
-        n = (round if self.readings.round_target else int)(n / multiple) * multiple
-        n = max(n, 1)
-        if (
-            c.guidance == "range"
-        ):  # that of Eq. 2. Unsolved, there is none: the band in which the reward is above exp(-1/2)
-            known = self.length_map.typical_range(problem.id, (c.percentiles[0], c.percentiles[1]))
+        """State n = M(q) in the prompt, in the form that lapo.guidance names (Table 2)."""
+        c = self.config
+        target, multiple = self.length_map.target(problem.id), c.prompt.length_multiple
+        n = stated_length(target, c.rollout.max_new_tokens, multiple, self.readings.round_target)
+        if c.lapo.guidance == "range":
+            known = self.length_map.typical_range(problem.id, c.lapo.percentiles)
+            # An unsolved problem has no range: then the band in which the reward is above exp(-1/2)
             low, high = known or (max(1.0, n - self.sigma), n + self.sigma)
             return range_guidance(low, high, n)
-        return {"exact": exact_guidance, "outside": outside_guidance, "implicit": implicit_guidance}[c.guidance](n)
+        return {"exact": exact_guidance, "outside": outside_guidance, "implicit": implicit_guidance}[c.lapo.guidance](n)
 
     def center(self, problem: Problem, lengths_G: np.ndarray, correct_G: np.ndarray, budget: float) -> float:
         """n of Eq. 7 for one group: the number in its prompt, M(q) before this step's update; nan: there is none."""

@@ -1,7 +1,6 @@
 """What will a run need? Memory per GPU, seconds per step, hours and disk from a config and a machine, without weights.
 
-    python -m nanolapo.plan.cost CONFIG.yaml [section.key=value ...] --machine 4xA100-80GB|8xH100-80GB|8xH200-141GB|cpu
-        [--mean-tokens N] [--prompt-tokens N] [--calibrate]
+    python -m nanolapo.plan CONFIG.yaml ...   (__main__.py)
 
 Memory is footprint.py. Training is counted in FLOPs: 2 per weight and token forward, twice that backward (the "6 N D" of
 Kaplan et al., arXiv 2001.08361, section 2.1), and attention. Sampling: every decode step reads all weights, and the cached
@@ -15,16 +14,13 @@ round is counted.
 
 from __future__ import annotations
 
-import argparse
 import math
 from dataclasses import dataclass
 
-from nanolapo.cli import run
 from nanolapo.config import Config, UserError
-from nanolapo.config_checks import validate
-from nanolapo.config_file import load_config
+from nanolapo.config_file import validate
 from nanolapo.plan.footprint import Expected, bytes_of, cache_rows, expect, fit, memory, prompt_share, remedy, uses_vllm
-from nanolapo.plan.machines import Machine, Shape, load_shape, parse_machine
+from nanolapo.plan.machines import Machine, Shape, load_shape
 from nanolapo.samplers.torch_sampler import REPACK
 from nanolapo.session import token_limit
 
@@ -167,27 +163,3 @@ def disk(config: Config, shape: Shape, e: Expected, steps: int) -> dict[str, flo
         "model": bytes_of(config.model.dtype) * shape.num_params / 1e9,
         "logs": logs / 1e9,
     }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", metavar="CONFIG.yaml")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
-    parser.add_argument("--machine", required=True, help="cpu, or a number and a kind of GPU, as in 8xH100-80GB")
-    parser.add_argument(
-        "--mean-tokens", type=float, help="mean length of an answer; else an earlier run's, else the limit"
-    )
-    parser.add_argument("--prompt-tokens", type=float, help="mean length of a prompt")
-    parser.add_argument("--calibrate", action="store_true", help="measure speed here, with the model of model.path")
-    arguments = parser.parse_intermixed_args()
-    config = load_config(arguments.config, arguments.overrides)
-    machine = parse_machine(arguments.machine, config)
-    if arguments.calibrate:
-        from nanolapo.plan.calibrate import calibrate
-
-        machine = calibrate(config, machine, expect(config, arguments.mean_tokens, arguments.prompt_tokens))
-    print("\n".join(plan(config, machine, arguments.mean_tokens, arguments.prompt_tokens).lines()))
-
-
-if __name__ == "__main__":
-    run(main)

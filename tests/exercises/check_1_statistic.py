@@ -37,7 +37,7 @@ def test_the_config_takes_it():
     except UserError as error:
         config = None
         said = str(error)
-    assert config is not None, f"lapo.statistic=p25 is refused ({said}); choices are in nanolapo/config_checks.py"
+    assert config is not None, f"lapo.statistic=p25 is refused ({said}); choices are in nanolapo/config.py"
 
 
 def test_stage_1_records_it():

@@ -37,7 +37,7 @@ def test_the_config_takes_it():
         load_config(DEMO, ["lapo.guidance=at_most"])
     except UserError as error:
         said = str(error)
-    assert not said, f"lapo.guidance=at_most is refused ({said}); choices are in nanolapo/config_checks.py"
+    assert not said, f"lapo.guidance=at_most is refused ({said}); choices are in nanolapo/config.py"
 
 
 def test_the_sentence_states_the_upper_end_and_the_reward_aims_at_the_map(tmp_path):

@@ -21,8 +21,7 @@ from tiny import CPU, make_config, make_rows, score_rows
 from transformers import AutoModelForCausalLM
 
 from nanolapo.config import Config, LossConfig, UserError
-from nanolapo.config_checks import validate
-from nanolapo.config_file import load_config
+from nanolapo.config_file import load_config, validate
 from nanolapo.losses import LOSSES, BatchTotals, LossInputs, load_loss, policy_loss, row_weights
 from nanolapo.losses.kl_cov import high_covariance
 from nanolapo.losses.r2vpo import next_lam
@@ -442,7 +441,7 @@ def drift(policy: Policy, rollouts: Rollouts) -> list[float]:
         ({"dual_clip": 3.0, "kind": "cispo"}, "loss.dual_clip=3.0.*'cispo'"),
         ({"tis_cap": 2.0, "old_logprobs": "sampler"}, "loss.tis_cap=2.0.*loss.old_logprobs=trainer"),
         ({"tis_cap": -1.0}, "loss.tis_cap=-1.0"),
-        ({"kind": "cispo", "options": {"cap": 0.5}}, "loss.options.cap=0.5: need 1 <= cap"),
+        ({"kind": "cispo", "options": {"cap": 0.5}}, "loss.options.cap=0.5 must be at least 1"),
         ({"kind": "kl_cov", "options": {"share": 1.5}}, "loss.options.share=1.5"),
         ({"kind": "r2vpo", "options": {"lam": -1.0}}, "loss.options.lam=-1.0"),
         ({"kind": "dhpo", "options": {"token_weight": 2.0}}, "loss.options.token_weight=2.0"),

@@ -12,10 +12,10 @@ import pytest
 import torch
 from tiny import make_config, make_problems, make_rows
 
-from nanolapo.cli import most_tokens
 from nanolapo.config import UserError
 from nanolapo.data.order import batch_indices
 from nanolapo.methods.aepo import Aepo, pair_rows
+from nanolapo.plan.dry_run import most_tokens
 from nanolapo.rollouts import Rollouts
 
 

@@ -24,7 +24,7 @@ from nanolapo.checkpoint import save_checkpoint
 from nanolapo.config import UserError
 from nanolapo.microbatches import plan_microbatches
 from nanolapo.model import attention
-from nanolapo.plan import cost as planner
+from nanolapo.plan import __main__ as planner
 from nanolapo.plan.cost import Plan, disk, sampling_seconds, training_flops
 from nanolapo.plan.footprint import Expected, expect, prompt_share
 from nanolapo.plan.machines import Machine, load_shape

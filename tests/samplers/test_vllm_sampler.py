@@ -290,9 +290,7 @@ def test_A16_end_ids_are_all_that_ends_a_row(tied: tuple[VLLMSampler, PreTrained
     samples = sampler.generate(make_requests(128, length=100), Decoding(1.5))
     sampler.end_ids = ends
     assert all(len(s.ids) == 100 and not s.finished for s in samples)
-    assert (
-        sum(END_CONFIG in s.ids for s in samples) > 40
-    )  # about 73 by chance
+    assert sum(END_CONFIG in s.ids for s in samples) > 40  # about 73 by chance
 
 
 def test_A19_the_seed_decides_and_nothing_else(tied: tuple[VLLMSampler, PreTrainedModel]) -> None:

@@ -1,0 +1,49 @@
+"""`python train_stage1.py CONFIG.yaml --dry-run`: everything that can be known about a run without loading any weights."""
+
+from __future__ import annotations
+
+import os
+
+from nanolapo.config import Config
+from nanolapo.config_file import to_yaml, validate
+from nanolapo.data.load import load_data
+from nanolapo.grader import Grader
+from nanolapo.methods.base import Method
+from nanolapo.plan.cost import plan
+from nanolapo.plan.machines import this_machine
+from nanolapo.session import token_limit
+
+
+def dry_run(config: Config, method: Method) -> None:
+    """Check config and data; print the config, the batch arithmetic, what the run will cost, and one prompt."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    validate(config, ranks)
+    limit = token_limit(config)
+    with Grader(rule=method.grader_rule) as grader:
+        data = load_data(config, grader)
+    method.start(data.problems)
+    guidance = method.guidance(data.problems[0], 0, 0)
+    most = monitored = 0
+    for step in range(config.train.steps):
+        method.progress = step / config.train.steps
+        most += most_tokens(method, step)
+        if extra := method.possible_monitor(step):
+            monitored += len(extra.problem_indices) * extra.group_size
+    print(to_yaml(config))
+    print("\n".join([*data.report, f"{len(data.problems)} problems", config.arithmetic(ranks)]))
+    print(f"at most {most:,} sampled tokens in {config.train.steps} steps (upper bound: every answer at the limit)")
+    if limit:
+        print(f"stops after the step that reaches {limit:,} sampled tokens")
+    prompts = [len(data.prompter.ids(p.question, method.guidance(p, 0, 0))) for p in data.problems[:200]]
+    planned = plan(config, this_machine(config), None, sum(prompts) / len(prompts), monitored / config.train.steps)
+    print("\n".join(planned.lines()))
+    print(f"one prompt, as the model sees it:\n---\n{data.prompter.render(data.problems[0].question, guidance)}\n---")
+
+
+def most_tokens(method: Method, step: int) -> int:
+    """Upper bound of what a step samples: every round of dynamic sampling and a monitor pass, every answer at the limit."""
+    rounds, monitor = method.sampling(step), method.possible_monitor(step)
+    tokens = rounds.num_prompts * rounds.max_rounds * rounds.group_size * rounds.max_new_tokens
+    if monitor:
+        tokens += len(monitor.problem_indices) * monitor.group_size * monitor.max_new_tokens
+    return tokens
