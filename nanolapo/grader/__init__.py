@@ -68,13 +68,9 @@ class Grader:
     """
 
     def __init__(
-        self,
-        workers: int = 2,
-        deadline_s: float = 5.0,
-        max_memory_gb: float = 2.0,
-        rule: str = "math",
-        require_think_close: bool = False,
-    ) -> None:
+        self, workers: int = 2, deadline_s: float = 5.0, max_memory_gb: float = 2.0, *,
+        rule: str = "math", require_think_close: bool = False,
+    ) -> None:  # fmt: skip
         if rule not in ("math", "exact_first_boxed"):
             raise ValueError(f"rule is 'math' or 'exact_first_boxed', not {rule!r}")
         self.rule, self.require_think_close = rule, require_think_close

@@ -1,9 +1,9 @@
-"""Compare two final answers as text: normalise the LaTeX, decide numbers, words, lists and tuples exactly, leave the rest.
+"""Compares two final answers as text: it normalises the LaTeX and decides numbers, words, lists and tuples exactly.
 
 `equal(a, reference, leaf)` walks the structure (lists, tuples, labels, equations) and settles everything that needs no
-algebra; two formulas it cannot settle go to `leaf`, which the grader's workers answer with math-verify and which the
-trainer's own process answers by "ask a worker". Plain string work with linear regular expressions on short texts: no
-text is ever evaluated here, and `hostile` turns away what would be too long or too large to look at.
+algebra. It hands two formulas that it cannot settle to `leaf`. In a worker, `leaf` is math-verify. In the trainer's process
+it says "ask a worker". All of this is string work on short texts, with regular expressions that take linear time. No text
+is ever evaluated here, and `hostile` turns away answers that are too long or too large to look at.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from fractions import Fraction
+from functools import lru_cache
 
 Leaf = Callable[[str, str], bool]
 
@@ -82,8 +83,9 @@ LABEL = re.compile(r"(?:[A-Za-z+\-|(),']|\\text\{[^{}]*\}|\\[a-zA-Z]++ ?|\\overl
 ONE_SYMBOL = re.compile(r"\(?(?:\\?[A-Za-z](?:,|(?=\))|$))+\)?|[A-Za-z]\([A-Za-z,]+\)|\\[a-zA-Z]+|\\text\{[^{}]*\}")
 
 
+@lru_cache(1000)  # the rows of a group share a reference answer
 def normalise(text: str) -> str:
-    r"""One spelling for what means the same.
+    r"""Rewrite an answer so that spellings with the same meaning become equal.
 
     >>> normalise(r"\dfrac12 \text{ cm}"), normalise("1,234"), normalise(r"x \in \left[ 1, 2\right)")
     ('\\frac{1}{2}', '1234', '[1,2)')
@@ -120,7 +122,7 @@ def number(text: str) -> Fraction | None:
 
 
 def hostile(answer: str, reference: str) -> bool:
-    """Too long, too deep or too large to hand to a computer algebra system (the workers check the size of powers)."""
+    """True if an answer is too long, deep or large for a computer algebra system. Workers check the size of powers."""
     if len(answer) > max(1000, 4 * len(reference)) or re.search(r"\d{500}", answer):
         return True
     depth = deepest = 0
@@ -148,12 +150,7 @@ def equal(answer: str, reference: str, leaf: Leaf) -> bool:
     tuple_a, tuple_r = _tuple(answer), _tuple(reference)
     if (tuple_a and right is not None) or (tuple_r and left is not None):
         return False
-    if (kind_a, len(items_a), kind_r, len(items_r)) != (
-        "bare",
-        1,
-        "bare",
-        1,
-    ):  # a set or a list on either side
+    if not (kind_a == kind_r == "bare" and len(items_a) == len(items_r) == 1):  # a set or a list on either side
         if tuple_r:  # "1, 2" may stand for (1,2), in that order; {1,2} may not
             return kind_a == "bare" and _in_order(items_a, tuple_r[1:], leaf)
         if tuple_a:
@@ -184,7 +181,7 @@ def _in_order(answers: list[str], references: list[str], leaf: Leaf) -> bool:
 
 
 def _any_order(answers: list[str], references: list[str], leaf: Leaf) -> bool:
-    """Equality is transitive, so taking the first match is enough."""
+    """Takes the first match of each answer, which is enough because equality is transitive."""
     if len(answers) != len(references):
         return False
     left = list(references)
@@ -203,7 +200,7 @@ def _plain(text: str) -> str:
 
 
 def _bare(text: str) -> str:
-    """Without subscripts and function arguments: a_{10} -> a, f(2) -> f."""
+    """Drop subscripts and function arguments: a_{10} -> a, f(2) -> f."""
     return re.sub(r"(?<=[A-Za-z}])\(-?\d+\)", "", re.sub(r"_(?:\{[^{}]*\}|\w)", "", text))
 
 
@@ -213,7 +210,7 @@ def _is_label(text: str) -> bool:
 
 
 def _closes_at_end(text: str) -> bool:
-    """Does the bracket that opens the text close with its last character?"""
+    """True if the bracket that opens the text is closed by its last character."""
     depth = 0
     for i, char in enumerate(text):
         depth += (char in "{([") - (char in "})]")
@@ -223,7 +220,7 @@ def _closes_at_end(text: str) -> bool:
 
 
 def _split(text: str, separator: str) -> list[str]:
-    """Split outside of brackets; one piece when brackets do not match."""
+    """Split outside of brackets. The result is one piece if the brackets do not match."""
     pieces, depth, start = [], 0, 0
     for i, char in enumerate(text):
         depth += (char in "{([") - (char in "})]")
@@ -237,7 +234,7 @@ def _split(text: str, separator: str) -> list[str]:
 
 
 def _items(text: str) -> tuple[str, list[str]]:
-    """The members of a set or bare list, with +- written out as two."""
+    """The kind ("set" or "bare") and the members of a set or list. A member with +- becomes two."""
     kind = "bare"
     if text.startswith(r"\{") and text.endswith(r"\}") and _closes_at_end(text[1:-2] + "}"):
         kind, text = "set", text[2:-2]
@@ -252,7 +249,7 @@ def _items(text: str) -> tuple[str, list[str]]:
 
 
 def _tuple(text: str) -> list[str]:
-    """['()', 'a', 'b'] for (a,b), ['[)', 'a', 'b'] for [a,b); [] when the text is not one bracket with commas."""
+    """['()', 'a', 'b'] for (a,b), ['[)', 'a', 'b'] for [a,b); [] if the text is not one bracket with commas."""
     if text[:1] in ("(", "[") and text[-1:] in (")", "]") and _closes_at_end(text):
         items = _split(text[1:-1], ",")
         if len(items) > 1:

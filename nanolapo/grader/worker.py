@@ -1,11 +1,13 @@
-"""One grader worker, `python -m nanolapo.grader.worker DEADLINE_S MEMORY_GB`: questions in, verdicts out, a line each.
+"""A grader worker, `python -m nanolapo.grader.worker DEADLINE_S MEMORY_GB`: reads questions, writes verdicts, one per line.
 
-This is the only file that loads sympy and math-verify, and it runs in its own process: memory is capped, the parent kills
-it at the deadline, and nothing a model writes is executed. Found in math-verify 0.9 and latex2sympy2_extended: the plain
-mode of `math_verify.parse` ends in eval (not used, LaTeX goes straight to the ANTLR grammar); numerals go through sympify,
-which is eval too (`Reader` replaces it with exact fractions); R and r are one symbol by default (switched off); numbers are
-compared to six places or 1e-15 (`same_value` adds a relative check). Behind all that stand two fences: sympy's evaluation
-of strings is replaced, and an audit hook refuses files, programs and sockets.
+This is the only file that loads sympy and math-verify. It runs in its own process, whose memory is capped and which the
+parent kills at the deadline. Nothing that a model writes is executed. math-verify 0.9 and latex2sympy2_extended need care:
+- The plain mode of `math_verify.parse` ends in eval. We do not use it: LaTeX goes straight to the ANTLR grammar.
+- Numerals go through sympify, which is eval too. `Reader` replaces it with exact fractions.
+- R and r are one symbol by default. We switch that off.
+- Numbers are compared to six places or 1e-15. `same_value` adds a relative check.
+Two fences stand behind this: sympy's evaluation of strings is replaced, and an audit hook refuses files, programs and
+sockets.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ CHECKS = [  # answer, reference, verdict
 
 
 class Reader(_Latex2Sympy):
-    """The LaTeX reader with exact numerals: 0.1 is one tenth, and its text is never evaluated."""
+    """The LaTeX reader, but with exact numerals: 0.1 is one tenth, and its text is never evaluated."""
 
     def parse_number(self, text: str) -> Any:
         return sympy.Rational(text.replace(",", ""))
@@ -103,7 +105,7 @@ def same_range(a: Any, r: Any) -> bool:
 
 
 def algebra(answer: str, reference: str) -> bool:
-    """Are these two formulas equal? The leaf of `answers.equal`."""
+    """True if these two formulas are equal: the leaf of `answers.equal`."""
     is_real = not re.search(r"\\det|matrix", answer + reference) and not IMAGINARY_UNIT.search(answer + " " + reference)
     try:
         a, r = parse(answer, is_real), parse(reference, is_real)
@@ -119,7 +121,7 @@ def algebra(answer: str, reference: str) -> bool:
 
 
 def fence(event: str, args: tuple[Any, ...]) -> None:
-    """Audit hook: from now on this process writes no file, starts no program and opens no socket."""
+    """An audit hook: once it is set, this process writes no file, starts no program and opens no socket."""
     writes = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
     reads = event in ("os.listdir", "os.scandir")
     if writes or (event.startswith(("os.", "subprocess.", "socket.", "shutil.")) and not reads):
@@ -127,8 +129,8 @@ def fence(event: str, args: tuple[Any, ...]) -> None:
 
 
 def evaluate_ratio(code: str, *_: Any) -> Any:
-    """In place of sympy's eval of strings. Only sympy's own constants come here (3/2; roots guessed by mpmath, which it
-    can do without: nsimplify expects a ValueError)."""
+    """Replaces sympy's eval of strings. Only its own constants come here, such as 3/2, and roots guessed by mpmath. Sympy
+    can do without those: nsimplify expects a ValueError."""
     match = re.fullmatch(r"\s*Integer\s*\(\s*(\d+)\s*\)\s*(?:/\s*Integer\s*\(\s*(\d+)\s*\))?\s*", code)
     if match is None:
         raise ValueError("a grader worker evaluates no text")

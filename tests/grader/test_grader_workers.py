@@ -247,7 +247,7 @@ def test_C11_errors_and_timeouts_keep_every_verdict_in_its_row() -> None:
     rows[10], rows[30] = (RUNAWAY, "x+10", False), (RUNAWAY, "x+30", False)  # two different time-outs
     completions, references, expected = columns(rows)
     completions[21], expected[21] = "no box at all", False
-    with Grader(workers=2, deadline_s=4.0) as grader:
+    with Grader(workers=2, deadline_s=3.0) as grader:  # an honest answer takes milliseconds
         assert grader.grade_all(completions, references) == expected
         assert (grader.errors, grader.total) == (2, 60)
         assert grader.grade_all(completions[::-1], references[::-1]) == expected[::-1]
@@ -338,8 +338,8 @@ def test_close_does_not_wait_for_slow_answers() -> None:
 def test_plain_numbers_need_no_worker_and_no_time() -> None:
     text = "so the answer is that. " * 200
     completions = [rf"{text}</think> \boxed{{{i % 7}}}" for i in range(1000)]
-    start = time.monotonic()
+    start = time.process_time()  # this process's own work: other programs may be busy
     with Grader() as grader:
         assert grader.grade_all(completions, ["3"] * 1000).count(True) == 143
         assert pids(grader) == []
-    assert time.monotonic() - start < 0.1
+    assert time.process_time() - start < 0.1
