@@ -1,9 +1,9 @@
-"""Compare two final answers as text: normalise the LaTeX, decide numbers, words, lists and tuples exactly, leave the rest.
+"""Compares two final answers as text: it normalises the LaTeX and decides numbers, words, lists and tuples exactly.
 
-`equal(a, gold, leaf)` walks the structure (lists, tuples, labels, equations) and settles everything that needs no
-algebra; two formulas it cannot settle go to `leaf`, which the grader's workers answer with math-verify and which the
-trainer's own process answers by "ask a worker". Plain string work with linear regular expressions on short texts: no
-text is ever evaluated here, and `hostile` turns away what would be too long or too large to look at.
+`equal(a, reference, leaf)` walks the structure (lists, tuples, labels, equations) and settles everything that needs no
+algebra. It hands two formulas that it cannot settle to `leaf`. In a worker, `leaf` is math-verify. In the trainer's process
+it says "ask a worker". All of this is string work on short texts, with regular expressions that take linear time. No text
+is ever evaluated here, and `hostile` turns away answers that are too long or too large to look at.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from fractions import Fraction
+from functools import lru_cache
 
 Leaf = Callable[[str, str], bool]
 
@@ -82,8 +83,9 @@ LABEL = re.compile(r"(?:[A-Za-z+\-|(),']|\\text\{[^{}]*\}|\\[a-zA-Z]++ ?|\\overl
 ONE_SYMBOL = re.compile(r"\(?(?:\\?[A-Za-z](?:,|(?=\))|$))+\)?|[A-Za-z]\([A-Za-z,]+\)|\\[a-zA-Z]+|\\text\{[^{}]*\}")
 
 
+@lru_cache(1000)  # the rows of a group share a reference answer
 def normalise(text: str) -> str:
-    r"""One spelling for what means the same.
+    r"""Rewrite an answer so that spellings with the same meaning become equal.
 
     >>> normalise(r"\dfrac12 \text{ cm}"), normalise("1,234"), normalise(r"x \in \left[ 1, 2\right)")
     ('\\frac{1}{2}', '1234', '[1,2)')
@@ -119,9 +121,9 @@ def number(text: str) -> Fraction | None:
     return -value if sign == "-" else value
 
 
-def hostile(answer: str, gold: str) -> bool:
-    """Too long, too deep or too large to hand to a computer algebra system (the workers check the size of powers)."""
-    if len(answer) > max(1000, 4 * len(gold)) or re.search(r"\d{500}", answer):
+def hostile(answer: str, reference: str) -> bool:
+    """True if an answer is too long, deep or large for a computer algebra system. Workers check the size of powers."""
+    if len(answer) > max(1000, 4 * len(reference)) or re.search(r"\d{500}", answer):
         return True
     depth = deepest = 0
     for char in answer:
@@ -134,62 +136,57 @@ def hostile(answer: str, gold: str) -> bool:
     return eager is not None and re.search(r"\d{4}|\^|!", answer) is not None
 
 
-def equal(answer: str, gold: str, leaf: Leaf) -> bool:
+def equal(answer: str, reference: str, leaf: Leaf) -> bool:
     """Do two normalised answers say the same? Numbers exactly, words as text, lists in any order, tuples in order."""
-    if answer == gold:
+    if answer == reference:
         return True
-    left, right = number(answer), number(gold)
+    left, right = number(answer), number(reference)
     if left is not None and right is not None:
         return left == right
-    if WORDS.fullmatch(answer) or WORDS.fullmatch(gold):
-        return _plain(answer) == _plain(gold)
+    if WORDS.fullmatch(answer) or WORDS.fullmatch(reference):
+        return _plain(answer) == _plain(reference)
     kind_a, items_a = _items(answer)
-    kind_g, items_g = _items(gold)
-    tuple_a, tuple_g = _tuple(answer), _tuple(gold)
-    if (tuple_a and right is not None) or (tuple_g and left is not None):
+    kind_r, items_r = _items(reference)
+    tuple_a, tuple_r = _tuple(answer), _tuple(reference)
+    if (tuple_a and right is not None) or (tuple_r and left is not None):
         return False
-    if (kind_a, len(items_a), kind_g, len(items_g)) != (
-        "bare",
-        1,
-        "bare",
-        1,
-    ):  # a set or a list on either side
-        if tuple_g:  # "1, 2" may stand for (1,2), in that order; {1,2} may not
-            return kind_a == "bare" and _in_order(items_a, tuple_g[1:], leaf)
+    if not (kind_a == kind_r == "bare" and len(items_a) == len(items_r) == 1):  # a set or a list on either side
+        if tuple_r:  # "1, 2" may stand for (1,2), in that order; {1,2} may not
+            return kind_a == "bare" and _in_order(items_a, tuple_r[1:], leaf)
         if tuple_a:
-            return kind_g == "bare" and tuple_a[0] == "()" and _any_order(tuple_a[1:], items_g, leaf)
-        return _any_order(items_a, items_g, leaf)
-    if tuple_a and tuple_g:
-        return tuple_a[0] == tuple_g[0] and _in_order(tuple_a[1:], tuple_g[1:], leaf)
-    based_a, based_g = BASED.fullmatch(answer), BASED.fullmatch(gold)
-    if based_a and based_g:
-        return based_a.groups() == based_g.groups()
-    if based_a or based_g:  # the question fixed the base: the answer may leave it out, but not add one
-        return based_g is not None and based_g[1] == answer
-    parts_a, parts_g = _split(answer, "="), _split(gold, "=")
-    if len(parts_a) > 1 and len(parts_g) == 1:  # "x = 5" for 5: every side that is not a label must be right
+            return kind_r == "bare" and tuple_a[0] == "()" and _any_order(tuple_a[1:], items_r, leaf)
+        return _any_order(items_a, items_r, leaf)
+    if tuple_a and tuple_r:
+        return tuple_a[0] == tuple_r[0] and _in_order(tuple_a[1:], tuple_r[1:], leaf)
+    based_a, based_r = BASED.fullmatch(answer), BASED.fullmatch(reference)
+    if based_a and based_r:
+        return based_a.groups() == based_r.groups()
+    if based_a or based_r:  # the question fixed the base: the answer may leave it out, but not add one
+        return based_r is not None and based_r[1] == answer
+    parts_a, parts_r = _split(answer, "="), _split(reference, "=")
+    if len(parts_a) > 1 and len(parts_r) == 1:  # "x = 5" for 5: every side that is not a label must be right
         values = [part for part in parts_a if not _is_label(part)] or parts_a[-1:]
-        return all(equal(value, gold, leaf) for value in values)
-    if len(parts_g) > 1 and len(parts_a) == 1:
-        if ONE_SYMBOL.fullmatch(_bare(parts_g[0])) or number(parts_g[0]) is not None:
-            return any(equal(answer, part, leaf) for part in parts_g if not _is_label(part))
+        return all(equal(value, reference, leaf) for value in values)
+    if len(parts_r) > 1 and len(parts_a) == 1:
+        if ONE_SYMBOL.fullmatch(_bare(parts_r[0])) or number(parts_r[0]) is not None:
+            return any(equal(answer, part, leaf) for part in parts_r if not _is_label(part))
         return False
-    if len(parts_a) == len(parts_g) == 2 and parts_a[0] == parts_g[0]:
-        return equal(parts_a[1], parts_g[1], leaf)
-    return leaf(answer, gold)
+    if len(parts_a) == len(parts_r) == 2 and parts_a[0] == parts_r[0]:
+        return equal(parts_a[1], parts_r[1], leaf)
+    return leaf(answer, reference)
 
 
-def _in_order(answers: list[str], golds: list[str], leaf: Leaf) -> bool:
-    return len(answers) == len(golds) and all(equal(a, g, leaf) for a, g in zip(answers, golds, strict=True))
+def _in_order(answers: list[str], references: list[str], leaf: Leaf) -> bool:
+    return len(answers) == len(references) and all(equal(a, r, leaf) for a, r in zip(answers, references, strict=True))
 
 
-def _any_order(answers: list[str], golds: list[str], leaf: Leaf) -> bool:
-    """Equality is transitive, so taking the first match is enough."""
-    if len(answers) != len(golds):
+def _any_order(answers: list[str], references: list[str], leaf: Leaf) -> bool:
+    """Takes the first match of each answer, which is enough because equality is transitive."""
+    if len(answers) != len(references):
         return False
-    left = list(golds)
+    left = list(references)
     for answer in answers:
-        match = next((i for i, gold in enumerate(left) if equal(answer, gold, leaf)), None)
+        match = next((i for i, reference in enumerate(left) if equal(answer, reference, leaf)), None)
         if match is None:
             return False
         del left[match]
@@ -203,7 +200,7 @@ def _plain(text: str) -> str:
 
 
 def _bare(text: str) -> str:
-    """Without subscripts and function arguments: a_{10} -> a, f(2) -> f."""
+    """Drop subscripts and function arguments: a_{10} -> a, f(2) -> f."""
     return re.sub(r"(?<=[A-Za-z}])\(-?\d+\)", "", re.sub(r"_(?:\{[^{}]*\}|\w)", "", text))
 
 
@@ -213,7 +210,7 @@ def _is_label(text: str) -> bool:
 
 
 def _closes_at_end(text: str) -> bool:
-    """Does the bracket that opens the text close with its last character?"""
+    """True if the bracket that opens the text is closed by its last character."""
     depth = 0
     for i, char in enumerate(text):
         depth += (char in "{([") - (char in "})]")
@@ -223,7 +220,7 @@ def _closes_at_end(text: str) -> bool:
 
 
 def _split(text: str, separator: str) -> list[str]:
-    """Split outside of brackets; one piece when brackets do not match."""
+    """Split outside of brackets. The result is one piece if the brackets do not match."""
     pieces, depth, start = [], 0, 0
     for i, char in enumerate(text):
         depth += (char in "{([") - (char in "})]")
@@ -237,7 +234,7 @@ def _split(text: str, separator: str) -> list[str]:
 
 
 def _items(text: str) -> tuple[str, list[str]]:
-    """The members of a set or bare list, with +- written out as two."""
+    """The kind ("set" or "bare") and the members of a set or list. A member with +- becomes two."""
     kind = "bare"
     if text.startswith(r"\{") and text.endswith(r"\}") and _closes_at_end(text[1:-2] + "}"):
         kind, text = "set", text[2:-2]
@@ -252,7 +249,7 @@ def _items(text: str) -> tuple[str, list[str]]:
 
 
 def _tuple(text: str) -> list[str]:
-    """['()', 'a', 'b'] for (a,b), ['[)', 'a', 'b'] for [a,b); [] when the text is not one bracket with commas."""
+    """['()', 'a', 'b'] for (a,b), ['[)', 'a', 'b'] for [a,b); [] if the text is not one bracket with commas."""
     if text[:1] in ("(", "[") and text[-1:] in (")", "]") and _closes_at_end(text):
         items = _split(text[1:-1], ",")
         if len(items) > 1:

@@ -1,4 +1,4 @@
-r"""Where the answer is in a completion: the last \boxed{...} after the thinking. __init__.py tells the conventions."""
+r"""Finds the answer in a completion: the last \boxed{...} after the thinking. __init__.py states the conventions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ALTERNATIVE = {"or", "either", "alternatively", "maybe", "perhaps", "possibly", 
 
 
 def _boxes(text: str) -> list[tuple[int, int, str | None]]:
-    """(start, end, content) of the outermost boxes in order; content None where the box is never closed."""
+    """(start, end, content) of the outermost boxes, in order. The content of a box that is never closed is None."""
     stack: list[int | None] = []  # starts of open boxes, None for plain braces
     starts: dict[int, int] = {}
     closed: list[tuple[int, int, str | None]] = []
@@ -30,7 +30,7 @@ def _boxes(text: str) -> list[tuple[int, int, str | None]]:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last box; None when there is none, or when it is empty or unterminated.
+    r"""The content of the last box. None if there is no box, or if the last one is empty or unterminated.
 
     >>> last_boxed(r"\boxed{1} so \boxed{\frac{1}{2}}"), last_boxed(r"\boxed{\boxed{5}}"), last_boxed(r"\boxed{1} \boxed{2")
     ('\\frac{1}{2}', '5', None)
@@ -46,7 +46,7 @@ def _content(box: str | None) -> str | None:
 
 
 def _joined(between: str) -> bool:
-    """Are two boxes with this text between them alternatives or parts of one list?"""
+    """True if two boxes with this text between them are alternatives or parts of one list."""
     if len(between) > 100:
         return False
     words = WORD_OR_COMMAND.sub(" ", between).lower().split()
@@ -54,7 +54,7 @@ def _joined(between: str) -> bool:
 
 
 def boxed_answer(completion: str, require_think_close: bool) -> str | None:
-    """The boxed answer of a completion, joined boxes as one comma list."""
+    """The boxed answer of a completion. Boxes that belong together become one list with commas."""
     head, closing, tail = completion.rpartition("</think>")
     if require_think_close and not closing:
         return None
@@ -72,13 +72,13 @@ def boxed_answer(completion: str, require_think_close: bool) -> str | None:
     return ", ".join(parts)
 
 
-def exact_first_boxed(completion: str, gold: str) -> bool:
-    r"""The reference LAPO code's rule: text from the first \boxed{ to the first } equals the gold exactly."""
-    return first_boxed(completion) == gold
+def exact_first_boxed(completion: str, reference: str) -> bool:
+    r"""The rule of the LAPO authors' code: text from the first \boxed{ to the first } is exactly the reference answer."""
+    return first_boxed(completion) == reference
 
 
 def first_boxed(completion: str) -> str | None:
-    r"""Text from the first \boxed{ to the first }; None without one.
+    r"""The text from the first \boxed{ to the first }. None if there is no box.
 
     >>> first_boxed(r"\boxed{5} or \boxed{6}"), first_boxed(r"\boxed{\frac{1}{2}}")
     ('5', '\\frac{1')
