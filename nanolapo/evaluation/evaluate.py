@@ -28,11 +28,11 @@ from nanolapo.evaluation.scores import (
     read_answers,
     sample_file,
     score_sets,
+    without_nan,
 )
 from nanolapo.grader import Grader
 from nanolapo.metrics import append, write_config
 from nanolapo.ranks import Ranks
-from nanolapo.report.tables import without_nan
 from nanolapo.rollouts import row_seed
 from nanolapo.samplers.choose import make_sampler
 from nanolapo.samplers.sampler import Decoding, Request, Sampler

@@ -227,6 +227,15 @@ def add_aes(rows: list[dict[str, Any]], base: str) -> None:
         row["aes"] = aes(row["accuracy"], row["tokens"], reference["accuracy"], reference["tokens"])
 
 
+def without_nan(value: Any) -> Any:
+    """JSON has no NaN: an AES against a base without a right answer, and the like, is written as null."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def sample_file(folder: Path, model: str, source: str, temperature: float, settings: dict[str, Any]) -> Path:
     """One file per model, set, temperature and stated lengths (and rank); its name ends in a hash of these settings."""
     model, source = (re.sub(r"[^\w .=+-]", "_", name) for name in (model, source))  # org/name is no folder here

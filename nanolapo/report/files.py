@@ -64,6 +64,11 @@ def read_lines(path: Path, check: Callable[[Any], str], notes: list[str]) -> lis
     return good
 
 
+def read_metrics(run_dir: Path) -> list[Json]:
+    """The whole lines of a run's metrics.jsonl. The run may still be writing, or was killed in mid-line."""
+    return read_lines(run_dir / "metrics.jsonl", metrics_fault, [])
+
+
 def decode(text: str) -> Any:
     """JSON to values. Python also writes and reads NaN and Infinity; a page must not hold them, so they become None.
 

@@ -24,8 +24,22 @@ from nanolapo.config import UserError
 from nanolapo.explain.page import visible
 from nanolapo.report.content import content
 from nanolapo.report.files import Json
-from nanolapo.report.plots import MAP_PANELS, PANELS, evaluation, lengths, training
+from nanolapo.report.plots import Panel, evaluation, lengths, training
 from nanolapo.report.runs import Evaluation, Material, known_levels, read_all, targets_by_level, visits
+
+PANELS: tuple[Panel, ...] = (
+    ("reward", ("reward",), False),
+    ("accuracy", ("accuracy",), False),
+    ("length, tokens (dashed: P90)", ("length", "length_p90"), False),
+    ("entropy per token", ("entropy",), False),
+    ("mismatch", ("mismatch",), True),
+    ("share cut at the limit", ("truncated",), False),
+)
+MAP_PANELS: tuple[Panel, ...] = (
+    ("mean M(q) of visited problems (tokens)", ("map/target_mean",), False),
+    ("share of them solved", ("map/solved_fraction",), False),
+    ("mean change of M(q) at a visit (tokens)", ("map/moved_mean",), False),
+)
 
 
 def embed(value: Any) -> str:

@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -190,6 +190,19 @@ def targets_by_level(length_map: LengthMap, levels: dict[str, int | None]) -> di
         unknown = (1, 0, "no level") if problem in levels else (2, 0, "never logged")
         found[unknown if level is None else (0, level, f"level {level}")].append(target)
     return dict(sorted(found.items()))
+
+
+def mean_by_step(points: Iterable[tuple[int, float | None]]) -> tuple[list[int], list[float]]:
+    """Steps that have a value, and the mean of each.
+
+    >>> mean_by_step([(3, 10.0), (1, 8.0), (3, 20.0), (2, None)])
+    ([1, 3], [8.0, 15.0])
+    """
+    found: dict[int, list[float]] = defaultdict(list)
+    for step, value in points:
+        if value is not None:
+            found[step].append(value)
+    return sorted(found), [float(np.mean(found[step])) for step in sorted(found)]
 
 
 # ---- an evaluation ----

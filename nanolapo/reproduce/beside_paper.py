@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from nanolapo.config import UserError
-from nanolapo.report.tables import label, number, table, without_nan
+from nanolapo.evaluation.scores import without_nan
+from nanolapo.report.tables import label, number, table
 from nanolapo.reproduce.paper import Score, base_name, changes, disagreements, paper_tables
 
 Row = dict[str, Any]

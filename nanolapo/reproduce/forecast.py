@@ -30,7 +30,7 @@ HEAD = ["step", "tokens (M)", "hours", "GPU-hours", "GB a GPU", "disk GB"]
 Costs = tuple[float, float, float, float, str]  # tokens, hours, peak GB of a rank, GB on disk, a note
 
 
-def show_plan(
+def print_forecast(
     pipeline: Pipeline, names: Sequence[str], script_at: int, base: str, paper_base: str, machine: str
 ) -> None:
     """Print the table of all steps in `names`. `script_at`: where in a step's command the script stands; base: the model

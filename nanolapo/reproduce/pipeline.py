@@ -1,14 +1,13 @@
-"""Named steps, each a command, run in the order of their needs and only when something changed: for compare and reproduce.
+"""Runs named steps, each of them a command, in the order of their needs, and skips those that are done.
 
-A step is done again when what its outcome depends on, or a step that it needs, has changed. What an interrupted step
-left is kept: the scripts resume by themselves. Every step has a log and a stamp below the pipeline's folder. Only what a
-stamp speaks of is ever deleted, and one command at a time is at work in a folder. A change of the code is not seen: after
+A step is done again when its inputs, or a step that it needs, have changed. What an interrupted step left is kept, for the
+scripts resume by themselves. Every step has a log and a stamp below the pipeline's folder. Only a folder that a stamp names
+is ever deleted, and only one command at a time works in a folder. The pipeline does not see a change of the code: after
 one, use another folder or delete the steps' stamps.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import signal
@@ -21,9 +20,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from threading import Event
-from typing import Any
 
-from nanolapo.config import Config, RunStopped, SourceConfig, UserError
+from nanolapo.config import RunStopped, UserError
 from nanolapo.locks import locked
 
 
@@ -37,24 +35,6 @@ class Step:
     needs: tuple[str, ...] = ()  # names of steps that must be done before
     output: Path | None = None  # must be there for the step to count as done
     clear: Path | None = None  # a folder made from one config only: it is removed when that config has changed
-
-
-def identity(script: str, config: Config) -> str:
-    """Step.config for a script that reads a Config. Keys at their defaults are left out, so that a key which a later
-    version adds does not make everything anew."""
-    return json.dumps([script, changed(config, Config())], sort_keys=True, default=str)
-
-
-def changed(value: Any, default: Any) -> Any:
-    """What differs from `default`, as plain values: of a dataclass the fields that differ, of anything else all of it."""
-    if isinstance(value, tuple):
-        return [changed(item, None) for item in value]
-    if not dataclasses.is_dataclass(value):
-        return value
-    if isinstance(value, SourceConfig):
-        default = SourceConfig("", "")
-    pairs = {f.name: (getattr(value, f.name), getattr(default, f.name)) for f in dataclasses.fields(value)}
-    return {name: changed(mine, other) for name, (mine, other) in pairs.items() if mine != other}
 
 
 class Pipeline:

@@ -18,7 +18,7 @@ from common import table
 from nanolapo.config_file import load_config
 from nanolapo.plan.cost import plan
 from nanolapo.plan.machines import this_machine
-from nanolapo.report.tables import read_metrics
+from nanolapo.report.files import read_metrics
 
 
 def compare(run_dir: Path) -> list[Any]:
