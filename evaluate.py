@@ -16,14 +16,14 @@ from nanolapo import cli
 def main() -> None:
     config, action = cli.parse(__doc__, default_method="base:Method")
     from nanolapo.evaluation.evaluate import evaluate, write_results
-    from nanolapo.evaluation.passes import describe, parse_models
+    from nanolapo.evaluation.passes import dry_run, parse_models
     from nanolapo.ranks import Ranks
     from nanolapo.report.plots import write_figures
     from nanolapo.report.tables import markdown
 
     models = parse_models(config)
     if action == "dry-run":
-        return describe(config)
+        return dry_run(config)
     results = evaluate(config)
     if not Ranks().is_main:  # all ranks sampled and know the results; one writes them
         return

@@ -130,7 +130,7 @@ def wanted_samples(config: Config, data: Data) -> list[tuple[int, int]]:
     return [(i, k) for i, p in enumerate(data.problems) for k in range(per_set[p.source])]
 
 
-def describe(config: Config) -> None:
+def dry_run(config: Config) -> None:
     """--dry-run: check every model's tokenizer and all data; print the config, how much to sample, and the prompts."""
     models, e = parse_models(config), config.evaluate
     with Grader() as grader:

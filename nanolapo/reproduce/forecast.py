@@ -8,7 +8,7 @@ from dataclasses import replace
 from nanolapo.config import Config, UserError
 from nanolapo.config_file import load_config
 from nanolapo.evaluation.passes import Model, passes
-from nanolapo.plan.cost import plan, sampling_seconds
+from nanolapo.plan.cost import forecast, sampling_seconds
 from nanolapo.plan.footprint import LONGEST, PROMPT_TOKENS, Expected
 from nanolapo.plan.machines import Machine, load_shape, parse_machine
 from nanolapo.report.tables import table
@@ -68,7 +68,7 @@ def step_cost(step: Step, script_at: int, base: str, paper_base: str, machine: s
     try:
         if script == "evaluate.py":
             return evaluation_cost(config, there, paper_base)
-        found = plan(config, there)
+        found = forecast(config, there)
     except UserError as error:
         if "no shape to be had" not in str(error):
             raise
