@@ -1,16 +1,16 @@
 """Pre-trains the small over-thinking reasoner that the CPU demo starts from (about 0.6 M parameters, minutes on a CPU).
 
-The model learns from written solutions of demo_task problems. How long a solution is, is decided first: a budget of
-tokens per operation is drawn, and every step is written in the way that fits what is left of the budget:
+The model learns from written solutions of demo_task problems. The length of a solution is decided first: a budget of tokens
+per operation is drawn, and every step is written in the way that best fits the rest of the budget:
 
     pace  4   merged       " B: 3 + 8 * 7 = 7."           two operations at once; at this size mostly wrong: a guess
     pace  7   plain        " A: 3 + 8 = 1."               one operation, reliable
     pace 11   careful      " A: 3 + 8 = 11, so 1."        no better than plain, only longer
     pace 15+  checked      plain or careful, then " Wait, let me check: 3 + 8 = 1.", " Alternatively, 8 + 3 = 1.", ...
 
-Most solutions without guidance are paced far beyond what the problem needs: that is the over-thinking to be unlearned.
-Half of the solutions open with the paper's sentence, " I will answer the question with 60 tokens.", and keep to it; so the
-model knows what the sentence means, as a large pretrained model does. The number is one token per multiple of ten.
+Most solutions without guidance are much longer than the problem needs: this is the over-thinking to be unlearned. Half of
+the solutions open with the paper's sentence, " I will answer the question with 60 tokens.", and keep to it. So the model
+knows what the sentence means, as a large pretrained model does. Every multiple of ten is one token.
 With --all-sentences it also reads, in about a fifth of the prompts, the sentences of the paper's ablations and of rival
 methods; `make compare` and `make reproduce` start from that model.
 

@@ -1,4 +1,4 @@
-"""What a reproduction will cost, step by step, before any of it runs: tokens, hours, memory and disk, from plan/cost.py."""
+"""Prints what a recipe will cost, step by step, before it runs: tokens, hours, memory and disk (plan/cost.py)."""
 
 from __future__ import annotations
 
@@ -33,8 +33,11 @@ Costs = tuple[float, float, float, float, str]  # tokens, hours, peak GB of a ra
 def print_forecast(
     pipeline: Pipeline, names: Sequence[str], script_at: int, base: str, paper_base: str, machine: str
 ) -> None:
-    """Print the table of all steps in `names`. `script_at`: where in a step's command the script stands; base: the model
-    whose shape all runs share; machine: as for plan/cost.py, or empty for this one's CPU. Raises UserError."""
+    """Print the table of all steps in `names`. Raises UserError.
+
+    script_at: the place of the script in a step's command. base: the model whose shape all runs share. machine: as for
+    plan/cost.py; empty means this machine's CPU.
+    """
     body, total = [], [0.0, 0.0, 0.0, 0.0]
     notes: dict[str, None] = {}
     gpus = parse_machine(machine or "cpu", Config())
@@ -58,7 +61,7 @@ def print_forecast(
 
 
 def step_cost(step: Step, script_at: int, base: str, paper_base: str, machine: str) -> Costs | None:
-    """None: a step that makes the base model, or one whose model has no shape yet."""
+    """The cost of a step, or None for one that makes the base model or whose model has no shape yet."""
     script = step.command[script_at].rsplit("/", 1)[-1]
     if script not in ("train_stage1.py", "train_stage2.py", "evaluate.py"):
         return None
@@ -80,8 +83,10 @@ def step_cost(step: Step, script_at: int, base: str, paper_base: str, machine: s
 
 
 def evaluation_cost(config: Config, machine: Machine, paper_base: str) -> Costs:
-    """All models on all sets as if each answered at the base's length: that of the paper's Table 1 (its Table 7 for GPQA)
-    where the set is there, else half the limit. An upper bound for models that think shorter."""
+    """The cost of all models on all sets, if each answers at the base's length. An upper bound for models that think less.
+
+    The length is that of the paper's Table 1 (Table 7 for GPQA) if the set is there, else half the limit.
+    """
     e, tokens, rows = config.evaluate, 0.0, 0.0
     entries = [entry.partition("=")[0] for entry in e.models]
     asked = sum(
@@ -108,7 +113,7 @@ def evaluation_cost(config: Config, machine: Machine, paper_base: str) -> Costs:
 
 
 def set_tokens(name: str, paper_base: str, limit: int) -> float:
-    """Mean tokens of the paper's base model on a set; half the limit where the paper has no such set.
+    """Mean tokens of the paper's base model on a set, or half the limit if the paper has no such set.
 
     >>> set_tokens("AIME24", "B", 32768), set_tokens("GPQA", "A", 32768), set_tokens("demo", "B", 256)
     (9246.0, 10297.0, 128.0)

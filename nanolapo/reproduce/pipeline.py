@@ -38,8 +38,10 @@ class Step:
 
 
 class Pipeline:
-    """Steps with their stamps and logs in `folder`. Raises UserError for needs that do not exist, and for two steps of one
-    name or with one folder."""
+    """Steps with their stamps and logs in `folder`.
+
+    Raises UserError for needs that do not exist, and for two steps that share a name or a folder.
+    """
 
     def __init__(self, steps: Iterable[Step], folder: Path, say: Callable[[str], None] = print) -> None:
         self.steps: dict[str, Step] = {}
@@ -63,7 +65,7 @@ class Pipeline:
         return self.folder / kind / (name.replace("/", "-") + ending)
 
     def stamp(self, name: str) -> dict[str, object]:
-        """What is known of an earlier run of the step: its digest, whether it ended well, seconds. {} if nothing is."""
+        """What an earlier run of the step left: its digest, whether it ended well, its seconds. {} if there was none."""
         try:
             found = json.loads(self.file("steps", name, ".json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -80,15 +82,15 @@ class Pipeline:
         temporary.replace(path)
 
     def is_done(self, name: str) -> bool:
-        """Done with this very config, with its needs done as well, and its output still there."""
+        """True if the step ended well with this very config, its output is still there, and its needs are done too."""
         step, stamp = self.steps[name], self.stamp(name)
         fresh = stamp.get("done") is True and stamp.get("digest") == self.digests[name]
         return fresh and (step.output is None or step.output.exists()) and all(map(self.is_done, step.needs))
 
     def leftover(self, name: str) -> Path | None:
-        """The step's folder where it holds what another config has left, to be deleted.
+        """The step's folder, if another config made it and it has to be deleted.
 
-        Raises UserError for a folder that this step has not made here, as its stamp would tell.
+        Raises UserError for a folder that this step has not made, as its stamp tells.
         """
         folder, stamp = self.steps[name].clear, self.stamp(name)
         if folder is None or not folder.exists() or stamp.get("digest") == self.digests[name]:
@@ -98,7 +100,7 @@ class Pipeline:
         return folder
 
     def locked(self) -> AbstractContextManager[int]:
-        """Hold the folder's lock. Steps are given its descriptor: one that outlives a killed pipeline still holds it."""
+        """Hold the folder's lock. Steps inherit its descriptor: one that outlives a killed pipeline still holds it."""
         busy = f"{self.folder}: another command is at work here, or a step that it left behind; wait for it, or end it"
         return locked(self.folder / "lock", busy, say=self.say)
 
@@ -137,7 +139,7 @@ class Pipeline:
                              f"one's last line: {self.last_line(failed[0])}; log: {self.log(failed[0])}")  # fmt: skip
 
     def work(self, names: Sequence[str], left: list[str], jobs: int, lock: int) -> list[str]:
-        """Run the steps of `left`, which are taken from it; what needs a failed one stays. Returns the failed ones."""
+        """Run the steps of `left` and take them from it. Those that need a failed step stay. Returns the failed ones."""
         done, failed, number = set(names) - set(left), list[str](), len(names) - len(left)
         running: dict[Future[int], str] = {}
         self.stop.clear()
@@ -168,7 +170,7 @@ class Pipeline:
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
     def run_step(self, name: str, lock: int) -> int:
-        """Run one command to its end and return its exit code; a stop request ends it. `lock`: see `locked`."""
+        """Run one command to its end and return its exit code. A stop request ends it. lock: see `locked`."""
         step, started = self.steps[name], time.time()
         if old := self.leftover(name):
             self.say(f"{name}: its config has changed, {old} is made anew")
