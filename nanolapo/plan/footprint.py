@@ -48,8 +48,8 @@ class Expected:
 def expect(
     config: Config, mean_tokens: float | None = None, prompt_tokens: float | None = None, extra_rows: float = 0
 ) -> Expected:
-    """The lengths to expect: those given, else of earlier steps of this run and train.match_runs, else the paper's, else the
-    limit.
+    """The lengths to expect: those given, else of earlier steps of this run and train.match_runs, else the paper's, else
+    the limit.
 
     Raises UserError for numbers that are not positive.
     """
@@ -90,8 +90,8 @@ def bytes_of(dtype: str) -> int:
 
 
 def prompt_share(config: Config, ranks: int) -> float:
-    """Computed prompts per row. A rank computes a prompt once for all its rows of the group (microbatches.py). If G rows are
-    dealt to N ranks, a rank gets at least one with probability 1 - (1 - 1/N)^G.
+    """Computed prompts per row. A rank computes a prompt once for all its rows of the group (microbatches.py). If G rows
+    are dealt to N ranks, a rank gets at least one with probability 1 - (1 - 1/N)^G.
 
     >>> prompt_share(Config(), 1), round(prompt_share(Config(), 8), 2)
     (0.125, 0.66)

@@ -13,15 +13,11 @@ from nanolapo.plan.footprint import LONGEST, PROMPT_TOKENS, Expected
 from nanolapo.plan.machines import Machine, load_shape, parse_machine
 from nanolapo.report.tables import table
 from nanolapo.reproduce.paper import paper_tables
-from nanolapo.reproduce.pipeline import Pipeline, Step
+from nanolapo.reproduce.pipeline import Pipeline
+from nanolapo.reproduce.recipe import Recipe
 
-SET_SIZES = {
-    "MATH-500": 500,
-    "AIME24": 30,
-    "AMC23": 40,
-    "OlympiadBench": 675,
-    "GPQA": 198,
-}  # problems of the hub's sets
+# Problems of the hub's sets.
+SET_SIZES = {"MATH-500": 500, "AIME24": 30, "AMC23": 40, "OlympiadBench": 675, "GPQA": 198}
 EVALUATIONS = (
     "evaluations: every model at the base's length of the paper; samples that evaluations share are counted in each, "
     "a run's exported models as one"
@@ -30,21 +26,19 @@ HEAD = ["step", "tokens (M)", "hours", "GPU-hours", "GB a GPU", "disk GB"]
 Costs = tuple[float, float, float, float, str]  # tokens, hours, peak GB of a rank, GB on disk, a note
 
 
-def print_forecast(
-    pipeline: Pipeline, names: Sequence[str], script_at: int, base: str, paper_base: str, machine: str
-) -> None:
-    """Print the table of all steps in `names`. Raises UserError.
+def print_forecast(recipe: Recipe, pipeline: Pipeline, names: Sequence[str], seed: int, machine: str) -> None:
+    """Print the cost of all steps in `names`, whose models all have the shape of this seed's base. Raises UserError.
 
-    script_at: the place of the script in a step's command. base: the model whose shape all runs share. machine: as for
-    plan/cost.py; empty means this machine's CPU.
+    machine: as for plan/cost.py; empty means this machine's CPU.
     """
+    base = recipe.base_model(seed)
     body, total = [], [0.0, 0.0, 0.0, 0.0]
     notes: dict[str, None] = {}
     gpus = parse_machine(machine or "cpu", Config())
     for name in names:
         step = pipeline.steps[name]
         state = " (done)" if pipeline.is_done(name) else ""
-        cost = step_cost(step, script_at, base, paper_base, machine)
+        cost = step_cost(step.command[len(recipe.launcher) :], base, recipe.file.paper_base, machine)
         if cost is None:
             body.append([name + state, *["-"] * 5])
             continue
@@ -60,12 +54,15 @@ def print_forecast(
         print(note)
 
 
-def step_cost(step: Step, script_at: int, base: str, paper_base: str, machine: str) -> Costs | None:
-    """The cost of a step, or None for one that makes the base model or whose model has no shape yet."""
-    script = step.command[script_at].rsplit("/", 1)[-1]
+def step_cost(command: Sequence[str], base: str, paper_base: str, machine: str) -> Costs | None:
+    """The cost of a step, or None for one that makes the base model or whose model has no shape yet.
+
+    command: script, config file, overrides.
+    """
+    script = command[0].rsplit("/", 1)[-1]
     if script not in ("train_stage1.py", "train_stage2.py", "evaluate.py"):
         return None
-    config = load_config(step.command[script_at + 1], list(step.command[script_at + 2 :]))
+    config = load_config(command[1], list(command[2:]))
     config = replace(config, model=replace(config.model, path=base))
     there = parse_machine(machine or "cpu", config)
     try:
@@ -103,13 +100,7 @@ def evaluation_cost(config: Config, machine: Machine, paper_base: str) -> Costs:
     shape = load_shape(config.model.path)
     hours = sampling_seconds(config, shape, machine, expected) / 3600
     memory = config.rollout.gpu_memory_utilization * machine.memory / 1e9
-    return (
-        tokens,
-        hours,
-        memory,
-        4 * tokens / 1e9,
-        EVALUATIONS,
-    )
+    return tokens, hours, memory, 4 * tokens / 1e9, EVALUATIONS
 
 
 def set_tokens(name: str, paper_base: str, limit: int) -> float:

@@ -141,6 +141,9 @@ class Recipe:
         """What tells one seed's runs from another's."""
         return [override("run.dir", str(self.folder / f"seed{seed}")), f"run.seed={seed}"]
 
+    def base_model(self, seed: int) -> str:
+        return load_config(self.configs / "base.yaml", self.seed_overrides(seed)).model.path
+
     def steps(self, seed: int) -> list[Step]:
         """Base, trainings and evaluations of one seed."""
         made = [self.base_step(seed)] if self.file.prepare else []
@@ -164,7 +167,7 @@ class Recipe:
         )
 
     def evaluation_step(self, seed: int, name: str, evaluation: Evaluation) -> Step:
-        base = load_config(self.configs / "base.yaml", self.seed_overrides(seed)).model.path
+        base = self.base_model(seed)
         models, needs = [], ["base"] if self.file.prepare else []
         for label, place in (evaluation.models or {name: name for name in ("base", *self.methods)}).items():
             run, _, rest = str(place).partition("/")

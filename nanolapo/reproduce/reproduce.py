@@ -28,7 +28,6 @@ import torch
 
 from nanolapo import cli
 from nanolapo.config import UserError
-from nanolapo.config_file import load_config
 from nanolapo.reproduce.beside_paper import compare, write_tables
 from nanolapo.reproduce.forecast import print_forecast
 from nanolapo.reproduce.over_seeds import mean_rows, summarize_methods
@@ -71,9 +70,7 @@ def main() -> None:
         raise UserError(f"--seeds {given.seeds!r}: give whole numbers") from None
     pipeline, wanted = recipe.pipeline(seeds), recipe.wanted(given.step, seeds)
     if given.dry_run:
-        base = load_config(given.config.parent / "base.yaml", recipe.seed_overrides(seeds[0])).model.path
-        names, at = pipeline.closure(wanted), len(recipe.launcher)
-        return print_forecast(pipeline, names, at, base, recipe.file.paper_base, given.machine)
+        return print_forecast(recipe, pipeline, pipeline.closure(wanted), seeds[0], given.machine)
     if recipe.file.hardware and not torch.cuda.is_available():
         raise UserError(f"RECIPE={name} needs {recipe.file.hardware}, and this machine has no GPU: `make reproduce "
                         "RECIPE=demo` and `make demo` run on a CPU, DRY_RUN=1 shows the cost")  # fmt: skip

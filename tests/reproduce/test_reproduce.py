@@ -183,12 +183,7 @@ def test_the_forecast_of_a_paper_recipe(name: str, machine: str, capsys: pytest.
     of all GPUs are hours times their number; the last line is the sum."""
     recipe = recipe_of(name)
     pipeline = Pipeline(recipe.steps(0), Path("unused"))
-    base = (
-        "agentica-org/DeepScaleR-1.5B-Preview"
-        if name == "deepscaler-1.5b"
-        else "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
-    )
-    print_forecast(pipeline, list(pipeline.steps), 1, base, recipe.file.paper_base, machine)
+    print_forecast(recipe, pipeline, list(pipeline.steps), 0, machine)
     lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     rows = {line[0]: [float(cell.replace(",", "")) if cell.strip() else 0.0 for cell in line[1:]] for line in lines[2:]}
     mean = {"B": (3280 + 2365) / 2, "A": (4031 + 2566) / 2}[recipe.file.paper_base]
