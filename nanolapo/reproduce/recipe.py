@@ -108,7 +108,7 @@ class Recipe:
             raise UserError(
                 f"tokens={self.tokens}: give at least 1; without a limit no two methods would cost the same"
             )
-        self.runs |= {p.stem: Run(method=p.stem) for p in METHODS.glob("*.yaml") if p.stem not in self.runs}
+        self.runs |= {p.stem: Run(method=p.stem) for p in sorted(METHODS.glob("*.yaml")) if p.stem not in self.runs}
         others = {other for run in self.runs.values() for other in run.after}
         known = sorted(set(self.runs) - others)  # a run that another one comes after is only a phase of that method
         if wrong := [name for name in methods if name not in known]:
@@ -124,10 +124,10 @@ class Recipe:
 
     def phases(self, name: str) -> list[str]:
         """The runs that make one method, in their order: those that the run comes after, and itself."""
-        for other in self.runs[name].after:
-            if other not in self.runs:
-                raise UserError(f"runs.{name}.after: no run is called {other}")
-        return [*(phase for other in self.runs[name].after for phase in self.phases(other)), name]
+        after, before_it = self.runs[name].after, list(self.runs)[: list(self.runs).index(name)]
+        if wrong := [other for other in after if other not in before_it]:
+            raise UserError(f"runs.{name}.after: no run before it is called {', '.join(wrong)}")
+        return [*(phase for other in after for phase in self.phases(other)), name]
 
     def run_dir(self, seed: int, name: str) -> Path:
         return self.folder / f"seed{seed}" / name

@@ -93,13 +93,14 @@ def test_unknown_methods_and_shares_that_do_not_add_up_are_refused(tmp_path: Pat
     (tmp_path / "stage1.yaml").write_text(f"extends: {DEMO / 'stage1.yaml'}\n")
 
     def recipe(**runs: object) -> Recipe:
-        (tmp_path / "compare.yaml").write_text(yaml.safe_dump({"tokens": 300, "runs": runs}))
+        (tmp_path / "compare.yaml").write_text(yaml.safe_dump({"tokens": 300, "runs": runs}, sort_keys=False))
         return Recipe(tmp_path / "compare.yaml", tmp_path, ["python"])
 
     with pytest.raises(UserError, match=r"nothing\.yaml: no such config file"):
         trainings(recipe(x={"method": "nothing"}), 0, "x")
-    with pytest.raises(UserError, match=r"runs\.x\.after: no run is called y"):
-        recipe(x={"after": "y"})
+    for runs in ({"x": {"after": "y"}}, {"x": {"after": "x"}}, {"x": {"after": "y"}, "y": {"after": "x"}}):
+        with pytest.raises(UserError, match=r"runs\.x\.after: no run before it is called [xy]"):
+            recipe(**runs).phases("x")
     for first, last in ([0.5, 0.6], [1.5, -0.5], [0.3, 0.3]):
         with pytest.raises(
             UserError, match=r"runs\.x in compare\.yaml: the shares of y, x add up to .*; give positive"
