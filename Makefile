@@ -61,7 +61,7 @@ explain: install  ## one real step of the demo with all its numbers, on the cons
 	else echo "stage 2 is explained once stage 1 is there: make demo"; fi
 
 compare: install  ## every method on one recipe for equal sampled tokens (RECIPE=demo METHODS="" SEEDS="" JOBS=1): hours
-	$(PY) -m nanolapo.reproduce.compare configs/$(RECIPE)/compare.yaml --methods "$(METHODS)" --seeds "$(SEEDS)" --jobs $(JOBS) \
+	$(PY) -m nanolapo.reproduce.reproduce configs/$(RECIPE)/compare.yaml --methods "$(METHODS)" --seeds "$(SEEDS)" --jobs $(JOBS) \
 	  --launcher "$(LAUNCHER)"
 
 reproduce: install  ## the paper's tables and figures (RECIPE=demo STEP="" SEEDS="" JOBS=1; DRY_RUN=1 MACHINE=8xH100-80GB: cost)

@@ -16,13 +16,14 @@ from nanolapo import cli
 def main() -> None:
     config, action = cli.parse(__doc__)
     from nanolapo.evaluation.evaluate import evaluate, write_results
-    from nanolapo.evaluation.passes import describe, parse_models
+    from nanolapo.evaluation.passes import dry_run, parse_models
     from nanolapo.ranks import Ranks
-    from nanolapo.report.tables import markdown, plots
+    from nanolapo.report.plots import write_figures
+    from nanolapo.report.tables import markdown
 
     models = parse_models(config)
     if action == "dry-run":
-        return describe(config)
+        return dry_run(config)
     results = evaluate(config)
     if not Ranks().is_main:  # all ranks sampled and know the results; one writes them
         return
@@ -31,7 +32,7 @@ def main() -> None:
     (config.run_dir / "results.md").write_text(text, encoding="utf-8")
     print(text)
     runs = {m.name: Path(m.path).parent for m in models if (Path(m.path).parent / "metrics.jsonl").exists()}
-    for path in plots(results, runs, config.run_dir):
+    for path in write_figures(results, runs, config.run_dir):
         print(f"wrote {path}")
 
 

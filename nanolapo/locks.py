@@ -1,6 +1,6 @@
-"""One process at a time: a lock on a file, which the kernel gives back however its holder ends, kill -9 included.
+"""Locks on files, so that one process at a time works in a folder. The kernel frees a lock however its holder ends.
 
-Lock files are left lying: to delete one that another process waits for would give each of the two a lock of its own.
+Lock files are never deleted: if one were deleted while another process waits for it, both would get a lock.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from pathlib import Path
 
 from nanolapo.config import UserError
 
-PATIENCE_S = 3  # for what was killed a moment ago
+PATIENCE_S = 3  # a process that was just killed may hold its lock for a moment
 
 
 def tell(line: str) -> None:
-    print(line, flush=True)  # at once, also into a file: who waits must be seen to wait
+    print(line, flush=True)  # at once, also into a file, so that the user sees that we wait
 
 
 @contextmanager
 def locked(path: Path, busy: str, wait: bool = False, say: Callable[[str], None] = tell) -> Iterator[int]:
-    """Hold the lock on a file. A child process that is given the descriptor yielded here holds it as well.
+    """Hold the lock on a file. A child process that inherits the yielded descriptor holds it as well.
 
-    Where another process has held it for PATIENCE_S, `busy` is a UserError or, with `wait`, a line said before waiting on.
+    If another process still holds it after PATIENCE_S, raise `busy` as a UserError. With `wait`, say `busy` and wait on.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
@@ -48,7 +48,7 @@ def locked(path: Path, busy: str, wait: bool = False, say: Callable[[str], None]
 
 
 def lock_of(folder: Path) -> Path:
-    """The lock of a folder lies beside it, for the folder itself may be replaced or deleted.
+    """The lock file of a folder. It lies beside the folder, which may itself be replaced or deleted.
 
     >>> lock_of(Path("/runs/demo/base")).as_posix()
     '/runs/demo/.base.lock'
@@ -58,7 +58,7 @@ def lock_of(folder: Path) -> Path:
 
 
 def alone_in(run_dir: Path, is_main: bool = True) -> AbstractContextManager[object]:
-    """No second process may write to the run directory meanwhile: it gets a UserError. The main rank holds it for all."""
+    """Lock a run directory: a second process that wants it gets a UserError. The main rank holds the lock for all ranks."""
     if not is_main:
         return nullcontext()
     return locked(lock_of(run_dir), f"{run_dir}: another process is at work on this run; wait for it or end it, or take "
@@ -66,7 +66,7 @@ def alone_in(run_dir: Path, is_main: bool = True) -> AbstractContextManager[obje
 
 
 def make_once(folder: Path, make: Callable[[], None]) -> None:
-    """Let `make` write a model folder, unless it is there. A process that wants the one that another is making waits."""
+    """Let `make` write a model folder, unless it is there. If another process is making it, wait for that one."""
     done = folder / "config.json"
     if not done.exists():
         with locked(lock_of(folder), f"another process is making {folder} already: waiting for it", wait=True):

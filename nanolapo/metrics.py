@@ -103,7 +103,7 @@ class RunLog:
         self.dir = config.run_dir
         self.dir.mkdir(parents=True, exist_ok=True)
         write_config(config)
-        save_code(self.dir, start_step)
+        save_code(self.dir)
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             keep_steps_before(self.dir / name, start_step)
         self.wandb_id = wandb_id

@@ -1,6 +1,6 @@
-"""Which code a run was made with: the commit, what was changed and not committed, the versions of the packages.
+"""Records which code a run was made with: the commit, the changes that were not committed, the versions of the packages.
 
-Git is asked and never needed: without it, outside a checkout, or where it refuses, a run directory lacks code.diff.
+Git is asked but not needed. Without git, outside a checkout, or where git refuses, a run directory lacks code.diff.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ MOST_BYTES = 1_000_000  # of a diff
 
 
 def git(root: Path, *arguments: str) -> bytes | None:
-    """What a git command prints in this folder; None where it fails. It takes no lock, and starts no watcher of files."""
+    """What a git command prints in this folder, or None where it fails. Git takes no lock and starts no file watcher."""
     command = ["git", "--no-optional-locks", "-c", "core.fsmonitor=false", *arguments]
     try:
         done = subprocess.run(command, capture_output=True, cwd=root, timeout=GIT_PATIENCE_S)
@@ -37,12 +37,12 @@ def provenance() -> dict[str, str]:
 
 
 def code_state(root: Path = ROOT) -> bytes:
-    """A line `# commit HASH` and `git diff HEAD`, cut at MOST_BYTES; b"" where there is nothing to be had from git.
+    """A line `# commit HASH` and `git diff HEAD`, cut at MOST_BYTES, or b"" where git has nothing.
 
-    Files that git does not track are not in it.
+    It does not hold files that git does not track.
     """
     head = git(root, "rev-parse", "HEAD", "HEAD:./nanolapo")  # fails where we are installed inside another project
-    # To be applied again: not by the user's own programs for showing differences, and without binary files.
+    # The diff can be applied again: the user's own programs for showing differences are off, and binary files are left out.
     plain = ("--no-ext-diff", "--no-textconv", "--no-color", "--src-prefix=a/", "--dst-prefix=b/")
     diff = git(root, "diff", *plain, "HEAD", "--", ".", ":(exclude)*.png")
     if head is None or diff is None:
@@ -52,20 +52,16 @@ def code_state(root: Path = ROOT) -> bytes:
     return b"# commit %s\n" % head.split()[0] + diff
 
 
-def save_code(run_dir: Path, start_step: int, root: Path = ROOT) -> None:
-    """Write code.diff. A run that is resumed with other code keeps the older one as code-until-step-NNNNNN.diff."""
-    now, path, older = code_state(root), run_dir / "code.diff", run_dir / f"code-until-step-{start_step:06d}.diff"
-    if path.exists() and path.read_bytes() == now:
-        return
-    if start_step and path.exists() and not older.exists():  # else what lies there made no step that is left
-        path.rename(older)
+def save_code(run_dir: Path, root: Path = ROOT) -> None:
+    """Write code.diff: the code of the last start. A run that is resumed with other code does not keep the older one."""
+    now, path = code_state(root), run_dir / "code.diff"
     path.unlink(missing_ok=True)
     if now:
         path.write_bytes(now)
 
 
 def what_next(run_dir: Path, root: Path = ROOT) -> str:
-    """Advice to someone who starts a finished run again: mostly they have changed something and want to see it act."""
+    """Advice to someone who starts a finished run again, mostly because they have changed something."""
     now, path = code_state(root), run_dir / "code.diff"
     changed = now and path.exists() and path.read_bytes() != now
     when = "this checkout has changed since (see its code.diff):" if changed else "after a change of code or config"

@@ -81,7 +81,7 @@ def test_dry_run_prints_everything_and_writes_nothing(base: Path, tmp_path: Path
     assert result.returncode == 0, result.stderr
     for expected in ("group_size: 4", "8 prompts x 4 = 32 rollouts", "at most 9,216 sampled tokens", " <think>"):
         assert expected in result.stdout
-    for planned in ("plan for 1 x ", "answers of 48 tokens (the limit", "1,536 tokens sampled in", "6 steps  "):
+    for planned in ("forecast for 1 x ", "answers of 48 tokens (the limit", "1,536 tokens sampled in", "6 steps  "):
         assert planned in result.stdout
     assert not (tmp_path / "runs").exists()
 

@@ -1,4 +1,4 @@
-"""Where the rows of a problem set come from: a local JSONL file or a data set of the Hugging Face hub."""
+"""Reads the rows of a problem set from a local JSONL file or from a data set of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class BadRow(ValueError):
 
 
 def source_key(source: SourceConfig) -> str:
-    """Where error messages send the user."""
+    """The config key of a source, for error messages."""
     return f"data.sources[{source.name}]"
 
 
 def read_rows(source: SourceConfig) -> Iterator[tuple[int, Any]]:
-    """(line number, row) of a source; a line that is not JSON comes as the BadRow that says why."""
+    """(line number, row) for each row of a source. In place of a line that is not JSON comes a BadRow that says why."""
     if source.path.endswith(".jsonl"):
         yield from _jsonl_rows(source)
         return

@@ -1,9 +1,8 @@
-"""What the model is asked: problems from hub data sets, local JSONL files and the procedural demo task.
+"""Loads problems from hub data sets, local JSONL files and the procedural demo task.
 
-A `SourceConfig` says where rows live and what their fields are called; `load_problems` turns rows into
-`Problem`s with ids that depend only on the source's name and the question. A row that cannot be used is never
-dropped in silence: it is reported with file and line, and too many of them stop the run. In which order they come
-is order.py's matter.
+A `SourceConfig` says where the rows are and what their fields are called. `load_problems` turns rows into `Problem`s, whose
+ids depend only on the source's name and the question. A row that cannot be used is reported with file and line, and too
+many of them stop the run. order.py decides in which order problems are drawn.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ LETTERS = "ABCDEFGHIJ"
 
 @dataclass(frozen=True)
 class Problem:
-    """One question with its gold answer. `id` is stable: it does not depend on row order or on other rows."""
+    """One question with its reference answer. `id` does not depend on the order of rows or on other rows."""
 
     id: str
     question: str
@@ -36,7 +35,7 @@ class Problem:
 
 
 def load_problems(sources: Sequence[SourceConfig]) -> tuple[list[Problem], list[str]]:
-    """Every source's problems in a fixed order, and a report to print: what came and what was dropped."""
+    """The problems of all sources in a fixed order, and a report to print: what was loaded and what was dropped."""
     problems: dict[str, Problem] = {}
     report: list[str] = []
     for source in sources:
@@ -102,7 +101,7 @@ def _load_source(source: SourceConfig) -> tuple[list[Problem], list[str]]:
 
 
 def _listing(bad: dict[str, list[int]]) -> list[str]:
-    """The first bad rows, those of one kind together.
+    """One line for each kind of bad row, with the first line numbers.
 
     >>> _listing({"field 'answer' is empty": [2, 7], "not UTF-8": [5]})
     ["line 2, 7: field 'answer' is empty", 'line 5: not UTF-8']
@@ -134,7 +133,7 @@ def _make(source_name: str, question: str, answer: str, level: int | None) -> Pr
 
 
 def _choose(problems: list[Problem], source: SourceConfig) -> list[Problem]:
-    """Keep source.levels, then source.count of them: the same ones in whatever order the rows come."""
+    """Keep source.levels, and source.count of those. The choice does not depend on the order of the rows."""
     if source.levels:
         problems = [problem for problem in problems if problem.level in source.levels]
         if not problems:
@@ -207,7 +206,7 @@ def _multiple_choice(question: str, options: list[str], seed: int) -> tuple[str,
 
 
 def _answer(value: Any, field: str) -> str:
-    """The gold answer as plain text, from the shapes that published sets use.
+    """The reference answer as plain text, from the forms that published sets use.
 
     >>> [_answer(v, "answer") for v in (36.0, 0.25, "6 * 7 = 42\\n#### 1,042", ["$2$"], ["1", "3"])]
     ['36', '0.25', '1042', '2', '1, 3']
@@ -248,7 +247,7 @@ def _answer_text(text: str) -> str:
 
 
 def _last_box(text: str) -> str:
-    r"""What the last \boxed of a solution holds (in MATH also \fbox, \boxed 2); a text without one, whole."""
+    r"""The content of the last \boxed (in MATH also \fbox and \boxed 2), or the whole text if it has none."""
     _, box, tail = re.sub(r"\\fbox\b", r"\\boxed", text).rpartition("\\boxed")
     if not box:
         return text

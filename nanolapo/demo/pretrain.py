@@ -1,27 +1,29 @@
 """Pre-trains the small over-thinking reasoner that the CPU demo starts from (about 0.6 M parameters, minutes on a CPU).
 
-The model learns from written solutions of demo_task problems. How long a solution is, is decided first: a budget of
-tokens per operation is drawn, and every step is written in the way that fits what is left of the budget:
+The model learns from written solutions of demo_task problems. The length of a solution is decided first: a budget of tokens
+per operation is drawn, and every step is written in the way that best fits the rest of the budget:
 
     pace  4   merged       " B: 3 + 8 * 7 = 7."           two operations at once; at this size mostly wrong: a guess
     pace  7   plain        " A: 3 + 8 = 1."               one operation, reliable
     pace 11   careful      " A: 3 + 8 = 11, so 1."        no better than plain, only longer
     pace 15+  checked      plain or careful, then " Wait, let me check: 3 + 8 = 1.", " Alternatively, 8 + 3 = 1.", ...
 
-Most solutions without guidance are paced far beyond what the problem needs: that is the over-thinking to be unlearned.
-Half of the solutions open with the paper's sentence, " I will answer the question with 60 tokens.", and keep to it; so the
-model knows what the sentence means, as a large pretrained model does. The number is one token per multiple of ten.
-demo/demo_all.py makes a model that also knows the sentences of the ablations and rivals.
+Most solutions without guidance are much longer than the problem needs: this is the over-thinking to be unlearned. Half of
+the solutions open with the paper's sentence, " I will answer the question with 60 tokens.", and keep to it. So the model
+knows what the sentence means, as a large pretrained model does. Every multiple of ten is one token.
+With --all-sentences it also reads, in about a fifth of the prompts, the sentences of the paper's ablations and of rival
+methods; `make compare` and `make reproduce` start from that model.
 
-    python -m nanolapo.demo.pretrain configs/demo/base.yaml [run.seed=1]        # writes config.model.path
+    python -m nanolapo.demo.pretrain configs/demo/base.yaml [run.seed=1] [--all-sentences]    # writes config.model.path
 
-Fixed seed and fixed number of steps: the same machine and thread count give the same weights, bit for bit.
+Seed and number of steps are fixed, so the same machine and thread count give the same weights, bit for bit.
 """
 
 from __future__ import annotations
 
 import random
 import re
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +34,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from nanolapo import cli
+from nanolapo.data import prompts as sentences
 from nanolapo.data.demo_task import LABELS, LEVELS, Chain, random_chain
-from nanolapo.data.prompts import NO_GUIDANCE
-from nanolapo.demo.sentences import state_length
+from nanolapo.data.prompts import NO_GUIDANCE, Guidance
 from nanolapo.locks import make_once
 from nanolapo.model.folder import save_model
 
@@ -61,6 +63,8 @@ class DemoConfig:
     easy_fraction: float = 0.4  # first part of the training, with short solutions only
     max_new_tokens: int = 256  # longer solutions are not used
 
+
+ALL_SENTENCES = DemoConfig(steps=3000, guided=0.33, guided_otherwise=0.22)
 
 # ------------------------------------------------------------------------------------------------------- tokenizer
 
@@ -150,6 +154,17 @@ def write_solution(chain: Chain, budget: float, rng: random.Random) -> str:
         chosen, done = min(kinds, key=lambda kind: abs(count_tokens(kind[0]) / kind[1] - pace))
         text, i, left = text + chosen, i + done, left - count_tokens(chosen)
     return text + rf" </think> \boxed{{{digits[-1]}}} <end>"
+
+
+def state_length(length: int, rng: random.Random, papers: bool) -> Guidance:
+    """A sentence that is true of a solution of `length` tokens: the paper's, or one of the others."""
+    near = max(1, round(length / 10)) * 10
+    if papers:
+        return sentences.exact_guidance(near)
+    limit = -(-length // 10) * 10 + rng.choice((0, 10, 20, 40, 80))  # an upper limit need not be used up
+    about, limited = sentences.range_guidance(max(10, near - 10), near + 10, near), sentences.l1_max_guidance(limit)
+    return rng.choice((sentences.outside_guidance(near), sentences.curriculum_guidance(near), about, limited,
+                       sentences.thinkprune_guidance(limit), sentences.hbpo_guidance(limit)))  # fmt: skip
 
 
 def draw_example(rng: random.Random, settings: DemoConfig, easy: bool) -> tuple[str, str]:
@@ -262,14 +277,16 @@ def pretrain(out_dir: str, settings: DemoConfig, seed: int) -> None:
         if (step + 1) % 100 == 0:
             seconds = time.monotonic() - started
             left = seconds / (step + 1) * (settings.steps - step - 1)
-            print(
-                f"  step {step + 1}/{settings.steps}  loss {average:.3f}  {tokens / seconds:,.0f} tokens/s"
-                f"  {left:.0f} s left", flush=True,
-            )  # fmt: skip
+            speed = f"{tokens / seconds:,.0f} tokens/s"
+            print(f"  step {step + 1}/{settings.steps}  loss {average:.3f}  {speed}  {left:.0f} s left", flush=True)
     save_model(model, torch.float32, tokenizer, Path(out_dir))
 
 
-def main(settings: DemoConfig = DemoConfig()) -> None:  # noqa: B008 (frozen)
+def main() -> None:
+    settings = DemoConfig()
+    if "--all-sentences" in sys.argv:
+        sys.argv.remove("--all-sentences")
+        settings = ALL_SENTENCES
     config, action = cli.parse(__doc__ or "")
     if action == "dry-run":
         print(settings)

@@ -1,8 +1,8 @@
-"""A short supervised phase that shows a pretrained chat model how the demo's problems are solved, at great length.
+"""Trains a pretrained chat model for a few supervised steps on long written solutions of the demo's problems.
 
-RL can only sharpen what a model sometimes gets right. The 135 M chat model of configs/smollm2-135m solves next to none of
-these problems; after about twenty small steps on written solutions it solves some, and over-thinks: a starting point for
-stage 1 with a real tokenizer, a real chat template and tied embeddings.
+RL can only sharpen what a model sometimes gets right, and the 135 M chat model of configs/smollm2-135m solves almost none
+of these problems. After about twenty small steps it solves some, and over-thinks. So stage 1 has a starting point with a
+real tokenizer, a real chat template and tied embeddings.
 
     python -m nanolapo.demo.warm_start configs/smollm2-135m/base.yaml warm_start.model=FOLDER
 """

@@ -1,6 +1,6 @@
-"""Runs an evaluation: any number of models x problem sets x temperatures, each sampled n times, resumable.
+"""Runs an evaluation: every model answers every problem n times at every temperature. It resumes where it was stopped.
 
-Without any length instruction first; then the passes with a stated length that passes.py lists.
+The first pass states no length. The passes that passes.py lists, which state one, come after it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from nanolapo.evaluation.scores import (
     read_answers,
     sample_file,
     score_sets,
+    without_nan,
 )
 from nanolapo.grader import Grader
 from nanolapo.metrics import append, write_config
 from nanolapo.ranks import Ranks
-from nanolapo.report.tables import without_nan
 from nanolapo.rollouts import row_seed
 from nanolapo.samplers.choose import make_sampler
 from nanolapo.samplers.sampler import Decoding, Request, Sampler
@@ -64,7 +64,7 @@ def evaluate(config: Config) -> dict[str, Any]:
 
 
 class Benchmark:
-    """One model on all problem sets; the sampler is only started when samples are missing."""
+    """One model on all problem sets. It starts a sampler only when samples are missing."""
 
     def __init__(self, config: Config, model: Model, data: Data, grader: Grader, ranks: Ranks) -> None:
         self.config = replace(config, model=replace(config.model, path=model.path), prompt=model.prompt)
@@ -76,13 +76,13 @@ class Benchmark:
         self.sampler: Sampler | None = None
 
     def close(self) -> None:
-        """Free the engine: the next model's needs the memory."""
+        """Free the engine, because the next model's engine needs the memory."""
         if self.sampler is not None:
             self.sampler.close()
             self.sampler = None
 
     def answers(self, temperature: float, asked: Pass, budgets: dict[str, float]) -> list[Answer]:
-        """All answers of one pass at one temperature; `budgets`: problem id -> the length that is stated ({}: none)."""
+        """All answers of one pass at one temperature. budgets: problem id -> the stated length ({} states none)."""
         e = self.config.evaluate
         decoding = Decoding(temperature, e.top_p if temperature < 1 else 1.0)
         settings = {"model": self.identity, "prompt": asdict(self.config.prompt), "decoding": asdict(decoding),
@@ -112,7 +112,7 @@ class Benchmark:
         return [unique[place] for place in wanted]
 
     def read(self, file: Path) -> list[Answer]:
-        """A set's samples, from the files of all ranks."""
+        """The samples of one set, from the files of all ranks."""
         parts = sorted(file.parent.glob(f"{file.stem}*.jsonl"))
         return [answer for part in parts for answer in read_answers(part)]
 
@@ -123,7 +123,7 @@ class Benchmark:
         guidances: dict[str, Guidance],
         files: dict[str, Path],
     ) -> None:
-        """Sample in chunks and append each chunk to disk at once, so that an interruption loses one chunk."""
+        """Sample in chunks and append each chunk to disk at once, so that an interruption loses only one chunk."""
         e, r = self.config.evaluate, self.config.rollout
         if self.sampler is None:
             self.sampler = make_sampler(self.config, self.model.path, e.max_new_tokens, self.ranks)
@@ -141,7 +141,7 @@ class Benchmark:
                 samples = self.sampler.generate(requests, decoding)
                 texts = [self.data.decode(s.ids) for s in samples]
                 verdicts = self.grader.grade_all(texts, [p.answer for p in problems])
-                self.grader.stop_if_untrustworthy()  # before anything is written: a failure is no wrong answer
+                self.grader.stop_if_untrustworthy()  # before writing: a failure must not look like a wrong answer
                 by_file = defaultdict(list)
                 for (_, k), p, s, text, right in zip(part, problems, samples, texts, verdicts, strict=True):
                     correct, budget = right and s.finished, guidances[p.id].budget
@@ -155,14 +155,14 @@ class Benchmark:
 
 
 def stated_lengths(asked: Pass, unguided: Sequence[Answer]) -> dict[str, float]:
-    """Problem id -> tokens: the same for all, or a multiple of the mean length this model needed by itself."""
+    """Problem id -> tokens: the same number for all, or a multiple of the mean length that this model chose by itself."""
     if asked.tokens:
         return {answer.problem: float(asked.tokens) for answer in unguided}
     return per_problem(unguided, lambda answer: asked.factor * answer.length)
 
 
 def guidance_for(problem: Problem, asked: Pass, budgets: dict[str, float], multiple: int) -> Guidance:
-    """The stated length, printed in the multiples that training printed."""
+    """The stated length, rounded to the same multiples as in training."""
     if problem.id not in budgets:
         return NO_GUIDANCE
     form = outside_guidance if asked.place == "outside" else exact_guidance
@@ -170,7 +170,7 @@ def guidance_for(problem: Problem, asked: Pass, budgets: dict[str, float], multi
 
 
 def write_setup(config: Config, loaded: Sequence[Data]) -> None:
-    """config.yaml, and problems.jsonl with the question and the gold answer behind every problem id of the samples."""
+    """Write config.yaml, and problems.jsonl with the question and reference answer of every problem id in the samples."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     write_config(config)
     problems = {p.id: p for data in loaded for p in data.problems}  # a tokenizer may leave out a long prompt

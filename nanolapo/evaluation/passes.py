@@ -1,8 +1,8 @@
-"""What an evaluation is asked to do: which models, each with its prompt, and which passes over the problems.
+"""What an evaluation has to do: its models, each with its prompt, and its passes over the problems.
 
-Every model answers once without any stated length. The last one (or those of evaluate.instructed) then answers again with a
-length that it is told: a multiple of what it needed by itself (evaluate.guidance_factors), or a fixed number that has
-nothing to do with the problem (evaluate.instructions: the conflicting instruction of the paper's Table 4).
+In the first pass a model answers without a stated length. The last model, or those of evaluate.instructed, then answer
+again with a stated length: a multiple of the length they chose by themselves (evaluate.guidance_factors), or a fixed number
+that has nothing to do with the problem (evaluate.instructions, the conflicting instruction of the paper's Table 4).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PLACES = ("inside", "outside")  # of the thought
 
 @dataclass(frozen=True)
 class Model:
-    """`step` and `run` are set for a model that a run exported on its way (run.export_every)."""
+    """A model to evaluate. `step` and `run` are set if a run exported it before its end (run.export_every)."""
 
     name: str
     path: str
@@ -36,7 +36,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Pass:
-    """One time through the problems: nothing is stated, or `factor` times the model's own length, or `tokens`."""
+    """One pass over the problems. It states no length, or `factor` times the model's own length, or `tokens`."""
 
     name: str = ""  # what results call it
     place: str = (
@@ -47,7 +47,7 @@ class Pass:
 
 
 def parse_models(config: Config) -> list[Model]:
-    """Split every "name=path" of evaluate.models, and refuse settings that would sample nothing."""
+    """Split every "name=path" of evaluate.models. Refuse settings that would sample nothing."""
     e = config.evaluate
     for key, good in {
         "temperatures": bool(e.temperatures) and min(e.temperatures) >= 0,
@@ -77,7 +77,7 @@ def parse_models(config: Config) -> list[Model]:
 
 
 def expand(name: str, path: str, prompt: PromptConfig) -> list[Model]:
-    """One model, or all that a run exported: a path that holds folders step-NNNNNN stands for each of them."""
+    """The model at `path`. If the path holds folders step-NNNNNN, which a run exported, then each of them is a model."""
     steps = sorted((int(match[1]), entry) for entry in Path(path).glob("step-*") if (match := NAME.match(entry.name)))
     if not steps:
         return [Model(name, path, prompt)]
@@ -85,7 +85,7 @@ def expand(name: str, path: str, prompt: PromptConfig) -> list[Model]:
 
 
 def prompt_of(config: Config, name: str) -> PromptConfig:
-    """config.prompt, with what evaluate.prompts says of this model laid over it."""
+    """The model's prompt: config.prompt with the model's keys of evaluate.prompts laid over it."""
     given, key = config.evaluate.prompts.get(name, {}), f"evaluate.prompts.{name}"
     if not isinstance(given, dict):
         raise UserError(f"{key}={given!r} must be a mapping of prompt keys to values, such as {{style: chat}}")
@@ -105,7 +105,7 @@ def instruction(text: str) -> Pass:
 
 
 def passes(config: Config, model: Model, is_last: bool) -> list[Pass]:
-    """What this model is asked for at every temperature; the first pass states nothing."""
+    """The passes of this model at every temperature. The first one states no length."""
     e = config.evaluate
     told = [Pass(f"{factor:g}x own length", factor=factor) for factor in e.guidance_factors if is_last]
     if model.name in e.instructed or (is_last and not e.instructed):
@@ -114,19 +114,19 @@ def passes(config: Config, model: Model, is_last: bool) -> list[Pass]:
 
 
 def load_sets(config: Config, models: Sequence[Model], grader: Grader) -> list[Data]:
-    """The problems as each model's tokenizer reads them; they are read, and their golds checked, once for all models."""
+    """The problems for each model's tokenizer. They are read, and their reference answers checked, once for all models."""
     prompters = [Prompter(load_tokenizer(m.path, f"evaluate.models: {m.name}"), m.prompt) for m in models]
     problems, report = gradable_problems(config, grader)
     return [fit_prompts(config, prompter, problems, report) for prompter in prompters]
 
 
 def wanted_samples(config: Config, data: Data) -> list[tuple[int, int]]:
-    """(problem, which of its samples) of a whole pass over the problem sets."""
+    """(problem, number of the sample) for a whole pass over the problem sets."""
     per_set = {source.name: source.samples or config.evaluate.samples for source in config.data.sources}
     return [(i, k) for i, p in enumerate(data.problems) for k in range(per_set[p.source])]
 
 
-def describe(config: Config) -> None:
+def dry_run(config: Config) -> None:
     """--dry-run: check every model's tokenizer and all data; print the config, how much to sample, and the prompts."""
     models, e = parse_models(config), config.evaluate
     with Grader() as grader:

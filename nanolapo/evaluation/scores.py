@@ -1,8 +1,8 @@
-"""Evaluation: pass@1 over n samples, tokens, and what else the paper looks at, from samples that are kept on disk.
+"""The scores of an evaluation: pass@1 over n samples, tokens, and the other numbers of the paper, from samples on disk.
 
-Every (model, set, temperature, stated lengths) has its JSONL file of samples in the run directory, one from each rank. An
-interrupted evaluation reads them and samples only what is missing; tables and plots are made from these files alone, so
-every number can be traced to answers.
+Each rank writes one JSONL file of samples for every model, set, temperature and stated lengths. An interrupted evaluation
+reads them and samples only what is missing. Tables and plots are made from these files alone, so every number can be traced
+to answers.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import numpy as np
 
 from nanolapo.config import Config
 
-# Paper, Fig. 4: the first two groups fall with LAPO, the last two stay. The words are ours, regular expressions: the lists
-# are not at hand. "Let me check" sets no context, and would make that group fall with the first.
+# Paper, Fig. 4: under LAPO the first two groups become rarer, the last two do not. The paper's lists of words are not at
+# hand, so these regular expressions are ours. "Let me check" does not count as context, or that group would fall as well.
 KEYWORDS = {
     "self-correction": ("wait", "check", "verify", "mistake", "recheck"),
     "alternatives": ("alternatively", "another way", "or maybe"),
@@ -55,7 +55,7 @@ def length(answer: Answer) -> float:
 
 
 def read_answers(path: Path) -> list[Answer]:
-    """All whole lines of a sample file; a half-written line (a kill, perhaps in mid-character) is left out."""
+    """All whole lines of a sample file. A line that a kill cut short, perhaps within a character, is left out."""
     if not path.exists():
         return []
     answers = []
@@ -92,7 +92,7 @@ def pass_at_powers(answers: Sequence[Answer]) -> dict[str, float]:
 
 
 def group_by_problem(answers: Sequence[Answer], value: Callable[[Answer], float]) -> dict[str, list[float]]:
-    """value(answer) of each problem's answers."""
+    """Problem id -> value(answer) for each of its answers."""
     groups: dict[str, list[float]] = defaultdict(list)
     for answer in answers:
         groups[answer.problem].append(value(answer))
@@ -105,12 +105,12 @@ def per_problem(answers: Sequence[Answer], value: Callable[[Answer], float]) -> 
 
 
 def bootstrap_interval(values: Sequence[float], resamples: int, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean by resampling problems (samples of one problem are not independent)."""
+    """95 % interval of the mean, by resampling problems, because the samples of one problem are not independent."""
     return interval_of_average([values], resamples, seed)
 
 
 def interval_of_average(sets: Sequence[Sequence[float]], resamples: int, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the unweighted average over problem sets: each set's problems are resampled within it."""
+    """95 % interval of the unweighted average over problem sets. Problems are resampled within their set."""
     rng = np.random.default_rng(seed)
     averages_R = np.zeros(resamples)
     for values in sets:
@@ -136,7 +136,7 @@ def aes(accuracy: float, tokens: float, base_accuracy: float, base_tokens: float
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's rho, ties given their mean rank; nan where one side is constant.
+    """Spearman's rho. Ties get their mean rank. The result is nan where one side is constant.
 
     >>> rank_correlation([1, 2, 3], [10, 20, 15])
     0.5
@@ -200,7 +200,7 @@ def summarize(answers: Sequence[Answer], resamples: int) -> dict[str, Any]:
 def score_sets(
     model: str, temperature: float, guidance: str, answers: Sequence[Answer], config: Config
 ) -> list[dict[str, Any]]:
-    """One row per problem set, and their unweighted average where there are several (as the paper does)."""
+    """One row per problem set, and, as in the paper, their unweighted average where there are several."""
     by_source = defaultdict(list)
     for answer in answers:
         by_source[answer.source].append(answer)
@@ -227,15 +227,24 @@ def add_aes(rows: list[dict[str, Any]], base: str) -> None:
         row["aes"] = aes(row["accuracy"], row["tokens"], reference["accuracy"], reference["tokens"])
 
 
+def without_nan(value: Any) -> Any:
+    """The same value with None in place of NaN, which JSON lacks, such as an AES against a base that is never right."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def sample_file(folder: Path, model: str, source: str, temperature: float, settings: dict[str, Any]) -> Path:
-    """One file per model, set, temperature and stated lengths (and rank); its name ends in a hash of these settings."""
+    """The file of one model, set, temperature and stated lengths. Its name ends in a hash of the settings."""
     model, source = (re.sub(r"[^\w .=+-]", "_", name) for name in (model, source))  # org/name is no folder here
     digest = sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
     return folder / f"{model}--{source}--T{temperature:g}--{digest}.jsonl"
 
 
 def model_identity(path: str) -> str:
-    """The hub name, or for a local folder a hash of its weights: samples of a model trained anew are sampled anew."""
+    """The hub name, or a hash of a local folder's weights, so that a model trained anew is sampled anew."""
     files = sorted(Path(path).glob("*.safetensors"))
     digest = sha256()
     for file in files:

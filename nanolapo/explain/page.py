@@ -1,7 +1,7 @@
-"""The story of a step as console text and as one HTML page: the same cells and sentences, in the same order.
+"""Prints the story of a step as console text and as one HTML page, with the same cells and sentences in the same order.
 
-The page opens from disk, without a network and without a script. Whatever a model or a data set wrote is escaped, and
-characters that would move a terminal's cursor are shown as what they are.
+The page opens from disk, without a network and without a script. Text from a model or a data set is escaped, and control
+characters, which would move a terminal's cursor, are written out.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CONSOLE_WIDTH = 116
 
 @dataclass(frozen=True)
 class Table:
-    """Cells are text already; the columns named in `words` are set to the left."""
+    """A table whose cells are text. The columns named in `words` are left-aligned."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -39,7 +39,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """One thing that happens in the step: `where` names the code that does it, `body` are sentences and tables."""
+    """One thing that happens in the step. `where` names the code that does it; `body` holds sentences and tables."""
 
     title: str
     where: str
@@ -56,7 +56,7 @@ def visible(text: str) -> str:
 
 
 def console(sections: Sequence[Section]) -> str:
-    """Plain text; tables in columns, a last column of words as it comes."""
+    """The sections as plain text, with tables in columns."""
     lines = []
     for number, section in enumerate(sections, start=1):
         lines += ["", f"{number}. {section.title}", f"   [{section.where}]"]

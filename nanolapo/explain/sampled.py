@@ -1,7 +1,7 @@
-"""First half of the story of a step: what was asked, sampled, graded and rewarded, for one problem (explain.py).
+"""Tells the first half of a step: what one problem was asked, and how its answers were sampled, graded and rewarded.
 
-Each function is one section of the page; it picks from the trace and prints. Equation numbers are the paper's (README,
-"The algorithm"); a method other than LAPO's two stages has the same sections without them.
+Each function makes one section of the page from the trace. Equation numbers are the paper's (README, "The algorithm").
+Methods other than LAPO's two stages have the same sections without equation numbers.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class View:
 
 
 def most_telling(trace: Trace) -> int:
-    """The group with right and wrong answers, if there is one, that lost most tokens to the clip; of equals the first."""
+    """The group that lost most tokens to the clip, among those with right and wrong answers if there are any."""
     verdicts_PG = trace.rollouts.by_group(trace.rollouts.correct_B)
     clipped = [0.0] * len(verdicts_PG)
     for p in trace.passes:
@@ -68,7 +68,7 @@ def most_telling(trace: Trace) -> int:
 
 
 def num(value: float | Tensor | None) -> str:
-    """Six digits, enough to calculate along; the last section has all of them.
+    """A number with six digits, enough to check a calculation by hand. The last section prints all digits.
 
     >>> num(0.123456789), num(7.0), num(None)
     ('0.123457', '7', '-')
@@ -77,7 +77,7 @@ def num(value: float | Tensor | None) -> str:
 
 
 def spelled(s: Session, ids: list[int]) -> list[str]:
-    """The text of single tokens, with blanks that can be seen."""
+    """The text of each token, with blanks made visible."""
     known = len(s.data.tokenizer)
     return [str(s.data.tokenizer.decode([i])).replace(" ", BLANK) if 0 <= i < known else "(unknown)" for i in ids]
 

@@ -1,7 +1,7 @@
-"""What passes by in one step: the parts of a session are listened to while loop.run_step works with them.
+"""Records one step: it listens to the parts of a session while loop.run_step uses them.
 
-Nothing is computed here and nothing is changed: a listener sees the arguments and the result of a call that is made as
-ever, and the two gradients of a Pass are read from the backward pass by hooks that return nothing.
+It computes and changes nothing. A listener sees the arguments and the result of a call that happens as usual. Hooks that
+return nothing read the two gradients of a Pass from the backward pass.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Place = tuple[str, int]  # problem id, number of the rollout in its group
 
 @dataclass
 class Pass:
-    """One micro-batch on its way through the loss. The two gradients are what the backward pass really carried."""
+    """One micro-batch in the loss, with two gradients that the backward pass really computed."""
 
     update: int  # optimizer steps done in this step before it
     x: LossInputs  # without graph
@@ -45,7 +45,7 @@ class Pass:
 
 @dataclass
 class Trace:
-    """What passed by in one step. Problems are known by id: within a step none comes twice."""
+    """The record of one step. A problem id is a key, because no problem comes twice within a step."""
 
     guidance: dict[Place, Guidance] = field(default_factory=dict)
     requests: dict[Place, Request] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class Trace:
     advantages: Tensor = field(init=False)  # [B], or [B, T]
 
     def observed(self, s: Session) -> ExitStack:
-        """Listen to the parts of a session as long as the returned context is open."""
+        """Listen to the parts of a session while the returned context is open."""
         asked: list[Place] = []  # the rows of the next call of the sampler
 
         def on_guidance(guidance: Guidance, problem: Problem, rollout: int, step: int) -> None:
@@ -116,7 +116,7 @@ class Trace:
 
 @contextmanager
 def listening(part: Any, name: str, hear: Callable[..., None]) -> Iterator[None]:
-    """While it is open, `hear(result, *arguments)` follows every call of part.name; the call stays what it was.
+    """While it is open, call `hear(result, *arguments)` after every call of part.name, which itself stays the same.
 
     >>> class Part:
     ...     def double(self, x): return 2 * x

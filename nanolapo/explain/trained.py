@@ -1,4 +1,4 @@
-"""Second half of the story of a step: memory, loss, update, sync, and the step's line in the log (explain.py)."""
+"""Tells the second half of a step: memory, loss, update, sync, and the step's line in metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from nanolapo.samplers.sampler import Decoding
 from nanolapo.session import Session
 from nanolapo.update import Tally, loss_inputs, tally_mismatch
 
-DRIFTED = 4  # so many tokens of an answer are shown for their ratio, besides its first and its last
+DRIFTED = 4  # tokens of an answer that are shown for their ratio, besides the first and the last
 
 
 def the_tokens(v: View) -> Section:
-    """A few tokens of the best and of the worst answer, on their way through the loss."""
+    """A few tokens of the best and of the worst answer, with every number of their loss."""
     c = v.s.config.loss
     body: list[str | Table] = [
         "log p: of this token, when it was sampled and as the trainer sees it now; r: new over old probability; clipped: "
@@ -48,7 +48,7 @@ def the_tokens(v: View) -> Section:
 
 
 def token_table(v: View, p: Pass, b: int) -> Table:
-    """The first token, the last, and those whose ratio is furthest from 1; whatever the method logs is a column."""
+    """The first token, the last, and those whose ratio is furthest from 1. Every value that the method logs is a column."""
     assert p.weight_BT is not None and p.pull_BT is not None
     length = int(p.x.mask_BT[b].sum())
     shown = {0, length - 1}

@@ -7,8 +7,7 @@ step's confidence is the mean old log-prob of its tokens; n steps, r = 0.3. Adva
     wrong answers   the most confident steps; the ceil((1 - r) n) least confident ones keep theirs
 
 Tokens from </think> on keep their advantage. This is the paper's description. The released code computes ceil(n_splits +
-1 * r), operator precedence, which is n: every right answer loses its whole thought and no wrong one is protected. Option
-`precedence_bug`, only for comparison.
+1 * r), a slip of operator precedence, which is n: every right answer loses its whole thought and no wrong one is protected.
 
 Old log-probs are those recorded while sampling: the same policy, up to the rounding of the engine, and only their order
 counts. Equally confident steps: the earlier counts as the less confident. A step without a token (a blank line at the very
@@ -36,7 +35,6 @@ from nanolapo.rollouts import Rollouts
 class Options:
     share: float = 0.3  # r
     separator: str = "\n\n"  # a token that contains this ends a step
-    precedence_bug: bool = False  # the released code's count of steps
 
 
 def split_steps(pieces: Sequence[str], separator: str = "\n\n") -> list[slice]:
@@ -55,7 +53,7 @@ def split_steps(pieces: Sequence[str], separator: str = "\n\n") -> list[slice]:
     return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False) if a < b]
 
 
-def kept_steps(confidences: np.ndarray, correct: bool, share: float = 0.3, precedence_bug: bool = False) -> np.ndarray:
+def kept_steps(confidences: np.ndarray, correct: bool, share: float = 0.3) -> np.ndarray:
     """Boolean [n]: the steps that keep their advantage.
 
     >>> kept_steps(np.array([-1.0, -3.0, -2.0, -0.5]), correct=True)     # ceil(0.3 * 4) = 2 least confident ones go
@@ -66,9 +64,8 @@ def kept_steps(confidences: np.ndarray, correct: bool, share: float = 0.3, prece
     n = len(confidences)
     part = share if correct else 1.0 - share
     # 0.1 * 30 is 3.0000000000000004: the small number keeps ceil from making 4 of it.
-    count = math.ceil(n - 1 + 1 * part) if precedence_bug else math.ceil(n * part - 1e-9)
     least_confident = np.zeros(n, dtype=bool)
-    least_confident[np.argsort(confidences, kind="stable")[:count]] = True
+    least_confident[np.argsort(confidences, kind="stable")[: math.ceil(n * part - 1e-9)]] = True
     return ~least_confident if correct else least_confident
 
 
@@ -92,7 +89,7 @@ class Sas(Method):
                 continue
             steps = split_steps([self.piece(token) for token in rollouts.response_ids[row].tolist()], o.separator)
             confidences = np.array([rollouts.sampler_logprobs[row][step].mean() for step in steps])
-            kept = kept_steps(confidences, bool(rollouts.correct_B[row]), o.share, o.precedence_bug)
+            kept = kept_steps(confidences, bool(rollouts.correct_B[row]), o.share)
             for step, keep in zip(steps, kept, strict=True):
                 if not keep:
                     advantages_BT[row, step] = 0.0

@@ -13,7 +13,7 @@ import argparse
 from nanolapo import cli
 from nanolapo.config_file import load_config
 from nanolapo.plan.calibrate import calibrate
-from nanolapo.plan.cost import plan
+from nanolapo.plan.cost import forecast
 from nanolapo.plan.footprint import expect
 from nanolapo.plan.machines import parse_machine
 
@@ -33,7 +33,7 @@ def main() -> None:
     machine = parse_machine(arguments.machine, config)
     if arguments.calibrate:
         machine = calibrate(config, machine, expect(config, arguments.mean_tokens, arguments.prompt_tokens))
-    print("\n".join(plan(config, machine, arguments.mean_tokens, arguments.prompt_tokens).lines()))
+    print("\n".join(forecast(config, machine, arguments.mean_tokens, arguments.prompt_tokens).lines()))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Measure what cost.py otherwise assumes: a micro-batch forward and backward, and some decode steps, with the run's own
-model, trainer and sampler, on this machine. Random ids; nothing is written. About a minute for a 135 M model on a CPU.
+"""Measures the speeds that cost.py otherwise assumes, with the run's own model, trainer and sampler, on this machine.
 
-Each is the fastest of a few tries: other work on the machine only ever adds.
+It times a micro-batch forward and backward, and some decode steps, on random ids, and writes nothing. This takes about a
+minute for a 135 M model on a CPU. Each time is the fastest of a few tries, because other work on the machine only adds.
 """
 
 from __future__ import annotations

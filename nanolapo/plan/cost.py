@@ -31,7 +31,9 @@ LOG_PER_STEP, LOG_PER_ROW, LOG_PER_TOKEN = 1200, 350, 4  # bytes of metrics.json
 
 
 @dataclass(frozen=True)
-class Plan:
+class Forecast:
+    """What a run will need on a machine. `lines` prints it."""
+
     machine: Machine
     expected: Expected
     memory_gb: dict[str, dict[str, float]]  # phase (update, sampling) -> part -> GB per rank
@@ -57,7 +59,7 @@ class Plan:
         """For people, one line a fact."""
         m, e = self.machine, self.expected
         prompts = f"prompts of {e.prompt:,.0f} ({e.prompt_source})"
-        lines = [f"plan for {m.name}: answers of {e.answer:,.0f} tokens ({e.source}), {prompts}"]
+        lines = [f"forecast for {m.name}: answers of {e.answer:,.0f} tokens ({e.source}), {prompts}"]
         for phase, parts in self.memory_gb.items():
             total = f"{sum(parts.values()):.1f} of {m.memory / 1e9:.0f} GB a rank"
             lines.append(f"  {phase + ' memory':<17} {total}: {listed(parts)}")
@@ -77,13 +79,13 @@ def listed(parts: dict[str, float]) -> str:
     return ", ".join(f"{name} {gb:.1f}" if gb >= 1 else f"{name} {gb:.2f}" for name, gb in parts.items() if gb >= 0.005)
 
 
-def plan(
+def forecast(
     config: Config,
     machine: Machine,
     mean_tokens: float | None = None,
     prompt_tokens: float | None = None,
     extra_rows: float = 0.0,
-) -> Plan:
+) -> Forecast:
     """extra_rows: sampled in a mean step beyond config.rollouts_per_step (a method's monitor pass). Raises UserError."""
     validate(config, machine.count)
     shape, e = load_shape(config.model.path), expect(config, mean_tokens, prompt_tokens, extra_rows)
@@ -97,7 +99,7 @@ def plan(
     except UserError:
         notes.append(f"the runs of train.match_runs are not there yet: {steps} steps are an upper bound")
     phases = memory(config, shape, machine, e)
-    return Plan(
+    return Forecast(
         machine=machine,
         expected=e,
         memory_gb={phase: {name: size / 1e9 for name, size in parts.items()} for phase, parts in phases.items()},

@@ -9,7 +9,7 @@ from nanolapo.config_file import to_yaml, validate
 from nanolapo.data.load import load_data
 from nanolapo.grader import Grader
 from nanolapo.methods.base import Method
-from nanolapo.plan.cost import plan
+from nanolapo.plan.cost import forecast
 from nanolapo.plan.machines import this_machine
 from nanolapo.session import token_limit
 
@@ -35,8 +35,8 @@ def dry_run(config: Config, method: Method) -> None:
     if limit:
         print(f"stops after the step that reaches {limit:,} sampled tokens")
     prompts = [len(data.prompter.ids(p.question, method.guidance(p, 0, 0))) for p in data.problems[:200]]
-    planned = plan(config, this_machine(config), None, sum(prompts) / len(prompts), monitored / config.train.steps)
-    print("\n".join(planned.lines()))
+    expected = forecast(config, this_machine(config), None, sum(prompts) / len(prompts), monitored / config.train.steps)
+    print("\n".join(expected.lines()))
     print(f"one prompt, as the model sees it:\n---\n{data.prompter.render(data.problems[0].question, guidance)}\n---")
 
 

@@ -1,7 +1,7 @@
-"""What a step of a run holds in memory: expected lengths, bytes per rank by part, whether they fit, and what to change.
+"""Estimates the memory of a step: expected lengths, bytes per rank by part, whether they fit, and what to change if not.
 
-Training state (policy.py): 4 bytes a weight, 4 a trained one for its gradient, 8 for Adam's moments, 4 a weight of the
-reference, all float32; under model.sharding=fsdp2 a slice of each.
+Training state (policy.py), all float32: 4 bytes for a weight; for a trained weight 4 more for its gradient and 8 for Adam's
+moments; 4 for a weight of the reference. Under model.sharding=fsdp2 a rank has a slice of each.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class Expected:
 def expect(
     config: Config, mean_tokens: float | None = None, prompt_tokens: float | None = None, extra_rows: float = 0
 ) -> Expected:
-    """Lengths: as given; else of this run's and train.match_runs' steps so far; else the paper's; else the limit.
+    """The lengths to expect: those given, else of earlier steps of this run and train.match_runs, else the paper's, else
+    the limit.
 
     Raises UserError for numbers that are not positive.
     """
@@ -80,7 +81,7 @@ def logged_steps(folder: Path) -> list[dict[str, float]]:
 
 
 def uses_vllm(config: Config, machine: Machine) -> bool:
-    """`auto` on a GPU is vllm, installed here or not."""
+    """True if vLLM samples. `auto` on a GPU counts as vllm, whether it is installed here or not."""
     return (pick_engine(config) if machine.is_cpu else config.rollout.engine) != "torch"
 
 
@@ -89,8 +90,8 @@ def bytes_of(dtype: str) -> int:
 
 
 def prompt_share(config: Config, ranks: int) -> float:
-    """Prompts that are computed over rows: a rank computes a prompt once for all its rows of the group (microbatches.py).
-    Of G rows, dealt to N ranks, at least one comes to a rank with probability 1 - (1 - 1/N)^G.
+    """Computed prompts per row. A rank computes a prompt once for all its rows of the group (microbatches.py). If G rows
+    are dealt to N ranks, a rank gets at least one with probability 1 - (1 - 1/N)^G.
 
     >>> prompt_share(Config(), 1), round(prompt_share(Config(), 8), 2)
     (0.125, 0.66)
@@ -137,7 +138,7 @@ def memory(config: Config, shape: Shape, machine: Machine, e: Expected) -> dict[
 
 
 def microbatch_tokens(config: Config, machine: Machine, e: Expected) -> float:
-    """Of the largest micro-batch: it holds one row at least, and at most this rank's share of an optimizer batch."""
+    """Tokens of the largest micro-batch. It holds at least one row, and at most this rank's part of an optimizer batch."""
     rows = math.ceil((config.train.batch_size or config.rollouts_per_step) / machine.count)
     all_rows = rows * (e.answer + prompt_share(config, machine.count) * e.prompt)
     one_row = e.prompt + config.rollout.max_new_tokens
@@ -145,7 +146,7 @@ def microbatch_tokens(config: Config, machine: Machine, e: Expected) -> float:
 
 
 def sampler_memory(config: Config, shape: Shape, machine: Machine, e: Expected) -> dict[str, float]:
-    """Bytes of the sampler while it is awake. On a GPU vLLM fills its share of the memory up with cache."""
+    """Bytes of the sampler while it is awake. On a GPU vLLM fills its part of the memory with cache."""
     r = config.rollout
     weights = bytes_of(r.dtype or config.model.dtype) * shape.num_params / r.tensor_parallel
     if not uses_vllm(config, machine):
@@ -165,7 +166,7 @@ def sampler_memory(config: Config, shape: Shape, machine: Machine, e: Expected) 
 
 
 def cache_bytes(config: Config, shape: Shape) -> float:
-    """Of a token, on each rank of an engine."""
+    """Bytes of cache for one token, on each rank of an engine."""
     size = bytes_of(config.rollout.dtype or config.model.dtype)
     return size * shape.cache_per_token / config.rollout.tensor_parallel
 
@@ -177,7 +178,7 @@ def cache_rows(config: Config, shape: Shape, machine: Machine, e: Expected) -> f
 
 
 def fit(config: Config, shape: Shape, machine: Machine, e: Expected) -> bool:
-    """Do both phases fit, and vLLM's cache at least one answer?"""
+    """True if both phases fit and vLLM's cache holds at least one answer."""
     phases = memory(config, shape, machine, e)
     room = not uses_vllm(config, machine) or phases["sampling"]["cache"] >= one_answer(config, shape)
     return room and all(sum(parts.values()) <= machine.memory for parts in phases.values())
@@ -195,7 +196,7 @@ def longest(config: Config) -> int:
 
 
 def remedy(config: Config, shape: Shape, machine: Machine, e: Expected) -> str:
-    """The one key that makes the run fit, else the first few of them together."""
+    """The one key that makes the run fit, or else the first few keys that do so together."""
     candidates = list(changes(config, shape, machine, e))
     for key, value in candidates:
         if fit(changed(config, key, value), shape, machine, e):
@@ -209,7 +210,7 @@ def remedy(config: Config, shape: Shape, machine: Machine, e: Expected) -> str:
 
 
 def changes(config: Config, shape: Shape, machine: Machine, e: Expected) -> Iterator[tuple[str, Any]]:
-    """Keys that may help with a value each, those that cost least time first."""
+    """Keys that may help, each with a value. Those that cost the least time come first."""
     r, m, t, vllm = config.rollout, config.model, config.train, uses_vllm(config, machine)
     if vllm and not machine.is_cpu:
         parts, share = memory(config, shape, machine, e)["sampling"], r.gpu_memory_utilization

@@ -1,4 +1,4 @@
-"""What planning must know (cost.py): the shape of a model, from its config.json, and the speed and memory of a machine."""
+"""What a forecast (cost.py) needs: the shape of a model, from its config.json, and a machine's speed and memory."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Shape:
 
     @property
     def layer_weights(self) -> int:
-        """Of one layer's matrices: q and o, k and v, gate, up and down."""
+        """Weights of one layer's matrices: q and o, k and v, gate, up and down."""
         return self.hidden * (2 * self.head_dim * (self.heads + self.kv_heads) + 3 * self.intermediate)
 
     @property
@@ -65,7 +65,7 @@ class Shape:
 
     @property
     def matrices(self) -> int:
-        """Weights that a token is multiplied with: all matrices but the embedding, which is only looked up."""
+        """Weights that a token is multiplied with: all matrices except the embedding, which is only looked up."""
         return self.layers * self.layer_weights + self.head
 
     @property
@@ -165,7 +165,7 @@ def parse_machine(text: str, config: Config) -> Machine:
 
 
 def gpu_machine(name: str, count: int, memory: float, config: Config) -> Machine:
-    """Rates of the data sheet times the assumed efficiencies; nan for a GPU whose data sheet is not here."""
+    """The data sheet's rates times the assumed efficiencies, or nan for a GPU whose data sheet is not here."""
     rows = [row for key, row in DATA_SHEET.items() if key.split("-")[0] in name]
     _, bf16, float32, bandwidth = rows[0] if rows else (math.nan,) * 4
     tflops = bf16 if config.model.dtype == "bfloat16" else float32
@@ -175,7 +175,7 @@ def gpu_machine(name: str, count: int, memory: float, config: Config) -> Machine
 
 
 def cpu_machine(config: Config) -> Machine:
-    """This machine's memory, shared by the ranks of this launch, at the speed of the one that we measured."""
+    """This machine's CPU: its memory divided by the ranks of this launch, and the speed of the CPU that we measured."""
     count, threads = int(os.environ.get("WORLD_SIZE", "1")), config.run.threads or torch.get_num_threads()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / count
     training = threads * CPU_FLOPS[config.model.dtype]
@@ -187,7 +187,7 @@ def cpu_machine(config: Config) -> Machine:
 
 
 def this_machine(config: Config) -> Machine:
-    """Where this process runs: its GPUs if there are any, else the CPU."""
+    """The machine of this process: its GPUs if there are any, else the CPU."""
     if not torch.cuda.is_available():
         return cpu_machine(config)
     count, device = int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.get_device_properties(0)

@@ -1,4 +1,4 @@
-"""From what was read to what report.html holds: long lists as columns, small tables as the text of their cells."""
+"""Turns what was read from run directories into the data of report.html: long lists as columns, tables as text cells."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DASH = "-"
 
 
 class Texts:
-    """Answers, each kept once however often it occurs."""
+    """All answers of the page. An answer that occurs several times is stored once."""
 
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
@@ -31,7 +31,7 @@ class Texts:
 
 
 class Problems:
-    """Problems by their number in the page; the same one is kept once."""
+    """All problems of the page, each with a number. The same problem is stored once."""
 
     def __init__(self) -> None:
         self.numbers: dict[tuple[str, str | None, str | None, int | None], int] = {}
@@ -44,7 +44,7 @@ class Problems:
 
 
 def content(material: Material, max_rows: int) -> tuple[Json, list[list[str]]]:
-    """Everything the page shows but the plots: (data, blocks of texts). Long lists are columns, texts are numbers."""
+    """Everything on the page except the plots: (data, blocks of texts). In data, a text is given by its number."""
     texts, problems, notes = Texts(), Problems(), list(material.notes)
     rollouts = rollout_columns(material.runs, max_rows, texts, problems, notes)
     samples = sample_columns(material.evaluations, max_rows, texts, problems, notes)

@@ -1,7 +1,7 @@
-"""Reading what a run writes, line by line: JSONL with a fault for every bad line, config.yaml with its head.
+"""Reads the files of a run: the lines of its JSONL files, and config.yaml with the commit in its head.
 
-A run may still be writing, so its last line may be half a line. Everything else that cannot be read is left out and named
-in one line.
+A run may still be writing, so its last line may be incomplete. Any other line that cannot be read is left out, and a note
+names it.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ RESULT: Kinds = {
 
 
 def printable(text: str) -> str:
-    """A file name may hold bytes that are no text; the page is UTF-8."""
+    """The text without characters that UTF-8 cannot hold: a file name may contain any bytes."""
     return text.encode("utf-8", "replace").decode()
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, '' where there is none. Bytes that are no UTF-8 become U+FFFD."""
+    """The text of a file, or '' where there is none. Bytes that are not UTF-8 become U+FFFD."""
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def read_lines(path: Path, check: Callable[[Any], str], notes: list[str]) -> list[Json]:
-    """The usable lines of a JSONL file. A half-written last line is left out in silence, any other bad one is noted."""
+    """The usable lines of a JSONL file. A half-written last line is left out silently; other bad lines are noted."""
     good, faults = [], []
     lines = read_text(path).split("\n")  # not splitlines: a text may hold U+2028
     for number, line in enumerate(lines, start=1):
@@ -64,8 +64,13 @@ def read_lines(path: Path, check: Callable[[Any], str], notes: list[str]) -> lis
     return good
 
 
+def read_metrics(run_dir: Path) -> list[Json]:
+    """The whole lines of a run's metrics.jsonl. The run may still be writing, or was killed in mid-line."""
+    return read_lines(run_dir / "metrics.jsonl", metrics_fault, [])
+
+
 def decode(text: str) -> Any:
-    """JSON to values. Python also writes and reads NaN and Infinity; a page must not hold them, so they become None.
+    """JSON to values. NaN and Infinity, which Python also reads and writes, become None: a page must not hold them.
 
     >>> decode('[NaN, 1e999, 0.5]')
     [None, None, 0.5]

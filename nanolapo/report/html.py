@@ -1,10 +1,10 @@
-"""One self-contained report.html from run and evaluation directories: tables, plots, M(q), every logged rollout.
+"""Writes one self-contained report.html from run and evaluation directories: tables, plots, M(q), every logged rollout.
 
     python -m nanolapo.report.html RUN_DIR [RUN_DIR ...] --out report.html
 
-The page opens from disk, without a server and without a network. Everything that comes from a run enters it as JSON, in
-which `<`, `>` and `&` are written as escapes, and is shown by report_page.html as text only: an answer that holds HTML is
-seen, never run. Only the plots are markup, made here from numbers and escaped names.
+The page opens from disk, without a server and without a network. Everything from a run enters it as JSON in which `<`, `>`
+and `&` are escaped, and page.html shows it as text only. So HTML in an answer is shown and never run. Only the plots are
+markup; they are made from numbers and escaped names.
 """
 
 from __future__ import annotations
@@ -24,8 +24,22 @@ from nanolapo.config import UserError
 from nanolapo.explain.page import visible
 from nanolapo.report.content import content
 from nanolapo.report.files import Json
-from nanolapo.report.plots import MAP_PANELS, PANELS, evaluation, lengths, training
+from nanolapo.report.plots import Panel, evaluation, lengths, training
 from nanolapo.report.runs import Evaluation, Material, known_levels, read_all, targets_by_level, visits
+
+PANELS: tuple[Panel, ...] = (
+    ("reward", ("reward",), False),
+    ("accuracy", ("accuracy",), False),
+    ("length, tokens (dashed: P90)", ("length", "length_p90"), False),
+    ("entropy per token", ("entropy",), False),
+    ("mismatch", ("mismatch",), True),
+    ("share cut at the limit", ("truncated",), False),
+)
+MAP_PANELS: tuple[Panel, ...] = (
+    ("mean M(q) of visited problems (tokens)", ("map/target_mean",), False),
+    ("share of them solved", ("map/solved_fraction",), False),
+    ("mean change of M(q) at a visit (tokens)", ("map/moved_mean",), False),
+)
 
 
 def embed(value: Any) -> str:
@@ -39,7 +53,7 @@ def embed(value: Any) -> str:
 
 
 def page(material: Material, data: Json, blocks: list[list[str]]) -> str:
-    """report.html as text, from what was read and what report_content.content made of it."""
+    """report.html as text, from what was read and what content.content made of it."""
     template = files("nanolapo.report").joinpath("page.html").read_text(encoding="utf-8")
     [script] = re.findall(r"<script>(.*?)</script>", template, flags=re.DOTALL)
     digest = base64.b64encode(sha256(script.encode()).digest()).decode()

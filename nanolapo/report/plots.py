@@ -1,7 +1,9 @@
-"""The plots of report.html as inline SVG: training curves, M(q), accuracy against tokens.
+"""All figures: those of report.html as inline SVG, and the paper's figures and a comparison's Pareto front as PNG.
 
-One picture serves light and dark pages: ink and grid are drawn in two stand-in colours, for which the page's own are put.
-Text stays text, in the page's font; matplotlib escapes it. The same numbers make the same bytes.
+One SVG serves light and dark pages: ink and grid are drawn in two stand-in colours, which are then replaced by the page's
+own. Text stays text, in the page's font, and matplotlib escapes it. The same numbers make the same bytes.
+
+This is the only file that imports matplotlib. Commands that do not always draw import it where they draw.
 """
 
 from __future__ import annotations
@@ -11,18 +13,20 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from colorsys import hsv_to_rgb
+from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy as np
 from cycler import cycler
+from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from nanolapo.report.files import printable
-from nanolapo.report.runs import Place, Run, Visit
-from nanolapo.report.tables import Row, accuracy_limits
+from nanolapo.evaluation.scores import KEYWORDS, rank_correlation
+from nanolapo.report.files import printable, read_metrics
+from nanolapo.report.runs import Place, Run, Visit, mean_by_step
+from nanolapo.report.tables import Row, accuracy_limits, difficulty_axis, number, tokens_at, training_dynamics
 
 INK, GRID = "#0a0b0c", "#0d0e0f"  # become currentColor and var(--line)
 # Medium lightness: legible on white and on near-black.
@@ -30,19 +34,6 @@ COLOURS = ("#3b82d6", "#e07b2e", "#2f9e63", "#b65fc9", "#d4504f", "#9a8f2a", "#1
 # Few to many, all of medium lightness as well.
 LEVELS = LinearSegmentedColormap.from_list("levels", ["#2f9e63", "#1f9fa8", "#3b82d6", "#b65fc9", "#d4504f"])
 Panel = tuple[str, tuple[str, ...], bool]  # title, metrics (a second one is drawn dashed), logarithmic
-PANELS: tuple[Panel, ...] = (
-    ("reward", ("reward",), False),
-    ("accuracy", ("accuracy",), False),
-    ("length, tokens (dashed: P90)", ("length", "length_p90"), False),
-    ("entropy per token", ("entropy",), False),
-    ("mismatch", ("mismatch",), True),
-    ("share cut at the limit", ("truncated",), False),
-)
-MAP_PANELS: tuple[Panel, ...] = (
-    ("mean M(q) of visited problems (tokens)", ("map/target_mean",), False),
-    ("share of them solved", ("map/solved_fraction",), False),
-    ("mean change of M(q) at a visit (tokens)", ("map/moved_mean",), False),
-)
 SHARES = ("truncated", "map/solved_fraction")  # a range of its own would blow up a tiny difference
 STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "nanolapo", "text.parse_math": False, "font.size": 9, "legend.fontsize": 9,
@@ -89,115 +80,215 @@ def legend(figure: Figure, lines: dict[str, Any]) -> None:
     figure.legend(list(lines.values()), names, loc="outside upper left", ncols=min(len(names), columns))
 
 
+# ------------------------------------------------------------------------------------------ report.html
+
+
+@rc_context(STYLE)
 def training(runs: Sequence[Run], panels: Sequence[Panel]) -> list[str]:
     """Metrics over steps, all runs in one axes, at most one figure; panels that no run has a number for are left out."""
     shown = [p for p in panels if any(math.isfinite(v) for run in runs for v in values(run.metrics, p[1][0]))]
     if not shown:
         return []
-    with matplotlib.rc_context(STYLE):
-        rows = math.ceil(len(shown) / 3)
-        figure = Figure(figsize=(11, 2.5 * rows + 0.4), layout="constrained")
-        lines: dict[str, Any] = {}
-        colours = palette(len(runs))
-        for place, (title, names, log) in enumerate(shown, start=1):
-            axis = figure.add_subplot(rows, 3, place)
-            axis.set_title(title)
-            axis.set_xlabel("step")
-            for i, run in enumerate(runs):
-                if not any(math.isfinite(v) for v in values(run.metrics, names[0])):
-                    continue
-                colour, steps = colours[i], values(run.metrics, "step")
-                for name, style in reversed([*zip(names, ("-", "--"), strict=False)]):
-                    points = [p for p in zip(steps, values(run.metrics, name), strict=True) if math.isfinite(p[1])]
-                    [lines[run.name]] = axis.plot(*zip(*points or [(math.nan,) * 2], strict=True), style, color=colour)
-            if log and any(v > 0 for run in runs for v in values(run.metrics, names[0])):
-                axis.set_yscale("log")
-                for labels in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-                    labels(LogFormatter(minor_thresholds=(1, 0.5)))  # 1e-07: the default writes TeX
-            if names[0] in SHARES:
-                axis.set_ylim(-0.03, max(0.1, axis.get_ylim()[1]))
-        legend(figure, lines)
-        return [svg(figure)]
+    rows = math.ceil(len(shown) / 3)
+    figure = Figure(figsize=(11, 2.5 * rows + 0.4), layout="constrained")
+    lines: dict[str, Any] = {}
+    colours = palette(len(runs))
+    for place, (title, names, log) in enumerate(shown, start=1):
+        axis = figure.add_subplot(rows, 3, place)
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        for i, run in enumerate(runs):
+            if not any(math.isfinite(v) for v in values(run.metrics, names[0])):
+                continue
+            colour, steps = colours[i], values(run.metrics, "step")
+            for name, style in reversed([*zip(names, ("-", "--"), strict=False)]):
+                points = [p for p in zip(steps, values(run.metrics, name), strict=True) if math.isfinite(p[1])]
+                [lines[run.name]] = axis.plot(*zip(*points or [(math.nan,) * 2], strict=True), style, color=colour)
+        if log and any(v > 0 for run in runs for v in values(run.metrics, names[0])):
+            axis.set_yscale("log")
+            for labels in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                labels(LogFormatter(minor_thresholds=(1, 0.5)))  # 1e-07: the default writes TeX
+        if names[0] in SHARES:
+            axis.set_ylim(-0.03, max(0.1, axis.get_ylim()[1]))
+    legend(figure, lines)
+    return [svg(figure)]
 
 
+@rc_context(STYLE)
 def lengths(name: str, visited: Sequence[Visit], targets: dict[Place, list[float | None]]) -> str:
     """One run's M(q): on the left by step and level at the logged visits, on the right the final map by level."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11, 3.1), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        told = any(v.budget is not None for v in visited)
-        left.set_title(f"{name}: M(q) {'in the prompt (dotted: measured)' if told else 'measured'}, by level")
-        left.set_xlabel("step")
-        by_level: dict[Any, list[Visit]] = defaultdict(list)
-        for visit in visited:
-            by_level[visit.level].append(visit)
-        order = sorted(by_level, key=lambda level: (level is None, level))
-        lines: dict[str, Any] = {}
-        for i, level in enumerate(order):
-            colour = LEVELS(i / max(1, len(order) - 1))
-            if told:
-                left.plot(*mean_by_step((v.step, v.measured) for v in by_level[level]), ":", color=colour, linewidth=1)
-            points = mean_by_step((v.step, v.budget if told else v.measured) for v in by_level[level])
-            [line] = left.plot(*points, "o-", color=colour, markersize=2.5, linewidth=1)
-            lines["no level" if level is None else f"level {level}"] = line
-        if lines:
-            left.legend(list(lines.values()), list(lines), loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
-        right.set_title(f"{name}: M(q) now, all problems (tokens)")
-        solved = {
-            head.removeprefix("level "): [t for t in found if t is not None] for (_, _, head), found in targets.items()
-        }
-        boxes = {head: found for head, found in solved.items() if found}
-        if boxes:
-            right.boxplot(list(boxes.values()), tick_labels=list(boxes), widths=0.5)
-            right.set_xlabel("level")
-        return svg(figure)
+    figure = Figure(figsize=(11, 3.1), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    told = any(v.budget is not None for v in visited)
+    left.set_title(f"{name}: M(q) {'in the prompt (dotted: measured)' if told else 'measured'}, by level")
+    left.set_xlabel("step")
+    by_level: dict[Any, list[Visit]] = defaultdict(list)
+    for visit in visited:
+        by_level[visit.level].append(visit)
+    order = sorted(by_level, key=lambda level: (level is None, level))
+    lines: dict[str, Any] = {}
+    for i, level in enumerate(order):
+        colour = LEVELS(i / max(1, len(order) - 1))
+        if told:
+            left.plot(*mean_by_step((v.step, v.measured) for v in by_level[level]), ":", color=colour, linewidth=1)
+        points = mean_by_step((v.step, v.budget if told else v.measured) for v in by_level[level])
+        [line] = left.plot(*points, "o-", color=colour, markersize=2.5, linewidth=1)
+        lines["no level" if level is None else f"level {level}"] = line
+    if lines:
+        left.legend(list(lines.values()), list(lines), loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    right.set_title(f"{name}: M(q) now, all problems (tokens)")
+    solved = {
+        head.removeprefix("level "): [t for t in found if t is not None] for (_, _, head), found in targets.items()
+    }
+    boxes = {head: found for head, found in solved.items() if found}
+    if boxes:
+        right.boxplot(list(boxes.values()), tick_labels=list(boxes), widths=0.5)
+        right.set_xlabel("level")
+    return svg(figure)
 
 
-def mean_by_step(points: Iterable[tuple[int, float | None]]) -> tuple[list[int], list[float]]:
-    """Steps that have a value, and the mean of each.
-
-    >>> mean_by_step([(3, 10.0), (1, 8.0), (3, 20.0), (2, None)])
-    ([1, 3], [8.0, 15.0])
-    """
-    found: dict[int, list[float]] = defaultdict(list)
-    for step, value in points:
-        if value is not None:
-            found[step].append(value)
-    return sorted(found), [float(np.mean(found[step])) for step in sorted(found)]
-
-
+@rc_context(STYLE)
 def evaluation(rows: Sequence[Row]) -> str:
     """One set at one temperature: accuracy against tokens, and length by level where there are levels."""
     plain = [r for r in rows if not r["guidance"]]
     colours = dict(zip([r["model"] for r in plain], palette(len(plain)), strict=True))
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11, 3.3), layout="constrained")
-        left = figure.add_subplot(1, 2, 1)
-        lines: dict[str, Any] = {}
-        for r in rows:
-            colour, fill = colours.get(r["model"], INK), "none" if r["guidance"] else "full"
-            place = r["tokens"], 100 * r["accuracy"]
-            [line] = left.plot(*place, "o", color=colour, fillstyle=fill)
-            if r.get("tokens_interval") and r.get("accuracy_interval"):
-                left.plot(r["tokens_interval"], [place[1]] * 2, color=colour, linewidth=1)
-                left.plot([place[0]] * 2, [100 * bound for bound in r["accuracy_interval"]], color=colour, linewidth=1)
-            if r["guidance"]:
-                left.annotate(
-                    printable(f"told {r['guidance']}"), place, (6, -11), textcoords="offset points", fontsize=8
-                )
+    figure = Figure(figsize=(11, 3.3), layout="constrained")
+    left = figure.add_subplot(1, 2, 1)
+    lines: dict[str, Any] = {}
+    for r in rows:
+        colour, fill = colours.get(r["model"], INK), "none" if r["guidance"] else "full"
+        place = r["tokens"], 100 * r["accuracy"]
+        [line] = left.plot(*place, "o", color=colour, fillstyle=fill)
+        if r.get("tokens_interval") and r.get("accuracy_interval"):
+            left.plot(r["tokens_interval"], [place[1]] * 2, color=colour, linewidth=1)
+            left.plot([place[0]] * 2, [100 * bound for bound in r["accuracy_interval"]], color=colour, linewidth=1)
+        if r["guidance"]:
+            left.annotate(printable(f"told {r['guidance']}"), place, (6, -11), textcoords="offset points", fontsize=8)
+        else:
+            lines[r["model"]] = line
+    left.set_title("accuracy (%) against tokens, 95 % intervals")
+    left.set_xlabel("tokens per answer")
+    ends = [bound for r in rows for bound in (r["accuracy"], *(r.get("accuracy_interval") or ()))]
+    left.set_ylim(accuracy_limits([100 * bound for bound in ends]))
+    if plain and plain[0].get("by_level"):
+        right = figure.add_subplot(1, 2, 2)
+        for r in plain:
+            tokens = [at_level["tokens"] for at_level in r["by_level"].values()]
+            right.plot(list(r["by_level"]), tokens, "o-", color=colours[r["model"]])
+        right.set_title("mean length by level (tokens)")
+        right.set_xlabel("level")
+    if lines:
+        legend(figure, lines)
+    return svg(figure)
+
+
+# ------------------------------------------------------------------------------------------------- PNG
+
+
+@rc_context({"text.parse_math": False})  # a name with a $ is no formula
+def write_figures(results: dict[str, Any], run_dirs: dict[str, Path], out: Path) -> list[Path]:
+    """The paper's figures 1, 3, 4 and 5 as far as the results have them, and the curves of the training runs.
+
+    The first row's model is the base. A figure that compares models needs two that are not exports of one run.
+    """
+    first = results["rows"][0]
+    plain = [r for r in results["rows"] if r["temperature"] == first["temperature"] and not r["guidance"]]
+    of_set = [r for r in plain if r["set"] == first["set"]]
+    final = [r for r in of_set if r.get("step") is None]
+    logs = {name: read_metrics(folder) for name, folder in run_dirs.items()}
+    sampled = {name: [(x["step"], x["length"], x["accuracy"]) for x in lines] for name, lines in logs.items() if lines}
+    exported = training_dynamics(of_set, first["model"])
+    places = difficulty_axis(plain, first["model"])
+    figures = {}
+    if sampled:
+        figures["training.png"] = curves_figure(sampled, "of rollouts")
+    if exported:
+        figures["dynamics.png"] = curves_figure(exported, f"on {first['set']}")
+    if len(final) > 1:
+        overall = [r for r in plain if r["set"] == plain[-1]["set"] and r.get("step") is None]  # the average, if any
+        figures["tradeoff.png"] = Figure(figsize=(5.5, 3.6))
+        tradeoff(figures["tradeoff.png"].subplots(), overall)
+        if len(places) > 1:
+            figures["length_by_level.png"] = difficulty_figure(plain, [r["model"] for r in final], places)
+        if first.get("keywords"):
+            figures["keywords.png"] = keyword_figure(final)
+    for name, figure in figures.items():
+        figure.tight_layout()
+        figure.savefig(out / name, dpi=120)
+    return [out / name for name in figures]
+
+
+@rc_context({"text.parse_math": False})
+def write_pareto(path: Path, rows: Sequence[Row]) -> None:
+    """A comparison of methods (over_seeds.summarize_methods): one panel per set and temperature."""
+    places = list(dict.fromkeys((r["set"], r["temperature"]) for r in rows))
+    figure = Figure(figsize=(8 * len(places), 6.5))
+    for axis, place in zip(figure.subplots(1, len(places), squeeze=False)[0], places, strict=True):
+        tradeoff(axis, [r for r in rows if (r["set"], r["temperature"]) == place])
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def tradeoff(axis: Axes, rows: Sequence[Row]) -> None:
+    """Fig. 1: accuracy against tokens, every point named. Rows over seeds also show best and worst seed and the front."""
+    front = sorted((r["tokens"], 100 * r["accuracy"]) for r in rows if r.get("pareto"))
+    axis.step([x for x, _ in front], [y for _, y in front], where="post", color="0.7", zorder=0)
+    for r in rows:
+        colour = {"base": "black", "lapo": "tab:red"}.get(r["model"].lower()[:4], "tab:blue")
+        place, seeds = (r["tokens"], 100 * r["accuracy"]), [r[key]["tokens"] for key in ("best", "worst") if key in r]
+        axis.plot(*place, "o", markersize=4, color=colour)
+        axis.plot(seeds, [place[1]] * len(seeds), linewidth=0.6, color=colour)
+        axis.annotate(r["model"], place, (3, 3), textcoords="offset points", fontsize=6 if front else 7)
+    axis.set_ylim(accuracy_limits([100 * r["accuracy"] for r in rows]))
+    axis.set_xlabel("mean tokens" + " (bars: best and worst seed)" * bool(front))
+    axis.set_title(f"accuracy (%), {rows[0]['set']}, temperature {rows[0]['temperature']:g}")
+
+
+def curves_figure(curves: dict[str, list[tuple[float, float, float]]], where: str) -> Figure:
+    """Fig. 5: tokens and accuracy over steps. A curve of one point is drawn as a level line (the base model)."""
+    figure = Figure(figsize=(10, 3.6))
+    left, right = figure.subplots(1, 2)
+    for name, points in curves.items():
+        steps, tokens, accuracy = zip(*points, strict=True)
+        for axis, values in ((left, tokens), (right, [100 * a for a in accuracy])):
+            if len(points) == 1:
+                axis.axhline(values[0], label=name, color="grey", linestyle="--")
             else:
-                lines[r["model"]] = line
-        left.set_title("accuracy (%) against tokens, 95 % intervals")
-        left.set_xlabel("tokens per answer")
-        ends = [bound for r in rows for bound in (r["accuracy"], *(r.get("accuracy_interval") or ()))]
-        left.set_ylim(accuracy_limits([100 * bound for bound in ends]))
-        if plain and plain[0].get("by_level"):
-            right = figure.add_subplot(1, 2, 2)
-            for r in plain:
-                tokens = [at_level["tokens"] for at_level in r["by_level"].values()]
-                right.plot(list(r["by_level"]), tokens, "o-", color=colours[r["model"]])
-            right.set_title("mean length by level (tokens)")
-            right.set_xlabel("level")
-        if lines:
-            legend(figure, lines)
-        return svg(figure)
+                axis.plot(steps, values, label=name, marker="." if len(points) < 30 else "")
+    right.set_ylim(accuracy_limits([100 * a for points in curves.values() for _, _, a in points]))
+    for axis, title in ((left, "mean length (tokens)"), (right, "accuracy (%)")):
+        axis.set_xlabel("step")
+        axis.set_title(f"{title} {where}")
+    left.legend(fontsize=8)
+    return figure
+
+
+def difficulty_figure(rows: Sequence[Row], models: Sequence[str], places: Sequence[tuple[str, str]]) -> Figure:
+    """Fig. 3: mean tokens from easy to hard, with the rank correlation of the two."""
+    figure = Figure(figsize=(max(5.5, 0.7 * len(places)), 3.6))
+    axis = figure.subplots()
+    for model in models:
+        tokens = [tokens_at(rows, model, place) for place in places]
+        rho = number(rank_correlation(range(len(places)), tokens), ".2f")
+        axis.plot(range(len(places)), tokens, marker="o", label=f"{model} (rank correlation {rho})")
+    one_set = len({name for name, _ in places}) == 1
+    ticks = [level if one_set else f"{name} {level}".strip() for name, level in places]
+    axis.set_xticks(range(len(places)), ticks, rotation=0 if one_set else 30, fontsize=8)
+    axis.set_xlabel("level" if one_set else "from easy to hard")
+    axis.set_title("mean tokens by difficulty")
+    axis.legend(fontsize=7)
+    return figure
+
+
+def keyword_figure(rows: Sequence[Row]) -> Figure:
+    """Fig. 4: words of each group per answer."""
+    figure, width = Figure(figsize=(7, 3.6)), 0.8 / len(rows)
+    axis = figure.subplots()
+    for i, r in enumerate(rows):
+        axis.bar(
+            [g + i * width for g in range(len(KEYWORDS))], [r["keywords"][g] for g in KEYWORDS], width, label=r["model"]
+        )
+    axis.set_xticks([g + 0.4 - width / 2 for g in range(len(KEYWORDS))], list(KEYWORDS))
+    axis.set_title("words per answer")
+    axis.legend(fontsize=8)
+    return figure

@@ -1,6 +1,6 @@
-"""What report.html is made from: run directories and evaluation directories, as far as they are there and can be read.
+"""Reads the run and evaluation directories that report.html is made from.
 
-A file may be missing because the run is still at work, or be damaged. Either is named in one line; nothing is guessed.
+A file may be missing, because the run is still at work, or be damaged. A note names each such file, and nothing is guessed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ class Evaluation:
 
 @dataclass
 class Material:
-    """All that was found, and one line for each thing that could not be read."""
+    """Everything that was found, and a note for each thing that could not be read."""
 
     runs: list[Run] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
@@ -178,7 +178,7 @@ def known_levels(material: Material) -> dict[str, int | None]:
 
 
 def targets_by_level(length_map: LengthMap, levels: dict[str, int | None]) -> dict[Place, list[float | None]]:
-    """M(q) of every problem under its level, problems without a level and those of unknown level behind.
+    """M(q) of every problem, by level. Problems without a level come after the levels, those of unknown level last.
 
     >>> m = LengthMap(); m.entries = {"a": 9.0, "b": None, "c": 7.0, "d": 8.0}
     >>> targets_by_level(m, {"a": 10, "b": 2, "c": None})
@@ -190,6 +190,19 @@ def targets_by_level(length_map: LengthMap, levels: dict[str, int | None]) -> di
         unknown = (1, 0, "no level") if problem in levels else (2, 0, "never logged")
         found[unknown if level is None else (0, level, f"level {level}")].append(target)
     return dict(sorted(found.items()))
+
+
+def mean_by_step(points: Iterable[tuple[int, float | None]]) -> tuple[list[int], list[float]]:
+    """Steps that have a value, and the mean of each.
+
+    >>> mean_by_step([(3, 10.0), (1, 8.0), (3, 20.0), (2, None)])
+    ([1, 3], [8.0, 15.0])
+    """
+    found: dict[int, list[float]] = defaultdict(list)
+    for step, value in points:
+        if value is not None:
+            found[step].append(value)
+    return sorted(found), [float(np.mean(found[step])) for step in sorted(found)]
 
 
 # ---- an evaluation ----

@@ -1,17 +1,12 @@
-"""Tables and plots from results.json and metrics.jsonl: Markdown for people, PNG for the eye."""
+"""The tables of an evaluation, from its results.json: the cells of each, and all of them as Markdown."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-
-from nanolapo.evaluation.scores import KEYWORDS, rank_correlation
+from nanolapo.evaluation.scores import KEYWORDS
 
 Row = dict[str, Any]
 Cells = tuple[list[str], list[list[str]]]  # head and body of a table, as shown
@@ -69,15 +64,6 @@ def number(value: float | None, form: str) -> str:
     return "-" if value is None or math.isnan(value) else format(value, form)
 
 
-def without_nan(value: Any) -> Any:
-    """JSON has no NaN: an AES against a base without a right answer, and the like, is written as null."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
 def interval(bounds: Sequence[float] | None, form: str) -> str:
     return f"{bounds[0]:{form}} to {bounds[1]:{form}}" if bounds else "-"
 
@@ -113,11 +99,7 @@ def keyword_cells(rows: Sequence[Row]) -> Cells:
     return ["model", *groups], [[label(r), *(f"{r['keywords'][g]:.2f}" for g in groups)] for r in rows]
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl; the run may still be writing, or was killed in mid-line."""
-    path = run_dir / "metrics.jsonl"
-    whole, _, _ = path.read_text(encoding="utf-8", errors="replace").rpartition("\n") if path.exists() else ("", "", "")
-    return [json.loads(line) for line in whole.split("\n") if line]
+# ------------------------------------------------------------------ the numbers behind the paper's figures 3 and 5
 
 
 def difficulty_axis(rows: Sequence[Row], base: str) -> list[tuple[str, str]]:
@@ -162,99 +144,3 @@ def accuracy_limits(percents: Sequence[float]) -> tuple[float, float]:
     room = max(2.0, 0.1 * (max(percents) - min(percents)))
     top = min(100.5, max(percents) + room)
     return min(top - 4.0, min(percents) - room), top
-
-
-@rc_context({"text.parse_math": False})  # a name with a $ is no formula
-def plots(results: dict[str, Any], run_dirs: dict[str, Path], out: Path) -> list[Path]:
-    """The paper's figures 1, 3, 4 and 5 as far as the results have them, and the curves of the training runs.
-
-    The first row's model is the base; figures that compare models need two that are no exports of one run.
-    """
-    first = results["rows"][0]
-    plain = [r for r in results["rows"] if r["temperature"] == first["temperature"] and not r["guidance"]]
-    of_set = [r for r in plain if r["set"] == first["set"]]
-    final = [r for r in of_set if r.get("step") is None]
-    logs = {name: read_metrics(folder) for name, folder in run_dirs.items()}
-    sampled = {name: [(x["step"], x["length"], x["accuracy"]) for x in lines] for name, lines in logs.items() if lines}
-    exported = training_dynamics(of_set, first["model"])
-    places = difficulty_axis(plain, first["model"])
-    figures = {}
-    if sampled:
-        figures["training.png"] = curves_figure(sampled, "of rollouts")
-    if exported:
-        figures["dynamics.png"] = curves_figure(exported, f"on {first['set']}")
-    if len(final) > 1:
-        overall = [r for r in plain if r["set"] == plain[-1]["set"] and r.get("step") is None]  # the average, if any
-        figures["tradeoff.png"] = tradeoff_figure(overall)
-        if len(places) > 1:
-            figures["length_by_level.png"] = difficulty_figure(plain, [r["model"] for r in final], places)
-        if first.get("keywords"):
-            figures["keywords.png"] = keyword_figure(final)
-    for name, figure in figures.items():
-        figure.tight_layout()
-        figure.savefig(out / name, dpi=120)
-    return [out / name for name in figures]
-
-
-def curves_figure(curves: dict[str, list[tuple[float, float, float]]], where: str) -> Figure:
-    """Fig. 5: tokens and accuracy over steps. A curve of one point is drawn as a level line (the base model)."""
-    figure = Figure(figsize=(10, 3.6))
-    left, right = figure.subplots(1, 2)
-    for name, points in curves.items():
-        steps, tokens, accuracy = zip(*points, strict=True)
-        for axis, values in ((left, tokens), (right, [100 * a for a in accuracy])):
-            if len(points) == 1:
-                axis.axhline(values[0], label=name, color="grey", linestyle="--")
-            else:
-                axis.plot(steps, values, label=name, marker="." if len(points) < 30 else "")
-    right.set_ylim(accuracy_limits([100 * a for points in curves.values() for _, _, a in points]))
-    for axis, title in ((left, "mean length (tokens)"), (right, "accuracy (%)")):
-        axis.set_xlabel("step")
-        axis.set_title(f"{title} {where}")
-    left.legend(fontsize=8)
-    return figure
-
-
-def tradeoff_figure(rows: Sequence[Row]) -> Figure:
-    """Fig. 1: accuracy against tokens, better is up and left."""
-    figure = Figure(figsize=(5.5, 3.6))
-    axis = figure.subplots()
-    for r in rows:
-        place = r["tokens"], 100 * r["accuracy"]
-        axis.scatter(*place)
-        axis.annotate(r["model"], place, fontsize=7, xytext=(3, 3), textcoords="offset points")
-    axis.set_ylim(accuracy_limits([100 * r["accuracy"] for r in rows]))
-    axis.set_xlabel("mean tokens")
-    axis.set_title(f"accuracy (%), {rows[0]['set']}")
-    return figure
-
-
-def difficulty_figure(rows: Sequence[Row], models: Sequence[str], places: Sequence[tuple[str, str]]) -> Figure:
-    """Fig. 3: mean tokens from easy to hard, with the rank correlation of the two."""
-    figure = Figure(figsize=(max(5.5, 0.7 * len(places)), 3.6))
-    axis = figure.subplots()
-    for model in models:
-        tokens = [tokens_at(rows, model, place) for place in places]
-        rho = number(rank_correlation(range(len(places)), tokens), ".2f")
-        axis.plot(range(len(places)), tokens, marker="o", label=f"{model} (rank correlation {rho})")
-    one_set = len({name for name, _ in places}) == 1
-    ticks = [level if one_set else f"{name} {level}".strip() for name, level in places]
-    axis.set_xticks(range(len(places)), ticks, rotation=0 if one_set else 30, fontsize=8)
-    axis.set_xlabel("level" if one_set else "from easy to hard")
-    axis.set_title("mean tokens by difficulty")
-    axis.legend(fontsize=7)
-    return figure
-
-
-def keyword_figure(rows: Sequence[Row]) -> Figure:
-    """Fig. 4: words of each group per answer."""
-    figure, width = Figure(figsize=(7, 3.6)), 0.8 / len(rows)
-    axis = figure.subplots()
-    for i, r in enumerate(rows):
-        axis.bar(
-            [g + i * width for g in range(len(KEYWORDS))], [r["keywords"][g] for g in KEYWORDS], width, label=r["model"]
-        )
-    axis.set_xticks([g + 0.4 - width / 2 for g in range(len(KEYWORDS))], list(KEYWORDS))
-    axis.set_title("words per answer")
-    axis.legend(fontsize=8)
-    return figure

@@ -1,8 +1,7 @@
-"""Our results beside the paper's tables: one list of rows, written as Markdown, LaTeX and JSON.
+"""Lays our results beside the paper's tables: one list of rows, written as Markdown, LaTeX and JSON.
 
-Where our problem sets are the paper's, every set is compared with its own column. A miniature (the demo) has other sets:
-then the paper's column is its average, and what can be compared is the change against the base model, tokens in percent
-and accuracy in points.
+If our problem sets are the paper's, every set is compared with its column. A miniature (the demo) has other sets. It is
+compared with the paper's average, and only by the change against the base model: tokens in percent, accuracy in points.
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from nanolapo.config import UserError
-from nanolapo.report.tables import label, number, table, without_nan
+from nanolapo.evaluation.scores import without_nan
+from nanolapo.report.tables import label, number, table
 from nanolapo.reproduce.paper import Score, base_name, changes, disagreements, paper_tables
 
 Row = dict[str, Any]
@@ -50,11 +50,13 @@ class Comparison:
 def compare(number: int, base: str, ours: Sequence[Row], names: Mapping[str, str]) -> Comparison:
     """Lay our rows beside the paper's Table `number` for its base model `base` (A or B).
 
-    `ours`: rows of results.json, of one temperature; of several evaluations too (the first of equal rows counts). `names`:
-    the paper's row name -> what we call that model (`report.label`); rows without a name stay, without numbers of ours.
-    A row made has ours and `paper_` of `accuracy` (%), `tokens`, `tokens_vs_base` (%), `points_vs_base` and `aes`, the last
-    three against the row named in `against`; where the set is the same also `accuracy_difference` (points) and
-    `tokens_difference` (%). Raises UserError for a name that the table does not have, or rows of two temperatures.
+    ours: rows of results.json of one temperature, also of several evaluations (of equal rows the first counts).
+    names: the paper's row name -> our label of that model. Rows of the paper without a name stay, without our numbers.
+
+    A resulting row has our and the `paper_` value of `accuracy` (%), `tokens`, `tokens_vs_base` (%), `points_vs_base` and
+    `aes`. The last three are relative to the row named in `against`. If the set is the same, it also has
+    `accuracy_difference` (points) and `tokens_difference` (%).
+    Raises UserError for a name that the table does not have, and for rows of two temperatures.
     """
     printed = paper_tables()[number]
     rows = [row for row in printed.rows if row.base == base]
@@ -89,7 +91,7 @@ def compare(number: int, base: str, ours: Sequence[Row], names: Mapping[str, str
 
 
 def shared_sets(theirs: Sequence[str], ours: Sequence[str]) -> tuple[str, ...]:
-    """The paper's sets that are ours too. Averages are only comparable where they are over the same sets.
+    """The paper's sets that are ours too. The average is one of them only if it is over the same sets.
 
     >>> shared_sets(["AIME24", "AMC23", "average"], ["AMC23", "demo", "average"])
     ('AMC23',)
@@ -123,7 +125,7 @@ def _theirs(score: Score, reference: Score) -> Row:
 
 
 def cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Heading and body of the printed table, as text; columns in which nothing stands are left out."""
+    """Heading and body of the printed table, as text, without the columns that are empty."""
 
     def cell(row: Row, key: str, form: str) -> str:
         text, bounds = number(row.get(key), form), row.get(f"{key}_interval")
@@ -150,7 +152,7 @@ def markdown(comparison: Comparison) -> str:
 
 
 def latex(comparison: Comparison) -> str:
-    """A plain tabular, to be pasted: needs no package.
+    """A plain LaTeX tabular that needs no package.
 
     >>> print(latex(Comparison(9, "T_9", [{"model": "+x", "set": "50% & more", "against": "x", "samples": 1200}], ())))
     % T_9
@@ -172,7 +174,7 @@ def latex(comparison: Comparison) -> str:
 
 
 def _escape(text: str) -> str:
-    r"""Text as LaTeX prints it, on one line.
+    r"""The text on one line, with LaTeX's special characters escaped.
 
     >>> print(_escape(r"a_1 \input{x} ~2^n"))
     a\_1 \textbackslash{}input\{x\} \textasciitilde{}2\textasciicircum{}n
@@ -183,7 +185,7 @@ def _escape(text: str) -> str:
 
 
 def write_tables(comparisons: Sequence[Comparison], folder: Path) -> list[Path]:
-    """tables.md, tables.tex and tables.json, all from the same rows; the first ends with the paper's own disagreements."""
+    """Write tables.md, tables.tex and tables.json from the same rows. The first ends with the paper's own disagreements."""
     found = disagreements()
     own = "### Where the paper's own numbers do not agree\n\n" + "\n".join(f"- {line}" for line in found) + "\n"
     plain = [

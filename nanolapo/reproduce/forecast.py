@@ -1,4 +1,4 @@
-"""What a reproduction will cost, step by step, before any of it runs: tokens, hours, memory and disk, from plan/cost.py."""
+"""Prints what a recipe will cost, step by step, before it runs: tokens, hours, memory and disk (plan/cost.py)."""
 
 from __future__ import annotations
 
@@ -8,20 +8,16 @@ from dataclasses import replace
 from nanolapo.config import Config, UserError
 from nanolapo.config_file import load_config
 from nanolapo.evaluation.passes import Model, passes
-from nanolapo.plan.cost import plan, sampling_seconds
+from nanolapo.plan.cost import forecast, sampling_seconds
 from nanolapo.plan.footprint import LONGEST, PROMPT_TOKENS, Expected
 from nanolapo.plan.machines import Machine, load_shape, parse_machine
 from nanolapo.report.tables import table
 from nanolapo.reproduce.paper import paper_tables
-from nanolapo.reproduce.pipeline import Pipeline, Step
+from nanolapo.reproduce.pipeline import Pipeline
+from nanolapo.reproduce.recipe import Recipe
 
-SET_SIZES = {
-    "MATH-500": 500,
-    "AIME24": 30,
-    "AMC23": 40,
-    "OlympiadBench": 675,
-    "GPQA": 198,
-}  # problems of the hub's sets
+# Problems of the hub's sets.
+SET_SIZES = {"MATH-500": 500, "AIME24": 30, "AMC23": 40, "OlympiadBench": 675, "GPQA": 198}
 EVALUATIONS = (
     "evaluations: every model at the base's length of the paper; samples that evaluations share are counted in each, "
     "a run's exported models as one"
@@ -30,18 +26,19 @@ HEAD = ["step", "tokens (M)", "hours", "GPU-hours", "GB a GPU", "disk GB"]
 Costs = tuple[float, float, float, float, str]  # tokens, hours, peak GB of a rank, GB on disk, a note
 
 
-def show_plan(
-    pipeline: Pipeline, names: Sequence[str], script_at: int, base: str, paper_base: str, machine: str
-) -> None:
-    """Print the table of all steps in `names`. `script_at`: where in a step's command the script stands; base: the model
-    whose shape all runs share; machine: as for plan/cost.py, or empty for this one's CPU. Raises UserError."""
+def print_forecast(recipe: Recipe, pipeline: Pipeline, names: Sequence[str], seed: int, machine: str) -> None:
+    """Print the cost of all steps in `names`, whose models all have the shape of this seed's base. Raises UserError.
+
+    machine: as for plan/cost.py; empty means this machine's CPU.
+    """
+    base = recipe.base_model(seed)
     body, total = [], [0.0, 0.0, 0.0, 0.0]
     notes: dict[str, None] = {}
     gpus = parse_machine(machine or "cpu", Config())
     for name in names:
         step = pipeline.steps[name]
         state = " (done)" if pipeline.is_done(name) else ""
-        cost = step_cost(step, script_at, base, paper_base, machine)
+        cost = step_cost(step.command[len(recipe.launcher) :], base, recipe.file.paper_base, machine)
         if cost is None:
             body.append([name + state, *["-"] * 5])
             continue
@@ -57,18 +54,21 @@ def show_plan(
         print(note)
 
 
-def step_cost(step: Step, script_at: int, base: str, paper_base: str, machine: str) -> Costs | None:
-    """None: a step that makes the base model, or one whose model has no shape yet."""
-    script = step.command[script_at].rsplit("/", 1)[-1]
+def step_cost(command: Sequence[str], base: str, paper_base: str, machine: str) -> Costs | None:
+    """The cost of a step, or None for one that makes the base model or whose model has no shape yet.
+
+    command: script, config file, overrides.
+    """
+    script = command[0].rsplit("/", 1)[-1]
     if script not in ("train_stage1.py", "train_stage2.py", "evaluate.py"):
         return None
-    config = load_config(step.command[script_at + 1], list(step.command[script_at + 2 :]))
+    config = load_config(command[1], list(command[2:]))
     config = replace(config, model=replace(config.model, path=base))
     there = parse_machine(machine or "cpu", config)
     try:
         if script == "evaluate.py":
             return evaluation_cost(config, there, paper_base)
-        found = plan(config, there)
+        found = forecast(config, there)
     except UserError as error:
         if "no shape to be had" not in str(error):
             raise
@@ -80,8 +80,10 @@ def step_cost(step: Step, script_at: int, base: str, paper_base: str, machine: s
 
 
 def evaluation_cost(config: Config, machine: Machine, paper_base: str) -> Costs:
-    """All models on all sets as if each answered at the base's length: that of the paper's Table 1 (its Table 7 for GPQA)
-    where the set is there, else half the limit. An upper bound for models that think shorter."""
+    """The cost of all models on all sets, if each answers at the base's length. An upper bound for models that think less.
+
+    The length is that of the paper's Table 1 (Table 7 for GPQA) if the set is there, else half the limit.
+    """
     e, tokens, rows = config.evaluate, 0.0, 0.0
     entries = [entry.partition("=")[0] for entry in e.models]
     asked = sum(
@@ -98,17 +100,11 @@ def evaluation_cost(config: Config, machine: Machine, paper_base: str) -> Costs:
     shape = load_shape(config.model.path)
     hours = sampling_seconds(config, shape, machine, expected) / 3600
     memory = config.rollout.gpu_memory_utilization * machine.memory / 1e9
-    return (
-        tokens,
-        hours,
-        memory,
-        4 * tokens / 1e9,
-        EVALUATIONS,
-    )
+    return tokens, hours, memory, 4 * tokens / 1e9, EVALUATIONS
 
 
 def set_tokens(name: str, paper_base: str, limit: int) -> float:
-    """Mean tokens of the paper's base model on a set; half the limit where the paper has no such set.
+    """Mean tokens of the paper's base model on a set, or half the limit if the paper has no such set.
 
     >>> set_tokens("AIME24", "B", 32768), set_tokens("GPQA", "A", 32768), set_tokens("demo", "B", 256)
     (9246.0, 10297.0, 128.0)

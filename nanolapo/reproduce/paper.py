@@ -1,4 +1,4 @@
-"""The numbers that LAPO's paper prints (paper.yaml), and where they do not fit together."""
+"""The numbers that LAPO's paper prints (paper.yaml), and the places where they contradict each other."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def base_name(base: str) -> str:
 
 
 def changes(score: Score, reference: Score) -> dict[str, float]:
-    """What became of the reference: tokens in %, accuracy in points, and AES.
+    """The change against the reference: tokens in %, accuracy in points, and AES.
 
     >>> {key: round(value, 2) for key, value in changes(Score(64.8, 3832), Score(62.5, 6229)).items()}
     {'tokens_vs_base': -38.48, 'points_vs_base': 2.3, 'aes': 0.5}
@@ -84,12 +84,12 @@ def changes(score: Score, reference: Score) -> dict[str, float]:
     }
 
 
-# Of a mean of printed numbers against a printed mean: half a digit each; the paper cuts tokens instead of rounding.
+# Rounding allowed between a mean of printed numbers and a printed mean. The paper cuts tokens off instead of rounding.
 ROUNDING = Score(0.1, 1.0)
 
 
 def disagreements() -> list[str]:
-    """Averages that are not the mean of their columns, one model with two results, and the abstract's two numbers."""
+    """One line for each average that is not the mean of its columns, each model with two results, and the abstract."""
     lines = []
     for printed in paper_tables().values():
         for row in printed.rows:
@@ -123,7 +123,7 @@ def recomputed_average(row: PaperRow) -> Score:
 
 
 def _headline() -> list[str]:
-    """The abstract's tokens saved and points gained, where no base model has both."""
+    """A line if no base model has both of the abstract's numbers, tokens saved and points gained."""
     claim, rows = _printed()["headline"], paper_tables()[1]
     by_base = {
         base: changes(*(rows.row(base, name).scores["average"] for name in ("+LAPO-I", "Base")))

@@ -1,14 +1,13 @@
-"""Named steps, each a command, run in the order of their needs and only when something changed: for compare and reproduce.
+"""Runs named steps, each of them a command, in the order of their needs, and skips those that are done.
 
-A step is done again when what its outcome depends on, or a step that it needs, has changed. What an interrupted step
-left is kept: the scripts resume by themselves. Every step has a log and a stamp below the pipeline's folder. Only what a
-stamp speaks of is ever deleted, and one command at a time is at work in a folder. A change of the code is not seen: after
+A step is done again when its inputs, or a step that it needs, have changed. What an interrupted step left is kept, for the
+scripts resume by themselves. Every step has a log and a stamp below the pipeline's folder. Only a folder that a stamp names
+is ever deleted, and only one command at a time works in a folder. The pipeline does not see a change of the code: after
 one, use another folder or delete the steps' stamps.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import signal
@@ -21,9 +20,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from threading import Event
-from typing import Any
 
-from nanolapo.config import Config, RunStopped, SourceConfig, UserError
+from nanolapo.config import RunStopped, UserError
 from nanolapo.locks import locked
 
 
@@ -39,27 +37,11 @@ class Step:
     clear: Path | None = None  # a folder made from one config only: it is removed when that config has changed
 
 
-def identity(script: str, config: Config) -> str:
-    """Step.config for a script that reads a Config. Keys at their defaults are left out, so that a key which a later
-    version adds does not make everything anew."""
-    return json.dumps([script, changed(config, Config())], sort_keys=True, default=str)
-
-
-def changed(value: Any, default: Any) -> Any:
-    """What differs from `default`, as plain values: of a dataclass the fields that differ, of anything else all of it."""
-    if isinstance(value, tuple):
-        return [changed(item, None) for item in value]
-    if not dataclasses.is_dataclass(value):
-        return value
-    if isinstance(value, SourceConfig):
-        default = SourceConfig("", "")
-    pairs = {f.name: (getattr(value, f.name), getattr(default, f.name)) for f in dataclasses.fields(value)}
-    return {name: changed(mine, other) for name, (mine, other) in pairs.items() if mine != other}
-
-
 class Pipeline:
-    """Steps with their stamps and logs in `folder`. Raises UserError for needs that do not exist, and for two steps of one
-    name or with one folder."""
+    """Steps with their stamps and logs in `folder`.
+
+    Raises UserError for needs that do not exist, and for two steps that share a name or a folder.
+    """
 
     def __init__(self, steps: Iterable[Step], folder: Path, say: Callable[[str], None] = print) -> None:
         self.steps: dict[str, Step] = {}
@@ -83,7 +65,7 @@ class Pipeline:
         return self.folder / kind / (name.replace("/", "-") + ending)
 
     def stamp(self, name: str) -> dict[str, object]:
-        """What is known of an earlier run of the step: its digest, whether it ended well, seconds. {} if nothing is."""
+        """What an earlier run of the step left: its digest, whether it ended well, its seconds. {} if there was none."""
         try:
             found = json.loads(self.file("steps", name, ".json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -100,15 +82,15 @@ class Pipeline:
         temporary.replace(path)
 
     def is_done(self, name: str) -> bool:
-        """Done with this very config, with its needs done as well, and its output still there."""
+        """True if the step ended well with this very config, its output is still there, and its needs are done too."""
         step, stamp = self.steps[name], self.stamp(name)
         fresh = stamp.get("done") is True and stamp.get("digest") == self.digests[name]
         return fresh and (step.output is None or step.output.exists()) and all(map(self.is_done, step.needs))
 
     def leftover(self, name: str) -> Path | None:
-        """The step's folder where it holds what another config has left, to be deleted.
+        """The step's folder, if another config made it and it has to be deleted.
 
-        Raises UserError for a folder that this step has not made here, as its stamp would tell.
+        Raises UserError for a folder that this step has not made, as its stamp tells.
         """
         folder, stamp = self.steps[name].clear, self.stamp(name)
         if folder is None or not folder.exists() or stamp.get("digest") == self.digests[name]:
@@ -118,7 +100,7 @@ class Pipeline:
         return folder
 
     def locked(self) -> AbstractContextManager[int]:
-        """Hold the folder's lock. Steps are given its descriptor: one that outlives a killed pipeline still holds it."""
+        """Hold the folder's lock. Steps inherit its descriptor: one that outlives a killed pipeline still holds it."""
         busy = f"{self.folder}: another command is at work here, or a step that it left behind; wait for it, or end it"
         return locked(self.folder / "lock", busy, say=self.say)
 
@@ -157,7 +139,7 @@ class Pipeline:
                              f"one's last line: {self.last_line(failed[0])}; log: {self.log(failed[0])}")  # fmt: skip
 
     def work(self, names: Sequence[str], left: list[str], jobs: int, lock: int) -> list[str]:
-        """Run the steps of `left`, which are taken from it; what needs a failed one stays. Returns the failed ones."""
+        """Run the steps of `left` and take them from it. Those that need a failed step stay. Returns the failed ones."""
         done, failed, number = set(names) - set(left), list[str](), len(names) - len(left)
         running: dict[Future[int], str] = {}
         self.stop.clear()
@@ -188,7 +170,7 @@ class Pipeline:
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
     def run_step(self, name: str, lock: int) -> int:
-        """Run one command to its end and return its exit code; a stop request ends it. `lock`: see `locked`."""
+        """Run one command to its end and return its exit code. A stop request ends it. lock: see `locked`."""
         step, started = self.steps[name], time.time()
         if old := self.leftover(name):
             self.say(f"{name}: its config has changed, {old} is made anew")

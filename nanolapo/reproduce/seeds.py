@@ -1,11 +1,14 @@
-"""One table over several seeds: mean, lowest and highest of every number, straight from their results.json files.
+"""Prints tables over several seeds: of one evaluation, or of a comparison of methods.
 
-python -m nanolapo.reproduce.seeds runs/demo/seed0/evaluate runs/demo/seed1/evaluate ...
+    python -m nanolapo.reproduce.seeds runs/demo/seed0/evaluate runs/demo/seed1/evaluate ...
+
+The command prints mean, lowest and highest of every number, straight from the results.json files of these directories.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +18,8 @@ import numpy as np
 
 from nanolapo import cli
 from nanolapo.config import UserError
-from nanolapo.report.tables import label, number, table
+from nanolapo.report.tables import Row, label, number, table
+from nanolapo.reproduce.over_seeds import mean_rows
 
 
 def spread(values: Sequence[float], form: str) -> str:
@@ -27,38 +31,33 @@ def spread(values: Sequence[float], form: str) -> str:
     return f"{np.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
-def mean_aes(scores: Sequence[float | None]) -> float | None:
-    """The mean, or None where some seed has none (a base model that solved nothing)."""
-    known = [score for score in scores if score is not None]
-    return float(np.mean(known)) if len(known) == len(scores) else None
-
-
 def seed_table(results: Sequence[dict[str, Any]], source: str, temperature: float) -> str:
-    """Rows by model, as in one evaluation, each cell over all seeds. Raises UserError when the runs differ in rows."""
-    columns = [[r for r in one["rows"] if (r["set"], r["temperature"]) == (source, temperature)] for one in results]
-    names = [[label(row) for row in rows] for rows in columns]
+    """One set at one temperature: a row for each model, its cells over all seeds.
+
+    Raises UserError when the seeds have different models.
+    """
+    seeds = [[r for r in one["rows"] if (r["set"], r["temperature"]) == (source, temperature)] for one in results]
+    names = [[label(row) for row in rows] for rows in seeds]
     if any(other != names[0] for other in names):
         raise UserError(
             f"{source}, temperature {temperature:g}: these results have different models ({names}); compare evaluations of "
             "one config"
         )
-    levels = list(columns[0][0].get("by_level", {}))
-    shown = [levels[0], levels[len(levels) // 2], levels[-1]] if levels else []
-    head = ["model", "pass@1", "tokens", "AES", *(f"level {level}" for level in shown)]
-    body = []
-    for same in zip(*columns, strict=True):
-        cells = [
-            label(same[0]),
-            spread([row["accuracy"] for row in same], ".1%"),
-            spread([row["tokens"] for row in same], ".1f"),
-            number(mean_aes([row["aes"] for row in same]), "+.2f"),
-        ]
-        for level in shown:
-            at = [row["by_level"][level] for row in same]
-            right, tokens = (np.mean([x[key] for x in at]) for key in ("accuracy", "tokens"))
-            cells.append(f"{right:.0%} / {tokens:.0f}")
-        body.append(cells)
-    return table(head, body)
+    means = mean_rows([{"rows": rows} for rows in seeds])
+    shown, body = shown_levels(means), []
+    for mean, *same in zip(means, *seeds, strict=True):
+        levels = [mean["by_level"][level] for level in shown]
+        body.append([
+            label(mean), spread([row["accuracy"] for row in same], ".1%"), spread([row["tokens"] for row in same], ".1f"),
+            number(mean["aes"], "+.2f"), *(f"{at['accuracy']:.0%} / {at['tokens']:.0f}" for at in levels),
+        ])  # fmt: skip
+    return table(["model", "pass@1", "tokens", "AES", *(f"level {level}" for level in shown)], body)
+
+
+def shown_levels(rows: Sequence[Row]) -> list[str]:
+    """The lowest, the middle and the highest level, if there are levels."""
+    levels = list(rows[0].get("by_level", {}))
+    return [levels[0], levels[len(levels) // 2], levels[-1]] if levels else []
 
 
 def read_results(folder: Path) -> dict[str, Any]:
@@ -75,6 +74,49 @@ def read_results(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not what evaluate.py writes ({error!r}): run evaluate.py again") from None
     return results
+
+
+def comparison_table(rows: Sequence[Row]) -> str:
+    """Markdown of one set and temperature; * marks the Pareto front, (u) a method that is partly unverified."""
+    shown, body = shown_levels(rows), []
+    for r in rows:
+        low, high = r.get("accuracy_interval", (math.nan, math.nan))
+        thousand = [number(r[k] / 1000 if k in r else None, ".0f") for k in ("sampled_tokens", "trained_tokens")]
+        body.append([
+            r["model"] + " (u)" * r["unverified"] + " \\*" * r["pareto"],
+            f"{r['accuracy']:.1%}", f"{number(low, '.1%')} to {number(high, '.1%')}", f"{r['tokens']:.1f}",
+            number(r["aes"], "+.2f"), " / ".join(f"{r['by_level'][k]['tokens']:.0f}" for k in shown), *thousand,
+            number(r.get("steps"), ".0f"), number(r.get("seconds"), ".0f"), seed_cell(r["best"]), seed_cell(r["worst"]),
+        ])  # fmt: skip
+    head = ["method", "pass@1", "95% interval", "tokens", "AES", f"tokens at level {' / '.join(shown)}", "sampled (k)",
+            "trained (k)", "steps", "seconds", "best seed", "worst seed"]  # fmt: skip
+    return table(head, body)
+
+
+def seed_cell(r: Row) -> str:
+    return f"{r['accuracy']:.1%} / {r['tokens']:.1f}"
+
+
+def comparison_text(rows: Sequence[Row], tokens: int, seeds: Sequence[int]) -> str:
+    """results.md: one table per set and temperature, and how to read them."""
+    parts = []
+    for source, temperature in dict.fromkeys((r["set"], r["temperature"]) for r in rows):
+        mine = [r for r in rows if (r["set"], r["temperature"]) == (source, temperature)]
+        parts.append(f"### {source}, temperature {temperature:g}, {len(seeds)} seeds, {tokens:,} sampled tokens each\n")
+        parts.append(comparison_table(mine) + "\n")
+    parts.append("Best AES first. \\* on the Pareto front of accuracy and tokens. (u) something of the method is "
+                 "unverified, see its file. Interval: problems only, not training. Seconds: of training, without start-up. "
+                 "AES: its mean over the seeds. Best and worst seed by AES, accuracy / tokens.\n")  # fmt: skip
+    return "\n".join(parts)
+
+
+def write_comparison(folder: Path, rows: Sequence[Row], tokens: int, seeds: Sequence[int]) -> list[Path]:
+    """results.md and results.json in `folder`."""
+    paths = [folder / "results.md", folder / "results.json"]
+    paths[0].write_text(comparison_text(rows, tokens, seeds), encoding="utf-8")
+    text = json.dumps({"tokens": tokens, "seeds": list(seeds), "rows": list(rows)}, indent=1)
+    paths[1].write_text(text, encoding="utf-8")
+    return paths
 
 
 def main() -> None:

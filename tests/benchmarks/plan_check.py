@@ -16,16 +16,16 @@ from typing import Any
 from common import table
 
 from nanolapo.config_file import load_config
-from nanolapo.plan.cost import plan
+from nanolapo.plan.cost import forecast
 from nanolapo.plan.machines import this_machine
-from nanolapo.report.tables import read_metrics
+from nanolapo.report.files import read_metrics
 
 
 def compare(run_dir: Path) -> list[Any]:
     """One row: name, predicted and measured seconds of sampling and of training, and the ratio of their sums."""
     config = load_config(run_dir / "config.yaml", [])
     steps = read_metrics(run_dir)
-    found = plan(config, this_machine(config))
+    found = forecast(config, this_machine(config))
     sample, train = (statistics.mean(step[f"seconds/{phase}"] for step in steps) for phase in ("sample", "update"))
     ratio = (found.sample_seconds + found.train_seconds) / (sample + train)
     return [str(run_dir), found.sample_seconds, sample, found.train_seconds, train, ratio]

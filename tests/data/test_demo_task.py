@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanolapo.data.demo_task import LEVELS, make_problems, parse_question, random_chain
 from nanolapo.demo import pretrain as demo
-from nanolapo.demo.demo_all import ALL_SENTENCES
 from nanolapo.grader import grade
 
 
@@ -60,7 +59,7 @@ def test_written_solutions_are_right_and_lossless() -> None:
     """Every digit in a solution is right, the grader accepts it, and the tokenizer gives the text back."""
     for i in range(600):
         if i % 300 == 0:
-            rng, settings = random.Random(0), (demo.DemoConfig(), ALL_SENTENCES)[i // 300]
+            rng, settings = random.Random(0), (demo.DemoConfig(), demo.ALL_SENTENCES)[i // 300]
             tokenizer = demo.make_tokenizer(settings.guided_otherwise > 0)
         prompt, solution = demo.draw_example(rng, settings, easy=False)
         ids = tokenizer(prompt + solution)["input_ids"]

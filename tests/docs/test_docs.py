@@ -22,7 +22,7 @@ from nanolapo.evaluation.scores import Answer, add_aes, score_sets
 from nanolapo.methods.base import Method
 from nanolapo.metrics import RunLog, describe, rollout_metrics
 from nanolapo.policy import Policy
-from nanolapo.reproduce.compare_table import summarize_methods
+from nanolapo.reproduce.over_seeds import summarize_methods
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "nanolapo"

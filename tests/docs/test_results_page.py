@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nanolapo.reproduce.beside_paper import Comparison, markdown
-from nanolapo.reproduce.compare_table import comparison_text
+from nanolapo.reproduce.seeds import comparison_text
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "RESULTS.md").read_text(encoding="utf-8")

@@ -18,7 +18,7 @@ from nanolapo.config_file import build, load_config, to_yaml
 from nanolapo.data.problems import load_problems
 from nanolapo.demo.pretrain import DemoConfig, make_model, make_tokenizer
 from nanolapo.evaluation.evaluate import stated_lengths
-from nanolapo.evaluation.passes import Model, Pass, describe, parse_models, passes
+from nanolapo.evaluation.passes import Model, Pass, dry_run, parse_models, passes
 from nanolapo.evaluation.scores import read_answers
 from nanolapo.grader import Grader
 from nanolapo.report.tables import label
@@ -158,7 +158,7 @@ def test_dry_run_shows_every_prompt_that_models_are_given(tmp_path, folder, caps
                      "instructions": ["outside:20", "outside:40"], "instructed": ["a", "c"], "temperatures": [1.0]},
     }  # fmt: skip
     config = build(Config, values, "")
-    describe(config)
+    dry_run(config)
     out = capsys.readouterr().out
     question = load_problems(config.data.sources)[0][0].question
     assert f"one prompt, as a sees it:\n---\n{question} <think>\n---" in out

@@ -38,6 +38,7 @@ from nanolapo.rollouts import Rollouts
 from nanolapo.session import Session
 
 ROOT = Path(__file__).parents[2]
+SMALL = ("rollout.prompts_per_step=4", "train.batch_size=32")  # for what needs no whole step
 TIMING = ("seconds/", "tokens_per_second", "memory_gb")  # may differ between equal steps
 
 
@@ -281,7 +282,7 @@ def test_what_a_model_writes_is_text_on_the_page_and_harmless_on_the_console(dem
         def edit_rollouts(self, rollouts: Rollouts) -> None:
             rollouts.texts = [f"{evil} {text}" for text in rollouts.texts]
 
-    config = write_config(demo_base, tmp_path)
+    config = write_config(demo_base, tmp_path, *SMALL)
     _, _, sections = watch(config, Evil(config))
     seen, text = Texts(page("<title>", sections)), console(sections)
     assert not {"script", "b"} & set(seen.tags) and seen.texts[0] == "<title>"
@@ -297,7 +298,7 @@ def test_the_real_run_is_left_alone(demo_base: Path, tmp_path: Path, capsys: pyt
         files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
         return {str(path): sha256(path.read_bytes()).hexdigest() for path in files}
 
-    config = write_config(demo_base, tmp_path, "train.steps=1")
+    config = write_config(demo_base, tmp_path, "train.steps=1", *SMALL)
     train(config, load_method(config))
     before = state()
     assert any("checkpoints" in path for path in before)
@@ -330,7 +331,7 @@ def test_the_sections_are_those_of_the_walkthrough(told: tuple[Path, Session, Tr
 
 @pytest.mark.parametrize("unsolved", [False, True])
 def test_stage_2(demo_base: Path, tmp_path: Path, unsolved: bool) -> None:
-    overrides = ["method.name=lapo:Internalization", f"lapo.length_map={tmp_path}/map.json", "train.steps=5"]
+    overrides = ["method.name=lapo:Internalization", f"lapo.length_map={tmp_path}/map.json", "train.steps=5", *SMALL]
     config = write_config(demo_base, tmp_path, *overrides)
     known = LengthMap()
     with Grader() as grader:
@@ -366,7 +367,7 @@ def test_stage_2_says_that_the_code_no_longer_follows_its_formula(
     original = lapo_module.internalization_reward
     monkeypatch.setattr(lapo_module, "internalization_reward", lambda *a: original(*a[:-1], 0.9 * a[-1]))
     config = write_config(
-        demo_base, tmp_path, "method.name=lapo:Internalization", f"lapo.length_map={tmp_path}/map.json"
+        demo_base, tmp_path, "method.name=lapo:Internalization", f"lapo.length_map={tmp_path}/map.json", *SMALL
     )
     known = LengthMap()
     with Grader() as grader:
@@ -385,14 +386,16 @@ def test_a_formula_that_the_code_no_longer_follows_says_so(
     """A student edits discovery_reward and looks at the page: the printed Eq. 5 must not claim to be what was done."""
     original, warning = lapo_module.discovery_reward, "ANOTHER RULE"
     monkeypatch.setattr(lapo_module, "discovery_reward", lambda *a, **k: 1.5 * original(*a, **k))
-    _, _, sections = watch(write_config(demo_base, tmp_path))
+    _, _, sections = watch(write_config(demo_base, tmp_path, *SMALL))
     assert warning in str(titled(sections, "its reward").body[0])
     assert warning not in str(titled(told[3], "its reward").body[0])
 
 
 def test_a_range_of_one_point_is_told_as_the_code_reads_it(demo_base: Path, tmp_path: Path) -> None:
     """lapo.fidelity=code gives no length reward where P30 = P70: that is a reading of Eq. 5, and no changed code."""
-    _, trace, sections = watch(write_config(demo_base, tmp_path, "lapo.fidelity=code", "lapo.percentiles=[50, 50]"))
+    _, trace, sections = watch(
+        write_config(demo_base, tmp_path, "lapo.fidelity=code", "lapo.percentiles=[50, 50]", *SMALL)
+    )
     section = titled(sections, "its reward")
     assert column(section, "alpha R1 (Eq. 5)") == [0.0] * trace.rewards_PG.shape[1]
     assert "single point" in str(section.body[0]) and "ANOTHER RULE" not in str(section.body[0])
@@ -401,7 +404,7 @@ def test_a_range_of_one_point_is_told_as_the_code_reads_it(demo_base: Path, tmp_
 @pytest.mark.parametrize("name", ["accuracy-only", "dapo", "l1-exact", "drpo", "sas", "aepo"])
 def test_other_methods_have_a_page_too(demo_base: Path, tmp_path: Path, name: str) -> None:
     """Their rewards, groups and tokens are looked up in other shapes: dropped groups, a prompt per answer, [B, T]."""
-    config = write_config(demo_base, tmp_path, f"method={ROOT}/configs/methods/{name}.yaml")
+    config = write_config(demo_base, tmp_path, f"method={ROOT}/configs/methods/{name}.yaml", *SMALL)
     _, trace, sections = watch(config)
     total = column(titled(sections, "its reward"), "reward")
     parts = table(titled(sections, "its reward"))
@@ -426,7 +429,7 @@ def test_the_script_has_the_option_and_evaluate_has_not(demo_base: Path, tmp_pat
         command = [sys.executable, str(ROOT / name), str(tmp_path / "config.yaml"), *options]
         return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
-    done = script("train_stage1.py", "--explain", "run.name=other")
+    done = script("train_stage1.py", "--explain", "run.name=other", *SMALL)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "explain-other/explain.html").exists() and not (tmp_path / "other").exists()
     html = Texts((tmp_path / "explain-other/explain.html").read_text())

@@ -1,4 +1,4 @@
-"""Plans of the paper's recipe and of tiny models, shared by the tests of planning."""
+"""Forecasts for the paper's recipe and of tiny models, shared by the tests of planning."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tiny import make_config
 
 from nanolapo.config import Config
 from nanolapo.config_file import load_config
-from nanolapo.plan.cost import Plan, plan
+from nanolapo.plan.cost import Forecast, forecast
 from nanolapo.plan.machines import parse_machine
 
 ROOT = Path(__file__).parents[2]
@@ -25,9 +25,9 @@ def recipe(*overrides: str) -> Config:
     return load_config(ROOT / "configs/deepscaler-1.5b/stage1.yaml", [f"run.dir={ROOT / 'nowhere'}", *overrides])
 
 
-def on(machine: str, *overrides: str, mean: float | None = 2500) -> Plan:
+def on(machine: str, *overrides: str, mean: float | None = 2500) -> Forecast:
     config = recipe(*overrides)
-    return plan(config, parse_machine(machine, config), mean)
+    return forecast(config, parse_machine(machine, config), mean)
 
 
 def write_metrics(folder: Path, lengths: list[float], trained: float) -> None:

@@ -62,13 +62,6 @@ def test_published_setting_on_ten_steps():
     assert kept_steps(confidences, False).tolist() == [True] * 7 + [False] * 3
 
 
-def test_precedence_bug_takes_everything_or_nothing():
-    """ceil(n_splits + 1 * r) with n_splits = n - 1 is n: no step of a right answer stays, every one of a wrong answer."""
-    for n in (1, 2, 7, 10):
-        assert not kept_steps(np.arange(float(n)), True, 0.3, precedence_bug=True).any()
-        assert kept_steps(np.arange(float(n)), False, 0.3, precedence_bug=True).all()
-
-
 def sas(**options: object) -> tuple[Sas, dict[int, str]]:
     """A method whose vocabulary is PIECES: token i + 1 is the i-th."""
     method = Sas(make_config(method={"options": options}))
@@ -95,9 +88,6 @@ def test_advantage_per_token():
     got = worked_example(sas(share=0.5)[0])
     np.testing.assert_allclose(got[0], [r, r, r, 0, 0, 0, 0, r, r, r])
     np.testing.assert_allclose(got[1], [0, 0, 0, -r, -r, -r, -r, -r, -r, -r])
-    got = worked_example(sas(precedence_bug=True)[0])
-    np.testing.assert_allclose(got[0], [0] * 7 + [r] * 3)
-    np.testing.assert_allclose(got[1], [-r] * 10)
 
 
 def test_rows_of_different_length_and_without_signal():

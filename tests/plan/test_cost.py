@@ -25,7 +25,7 @@ from nanolapo.config import UserError
 from nanolapo.microbatches import plan_microbatches
 from nanolapo.model import attention
 from nanolapo.plan import __main__ as planner
-from nanolapo.plan.cost import Plan, disk, sampling_seconds, training_flops
+from nanolapo.plan.cost import Forecast, disk, sampling_seconds, training_flops
 from nanolapo.plan.footprint import Expected, expect, prompt_share
 from nanolapo.plan.machines import Machine, load_shape
 from nanolapo.policy import Policy
@@ -160,7 +160,7 @@ MORE = [  # overrides, then a larger value; what must grow
 
 @pytest.mark.parametrize(("less", "more", "what"), MORE)
 def test_more_costs_more(less: str, more: str, what: str) -> None:
-    def value(planned: Plan) -> float:
+    def value(planned: Forecast) -> float:
         if what == "disk":
             return sum(planned.disk_gb.values())
         parts = planned.memory_gb["update"] | planned.memory_gb["sampling"]

@@ -15,7 +15,7 @@ from tiny import make_rows, update
 from transformers import LlamaConfig
 
 from nanolapo.config import Config, UserError
-from nanolapo.plan.cost import plan
+from nanolapo.plan.cost import forecast
 from nanolapo.plan.footprint import PAPER_TOKENS, changed, expect, memory
 from nanolapo.plan.machines import PUBLISHED, Machine, cpu_machine, load_shape
 from nanolapo.policy import Policy
@@ -115,11 +115,11 @@ def test_a_token_limit_ends_the_run(tmp_path: Path, tied_model: Path) -> None:
     """8 rows of 64 tokens a step; the runs to be matched sampled 2,000 together."""
     runs = [str(tmp_path / name) for name in "ab"]
     config = planning_config(tied_model, train={"match_runs": runs}, run={"dir": str(tmp_path / "runs")})
-    missing = plan(config, cpu_machine(config), 64)
+    missing = forecast(config, cpu_machine(config), 64)
     assert missing.steps == 100 and "upper bound" in missing.notes[0]
     for run in runs:
         write_metrics(Path(run), [64.0], trained=1.0)
-    assert plan(config, cpu_machine(config), 64).steps == math.ceil(2000 / (8 * 64))
+    assert forecast(config, cpu_machine(config), 64).steps == math.ceil(2000 / (8 * 64))
 
 
 def test_the_papers_lengths_are_those_that_it_prints() -> None:

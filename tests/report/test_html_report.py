@@ -245,7 +245,7 @@ def test_curves_are_the_metrics(tmp_path, drawn):
     found = report(*folders)
     training, over_steps, first, second = drawn
     panels = {axis.get_title("left"): lines(axis) for axis in training.axes}
-    assert list(panels) == ["reward", "accuracy", "length, tokens (dashed: P90)", "mismatch (dashed: off policy)",
+    assert list(panels) == ["reward", "accuracy", "length, tokens (dashed: P90)", "mismatch",
                             "share cut at the limit"]  # fmt: skip
     metrics = [read_rows(folder / "metrics.jsonl") for folder in folders]
     assert panels["reward"] == [([0, 1], [line["reward"] for line in run]) for run in metrics]

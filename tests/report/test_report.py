@@ -20,13 +20,13 @@ from nanolapo.config import EvaluateConfig
 from nanolapo.evaluation import evaluate as benchmarking
 from nanolapo.evaluation.evaluate import write_results
 from nanolapo.evaluation.scores import add_aes, score_sets
+from nanolapo.report.files import read_metrics
+from nanolapo.report.plots import write_figures
 from nanolapo.report.tables import (
     difficulty_axis,
     label,
     main_cells,
     markdown,
-    plots,
-    read_metrics,
     table,
     tokens_at,
     training_dynamics,
@@ -69,11 +69,11 @@ def test_no_nan_in_tables_or_json(tmp_path):
 
 
 def test_plots_need_neither_metrics_nor_levels(tmp_path):
-    written = [path.name for path in plots(results(), {"new": tmp_path / "nowhere"}, tmp_path)]
+    written = [path.name for path in write_figures(results(), {"new": tmp_path / "nowhere"}, tmp_path)]
     assert written == ["tradeoff.png", "length_by_level.png", "keywords.png"]
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "length": 9.0, "accuracy": 0.5}\n{"step": 1, "len')
     assert read_metrics(tmp_path) == [{"step": 0, "length": 9.0, "accuracy": 0.5}]  # the run still writes
-    written = [path.name for path in plots(results(level=1), {"new": tmp_path}, tmp_path)]
+    written = [path.name for path in write_figures(results(level=1), {"new": tmp_path}, tmp_path)]
     assert written == ["training.png", "tradeoff.png", "length_by_level.png", "keywords.png"]
 
 
@@ -81,7 +81,7 @@ def test_a_name_that_is_no_formula_can_be_drawn(tmp_path):
     name = r"cost $\bad{$"  # as mathematics it would end the drawing
     rows = [row | {"model": name} if row["model"] == "new" else row for row in results()["rows"]]
     assert name in {row["model"] for row in rows}
-    assert len(plots(results() | {"rows": rows}, {}, tmp_path)) == 3
+    assert len(write_figures(results() | {"rows": rows}, {}, tmp_path)) == 3
 
 
 def test_pass_at_k_in_the_tables():
@@ -121,7 +121,7 @@ def test_training_dynamics_are_in_the_order_of_steps(tmp_path):
     curves = training_dynamics(exports(), "base")
     assert curves == {"D": [(5, 80, 0.8), (10, 70, 0.7)], "I": [(5, 60, 0.6)], "base": [(0, 90, 0.5)]}
     assert training_dynamics(exports()[:1], "base") == {}
-    written = plots({"base": "base", "rows": exports()}, {}, tmp_path)
+    written = write_figures({"base": "base", "rows": exports()}, {}, tmp_path)
     assert [path.name for path in written] == ["dynamics.png"]  # one finished model: nothing to compare
 
 

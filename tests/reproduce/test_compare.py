@@ -1,4 +1,4 @@
-"""make compare: its plan for every method and recipe, its table against numbers made up by hand, and a real small run.
+"""make compare: its runs for every method, its table against numbers made up by hand, and a real small comparison.
 
 Run: python -m pytest tests/reproduce/test_compare.py
 """
@@ -7,94 +7,122 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from round_methods import make_base
+import yaml
+from small_recipe import run_recipe, write_recipe
 
 from nanolapo.config import UserError
-from nanolapo.config_file import build, read_yaml
 from nanolapo.evaluation.scores import bootstrap_interval
-from nanolapo.reproduce.compare import METHODS, Comparison, Runner, make_steps, method_names, unverified
-from nanolapo.reproduce.compare_table import comparison_table, costs, mark_pareto, summarize_methods, write_comparison
-from nanolapo.reproduce.over_seeds import mean_row
+from nanolapo.report.plots import write_pareto
+from nanolapo.reproduce.over_seeds import costs, mark_pareto, mean_row, summarize_methods
 from nanolapo.reproduce.pipeline import Pipeline
-from nanolapo.reproduce.steps import ROOT, base_step, evaluation_step, file_hash, model_hash, training_step
+from nanolapo.reproduce.recipe import (
+    METHODS,
+    ROOT,
+    Recipe,
+    Run,
+    base_step,
+    evaluation_step,
+    file_hash,
+    model_hash,
+    training_step,
+)
+from nanolapo.reproduce.reproduce import unverified
+from nanolapo.reproduce.seeds import comparison_table
 
 DEMO = ROOT / "configs" / "demo"
 
 
-def demo_runner(**changes: object) -> Runner:
-    comparison = build(Comparison, read_yaml(DEMO / "compare.yaml") | changes, "")
-    return Runner(DEMO, comparison, Path("runs/compare/demo"), ("python",))
+def demo(*methods: str, folder: Path = Path("runs/compare/demo")) -> Recipe:
+    return Recipe(DEMO / "compare.yaml", folder, ["python"], methods=methods)
 
 
-# ---------------------------------------------------------------------------------------------------------------- the plan
+def trainings(recipe: Recipe, seed: int, method: str) -> list:
+    """The steps of a method's runs, in their order."""
+    return [recipe.training_step(seed, name, recipe.runs[name]) for name in recipe.phases(method)]
+
+
+# ---------------------------------------------------------------------------------------------------------------- the runs
 
 
 def test_every_method_is_in_and_has_the_same_tokens() -> None:
-    """Each file of configs/methods, and LAPO; its phases share out the whole budget, and only that ends a run."""
-    runner = demo_runner()
-    names = method_names(runner.comparison)
-    assert {path.stem for path in METHODS.glob("*.yaml")} | {"lapo", "lapo-d"} == set(names)
-    for name in names:
-        trainings = [json.loads(step.config)[1]["train"] for step in runner.train(0, name)]
-        assert sum(training["sampled_tokens"] for training in trainings) == runner.comparison.tokens, name
-        assert all(training["steps"] == 1000 and "match_runs" not in training for training in trainings), name
+    """Each file of configs/methods, and LAPO; its runs share out the whole budget, and only that ends them."""
+    recipe = demo()
+    assert {path.stem for path in METHODS.glob("*.yaml")} | {"lapo", "lapo-d"} == set(recipe.methods)
+    for name in recipe.methods:
+        configs = [json.loads(step.config)[1]["train"] for step in trainings(recipe, 0, name)]
+        assert sum(config["sampled_tokens"] for config in configs) == recipe.tokens == 400_000, name
+        assert all(config["steps"] == 1000 and "match_runs" not in config for config in configs), name
 
 
 def test_all_start_from_the_same_base_and_continue_from_their_own() -> None:
-    runner = demo_runner()
-    for name in method_names(runner.comparison):
-        steps = runner.train(1, name)
+    recipe = demo()
+    for name in recipe.methods:
+        steps = trainings(recipe, 1, name)
         paths = [json.loads(step.config)[1]["model"]["path"] for step in steps]
         assert paths[0] == "runs/compare/demo/seed1/base" and steps[0].needs == ("seed1/base",)
         for before, step, path in zip(steps, steps[1:], paths[1:], strict=False):
-            assert step.needs == (before.name,) and path == f"{before.clear}/model"
+            assert step.needs == ("seed1/base", before.name) and path == f"{before.clear}/model"
         assert str(steps[-1].clear) == f"runs/compare/demo/seed1/{name}"  # where evaluate looks
-    stage2 = json.loads(runner.train(1, "lapo")[1].config)
+    stage2 = json.loads(trainings(recipe, 1, "lapo")[1].config)
     assert stage2[0] == "train_stage2.py" and stage2[1]["lapo"]["length_map"].endswith("seed1/stage1/length_map.json")
-    assert len({str(step.clear) for name in method_names(runner.comparison) for step in runner.train(0, name)}) == sum(
-        len(runner.train(0, name)) for name in method_names(runner.comparison)
-    )  # no two runs share a directory
+    folders = [str(step.clear) for name in recipe.methods for step in trainings(recipe, 0, name)]
+    assert len(set(folders)) == len(folders) == len(recipe.runs)  # no two runs share a directory, and none is left out
+    methods = {name: run.method for name, run in recipe.runs.items() if run.method != name}
+    assert methods == dict.fromkeys(["lapo-d", "stage1", "lapo"], "") | {
+        "da-dler-start": "dler",
+        "l1-max-start": "l1-exact",
+    }
 
 
 def test_the_evaluation_is_the_same_for_all() -> None:
-    step = demo_runner().evaluate(0, ["lapo", "dler"])
+    recipe = demo("lapo", "dler")
+    [step] = [recipe.evaluation_step(0, name, one) for name, one in recipe.evaluations.items()]
     config = json.loads(step.config)[1]
     assert [entry.partition("=")[0] for entry in config["evaluate"]["models"]] == ["base", "lapo", "dler"]
-    assert step.needs == ("seed0/lapo", "seed0/dler") and "guidance_factors" not in config["evaluate"]
+    assert step.needs == ("seed0/base", "seed0/lapo", "seed0/dler") and "guidance_factors" not in config["evaluate"]
     assert step.clear is None  # samples are kept when the list of models changes
+    names = recipe.pipeline([0]).closure(recipe.wanted("", [0]))
+    assert names == [f"seed0/{name}" for name in ("base", "stage1", "lapo", "dler", "evaluate")]
 
 
-def test_unknown_method_of_a_phase_and_an_empty_list_are_refused() -> None:
+def test_unknown_methods_and_shares_that_do_not_add_up_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "stage1.yaml").write_text(f"extends: {DEMO / 'stage1.yaml'}\n")
+
+    def recipe(**runs: object) -> Recipe:
+        (tmp_path / "compare.yaml").write_text(yaml.safe_dump({"tokens": 300, "runs": runs}, sort_keys=False))
+        return Recipe(tmp_path / "compare.yaml", tmp_path, ["python"])
+
     with pytest.raises(UserError, match=r"nothing\.yaml: no such config file"):
-        demo_runner(phases={"x": [{"method": "nothing"}]}).train(0, "x")
-    with pytest.raises(UserError, match=r"phases\.x in compare\.yaml: give a list of phases"):
-        demo_runner(phases={"x": []}).train(0, "x")
-    for shares in ([0.5, 0.6], [1.5, -0.5], [0.3]):
-        with pytest.raises(UserError, match=r"phases\.x in compare\.yaml: the shares add up to .*; give positive ones"):
-            demo_runner(phases={"x": [{"share": share} for share in shares]}).train(0, "x")
-    with pytest.raises(UserError, match=r"unknown key phases\.x\[0\]\.shares; did you mean phases\.x\[0\]\.share"):
-        demo_runner(phases={"x": [{"shares": 1}]}).train(0, "x")
+        trainings(recipe(x={"method": "nothing"}), 0, "x")
+    for runs in ({"x": {"after": "y"}}, {"x": {"after": "x"}}, {"x": {"after": "y"}, "y": {"after": "x"}}):
+        with pytest.raises(UserError, match=r"runs\.x\.after: no run before it is called [xy]"):
+            recipe(**runs).phases("x")
+    for first, last in ([0.5, 0.6], [1.5, -0.5], [0.3, 0.3]):
+        with pytest.raises(
+            UserError, match=r"runs\.x in compare\.yaml: the shares of y, x add up to .*; give positive"
+        ):
+            recipe(y={"share": first}, x={"share": last, "after": "y"})
+    with pytest.raises(UserError, match=r"unknown key runs\.x\.shares; did you mean runs\.x\.share"):
+        recipe(x={"shares": 1})
 
 
 def test_folders_and_names_that_yaml_would_read_otherwise(tmp_path: Path) -> None:
     """ "run.dir=out #1/seed0" was "out": the runs of all seeds in one folder, outside of --out."""
-    comparison = build(Comparison, read_yaml(DEMO / "compare.yaml") | {"phases": {"on": [{"method": "grpo"}]}}, "")
     for name in ("out #1", "a: b", "[x", "ä 🚀", "0"):
-        runner = Runner(DEMO, comparison, tmp_path / name, ("python",))
-        for step in (runner.train(1, "on")[0], runner.evaluate(1, ["on"])):
+        recipe = demo("grpo", folder=tmp_path / name)
+        evaluate = recipe.evaluation_step(1, "evaluate", recipe.evaluations["evaluate"])
+        for step in (recipe.training_step(1, "on", Run()), evaluate):
             run = json.loads(step.config)[1]["run"]
             assert run["dir"] == str(tmp_path / name / "seed1") and run["name"] in ("on", "evaluate")
-        assert json.loads(step.config)[1]["evaluate"]["models"][1] == f"on={tmp_path}/{name}/seed1/on/model"
+        assert json.loads(step.config)[1]["evaluate"]["models"][1] == f"grpo={tmp_path}/{name}/seed1/grpo/model"
 
 
 def test_unverified_methods_are_marked_from_their_files() -> None:
-    found = unverified(method_names(demo_runner().comparison))
+    found = unverified(demo().methods)
     assert {"palu", "r2vpo", "dhpo", "minpro", "conciser", "grpo-lambda"} <= found
     assert not found & {"dler", "l1-exact", "lapo", "accuracy-only"}
 
@@ -185,28 +213,7 @@ def test_costs_add_up_over_phases_and_average_over_seeds(tmp_path: Path) -> None
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe of its own, with a random model of 32 dimensions and 8 problems."""
-    folder = tmp_path_factory.mktemp("recipe")
-    base = make_base(folder / "model")
-    (folder / "base.yaml").write_text(
-        f"run: {{threads: 1, print_every: 0}}\nmodel: {{path: {base}, dtype: float32}}\nloss: {{kl_coef: 0.0}}\n"
-        'prompt: {template: "{question} <think>"}\ndata: {sources: [{name: demo, path: demo, count: 8, seed: 1}]}\n'
-        "rollout: {engine: torch, prompts_per_step: 4, group_size: 4, max_prompt_tokens: 128, max_new_tokens: 8}\n"
-        "train: {batch_size: 0, warmup_fraction: 0.0, learning_rate: 1e-3}\n"
-    )
-    (folder / "stage1.yaml").write_text("extends: base.yaml\n")
-    (folder / "stage2.yaml").write_text(
-        'extends: base.yaml\nmodel: {path: "${run.dir}/stage1/model"}\n'
-        'lapo: {length_map: "${run.dir}/stage1/length_map.json"}\n'
-    )
-    (folder / "evaluate.yaml").write_text(
-        "extends: base.yaml\nevaluate: {samples: 2, max_new_tokens: 8, bootstrap: 10, guidance_factors: [2]}\n"
-    )
-    (folder / "compare.yaml").write_text(
-        "tokens: 300\nseeds: [3]\nphases:\n  lapo:\n    - {share: 0.5, overrides: [run.name=stage1]}\n"
-        "    - {script: train_stage2.py, config: stage2.yaml, share: 0.5}\n"
-    )
-    return folder
+    return write_recipe(tmp_path_factory.mktemp("recipe"))
 
 
 # -------------------------------------------------------------------------------------------------------- what is an input
@@ -244,8 +251,7 @@ def test_problems_and_models_edited_in_place_are_other_inputs(recipe: Path, tmp_
 
 def test_what_the_steps_make_is_no_such_file() -> None:
     """Steps that name each other's outputs must not change when those appear: their needs stand for them."""
-    runner = demo_runner()
-    for step in make_steps(runner, [0], method_names(runner.comparison)):
+    for step in demo().steps(0):
         json.loads(step.config)  # one JSON value: nothing of files behind it
 
 
@@ -263,40 +269,37 @@ def test_a_base_model_of_another_config_is_made_anew(recipe: Path, tmp_path: Pat
     assert base(1) == first != base(2)
 
 
-def compare(recipe: Path, out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "nanolapo.reproduce.compare", str(recipe / "compare.yaml"), "--out", str(out)]
-    command += arguments
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
-
-
 def test_a_name_that_is_no_formula_can_be_drawn(tmp_path: Path) -> None:
     seeds = [{"rows": [row | {"model": f"{row['model']} $\\bad{{$"} for row in seed["rows"]]} for seed in two_seeds()]
-    write_comparison(tmp_path, summarize_methods(seeds, {}, set()), 300, [0, 1])
+    write_pareto(tmp_path / "pareto.png", summarize_methods(seeds, {}, set()))
     assert (tmp_path / "pareto.png").stat().st_size > 5000
 
 
-def test_a_real_comparison_and_its_second_run(recipe: Path, tmp_path: Path) -> None:
-    done = compare(recipe, tmp_path, "--methods", "lapo accuracy-only", "--jobs", "2")
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_a_real_comparison_and_its_second_run(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_recipe(recipe / "compare.yaml", tmp_path, "--methods", "lapo accuracy-only", "--jobs", "2", "--seeds", "3")
+    assert "| accuracy-only" in capsys.readouterr().out
     found = json.loads((tmp_path / "results.json").read_text())
     rows = {(r["model"], r["temperature"]): r for r in found["rows"]}
-    assert set(rows) == {(m, 0.6) for m in ("base", "lapo", "accuracy-only")} and found["tokens"] == 300
+    assert set(rows) == {(m, 0.6) for m in ("base", "lapo", "accuracy-only")}
+    assert (found["tokens"], found["seeds"]) == (300, [3])
     for model in ("lapo", "accuracy-only"):  # each phase overshoots by at most the last step: 16 answers of 8 tokens
         assert 300 <= rows[model, 0.6]["sampled_tokens"] < 300 + 2 * 128
     assert (tmp_path / "pareto.png").stat().st_size > 5000 and "accuracy-only" in (tmp_path / "results.md").read_text()
-    again = compare(recipe, tmp_path, "--methods", "lapo accuracy-only")
-    assert again.returncode == 0 and "4 of 4 steps are done already" in again.stdout
-    assert "[" not in again.stdout.split("###")[0].replace("are done already", ""), "a step ran again"
-    listing = compare(recipe, tmp_path, "--methods", "lapo grpo", "--dry-run").stdout
-    assert "done  seed3/lapo\n" in listing and "to do  seed3/grpo\n" in listing
+    run_recipe(recipe / "compare.yaml", tmp_path, "--methods", "lapo accuracy-only", "--seeds", "3")
+    again = capsys.readouterr().out.split("###")[0]
+    assert "4 of 4 steps are done already" in again and "[" not in again, "a step ran again"
+    run_recipe(recipe / "compare.yaml", tmp_path, "--methods", "lapo grpo", "--seeds", "3", "--dry-run")
+    listing = capsys.readouterr().out
+    assert "| seed3/lapo (done) |" in listing and "| seed3/grpo |" in listing and "accuracy-only" not in listing
 
 
-def test_bad_arguments_are_one_line(recipe: Path, tmp_path: Path) -> None:
+def test_bad_arguments_are_one_line(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, words in [
         (("--methods", "lap"), "--methods: no lap; there are accuracy-only, aepo"),
         (("--seeds", "one"), "--seeds 'one': give whole numbers"),
         (("--jobs", "0"), "--jobs 0: at least 1"),
         (("--tokens", "0"), "tokens=0: give at least 1"),
     ]:
-        done = compare(recipe, tmp_path, *arguments)
-        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+        with pytest.raises(SystemExit, match="2"):
+            run_recipe(recipe / "compare.yaml", tmp_path, *arguments)
+        assert words in (err := capsys.readouterr().err) and err.count("\n") == 1

@@ -18,7 +18,8 @@ import pytest
 
 from nanolapo.config import Config, RunStopped, SourceConfig, UserError
 from nanolapo.config_file import build
-from nanolapo.reproduce.pipeline import Pipeline, Step, identity
+from nanolapo.reproduce.pipeline import Pipeline, Step
+from nanolapo.reproduce.recipe import identity
 
 # Appends its name to `trace`, waits until a file exists (or not at all), writes its output; exit code by argument.
 PROGRAM = """

@@ -11,56 +11,56 @@ import sys
 from pathlib import Path
 
 import pytest
-from round_methods import make_base
+from small_recipe import REPRODUCE, run_recipe, write_recipe
 
 from nanolapo.config import UserError
-from nanolapo.reproduce.forecast import show_plan
+from nanolapo.reproduce.forecast import print_forecast
 from nanolapo.reproduce.paper import paper_tables
 from nanolapo.reproduce.pipeline import Pipeline
-from nanolapo.reproduce.reproduce import Runner, write_outputs
-from nanolapo.reproduce.steps import ROOT
+from nanolapo.reproduce.recipe import ROOT, Recipe
+from nanolapo.reproduce.reproduce import write_outputs
 
 RECIPES = [path.parent.name for path in sorted((ROOT / "configs").glob("*/reproduce.yaml"))]
 
 
-def runner_of(recipe: str) -> Runner:
-    return Runner(ROOT / "configs" / recipe / "reproduce.yaml", Path("runs/reproduce") / recipe, ["python"])
+def recipe_of(name: str) -> Recipe:
+    return Recipe(ROOT / "configs" / name / "reproduce.yaml", Path("runs/reproduce") / name, ["python"])
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_is_whole(recipe: str) -> None:
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_whole(name: str) -> None:
     """All configs load, every run that a model comes from is there before it, every row is one of the paper's and is
     filled by a model of its evaluations, and the base is the first model of each."""
-    runner = runner_of(recipe)
-    pipeline = Pipeline(runner.steps(0), Path("unused"))
-    for name, table in runner.tables.items():
-        printed = [row for row in paper_tables()[table.number].rows if row.base == runner.recipe.paper_base]
+    recipe = recipe_of(name)
+    pipeline = Pipeline(recipe.steps(0), Path("unused"))
+    for name, table in recipe.tables.items():
+        printed = [row for row in paper_tables()[table.number].rows if row.base == recipe.file.paper_base]
         names = {row.name for row in printed} | {"Base"}
         assert set(table.rows) <= names, name
-        labels = [label for evaluation in table.evaluations for label in runner.evaluations[evaluation].models]
+        labels = [label for evaluation in table.evaluations for label in recipe.evaluations[evaluation].models]
         assert {label.partition(", told")[0] for label in table.rows.values()} <= set(labels), name
-        for step in runner.wanted(name, [0]):
+        for step in recipe.wanted(name, [0]):
             assert set(pipeline.steps[step].needs) <= set(pipeline.closure([step]))
-    for evaluation in runner.evaluations.values():
+    for evaluation in recipe.evaluations.values():
         assert next(iter(evaluation.models)) == "base"
     folders = [step.clear for step in pipeline.steps.values() if step.clear]
     assert len(set(folders)) == len(folders)  # no two runs share a directory
 
 
 def test_a_table_needs_its_own_runs_only() -> None:
-    runner = runner_of("demo")
-    pipeline = Pipeline(runner.steps(0) + runner.steps(1), Path("unused"))
-    needed = pipeline.closure(runner.wanted("table3", [1]))
+    recipe = recipe_of("demo")
+    pipeline = Pipeline(recipe.steps(0) + recipe.steps(1), Path("unused"))
+    needed = pipeline.closure(recipe.wanted("table3", [1]))
     assert {name.removeprefix("seed1/") for name in needed} == {
         "base", "stage1", "stage2", "mean", "minimum", "statistic"
     }  # fmt: skip
     with pytest.raises(UserError, match="--step table9: there are table1, table2"):
-        runner.wanted("table9", [0])
+        recipe.wanted("table9", [0])
 
 
 def test_ablations_change_their_key_and_nothing_else() -> None:
     """Stage 2 of Table 2 differs in lapo.guidance alone, of Table 3 in the statistic, of Table 6 in the data."""
-    configs = {step.name: json.loads(step.config)[1] for step in runner_of("demo").steps(0) if step.clear}
+    configs = {step.name: json.loads(step.config)[1] for step in recipe_of("demo").steps(0) if step.clear}
     reference = configs["seed0/stage2"]
     for name in ("range", "outside", "implicit"):
         other = configs[f"seed0/{name}"]
@@ -80,102 +80,78 @@ def test_ablations_change_their_key_and_nothing_else() -> None:
 
 # ------------------------------------------------------------------------------------------------------------ a real run
 
-BASE = """
-run: {{threads: 1, print_every: 0}}
-model: {{path: {base}, dtype: float32}}
-loss: {{kl_coef: 0.0}}
-prompt: {{template: "{{question}} <think>"}}
-data: {{sources: [{{name: demo, path: demo, count: 8, seed: 1}}]}}
-rollout: {{engine: torch, prompts_per_step: 4, group_size: 4, max_prompt_tokens: 128, max_new_tokens: 8}}
-train: {{batch_size: 0, warmup_fraction: 0.0, learning_rate: 1e-3, steps: 2}}
-"""
-REPRODUCE = """
-paper_base: B
-seeds: [1, 2]
-runs:
-  stage1: {overrides: [run.export_every=1]}
-  stage2: {script: train_stage2.py, config: stage2.yaml, after: [stage1]}
-evaluations:
-  main: {models: {base: base, D: stage1, I: stage2}}
-  dynamics: {models: {base: base, D: stage1/models}}
-tables:
-  table1: {number: 1, evaluations: [main], rows: {Base: base, +LAPO-D: D, +LAPO-I: I}}
-"""
-
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("recipe")
-    (folder / "base.yaml").write_text(BASE.format(base=make_base(folder / "model")))
-    (folder / "stage1.yaml").write_text("extends: base.yaml\n")
-    (folder / "stage2.yaml").write_text(
-        'extends: base.yaml\nmodel: {path: "${run.dir}/stage1/model"}\n'
-        'lapo: {length_map: "${run.dir}/stage1/length_map.json"}\n'
-    )
-    (folder / "evaluate.yaml").write_text(
-        "extends: base.yaml\nevaluate: {samples: 2, max_new_tokens: 8, bootstrap: 10}\n"
-    )
-    (folder / "reproduce.yaml").write_text(REPRODUCE)
-    return folder
+    return write_recipe(tmp_path_factory.mktemp("recipe"))
 
 
-def reproduce(recipe: Path, out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "nanolapo.reproduce.reproduce",
-        str(recipe / "reproduce.yaml"),
-        "--out",
-        str(out),
-        *arguments,
-    ]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
+@pytest.fixture(scope="module")
+def done(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a whole reproduction."""
+    out = tmp_path_factory.mktemp("out")
+    run_recipe(recipe / "reproduce.yaml", out, "--jobs", "2")
+    return out
 
 
-def test_a_real_reproduction_and_its_second_run(recipe: Path, tmp_path: Path) -> None:
-    done = reproduce(recipe, tmp_path, "--jobs", "2")
-    assert done.returncode == 0, done.stdout + done.stderr
-    tables = json.loads((tmp_path / "tables.json").read_text())["tables"]
-    rows = {row["model"]: row for row in tables[0]["rows"]}
-    measured = [json.loads((tmp_path / f"seed{seed}" / "main" / "results.json").read_text())["rows"] for seed in (1, 2)]
+def results(folder: Path) -> list[dict]:
+    return list(json.loads((folder / "results.json").read_text())["rows"])
+
+
+def test_a_real_reproduction(done: Path) -> None:
+    rows = {row["model"]: row for row in json.loads((done / "tables.json").read_text())["tables"][0]["rows"]}
+    measured = {row["model"]: row for row in results(done / "seed0/main") if not row["guidance"]}
     for name, label in {"Base": "base", "+LAPO-D": "D", "+LAPO-I": "I"}.items():
-        tokens = [row["tokens"] for one in measured for row in one if row["model"] == label]
-        assert rows[name]["tokens"] == pytest.approx(sum(tokens) / 2) and rows[name]["samples"] == 2 * 16
+        assert rows[name]["tokens"] == measured[label]["tokens"] and rows[name]["samples"] == 16
     assert rows["+Acc-Only"].get("tokens") is None and rows["+Acc-Only"]["paper_tokens"] > 0
-    assert (tmp_path / "figures" / "main" / "training.png").exists() and (tmp_path / "tables.tex").exists()
-    steps = [row["model"] for row in json.loads((tmp_path / "seed1" / "dynamics" / "results.json").read_text())["rows"]]
-    assert steps == ["base", "D step 1", "D step 2"]
-    again = reproduce(recipe, tmp_path)
-    assert again.returncode == 0 and "8 of 8 steps are done already" in again.stdout
+    assert (done / "figures/main/training.png").exists() and (done / "tables.tex").exists()
+    assert (done / "report.html").stat().st_size > 20_000
+    exported = [row["model"] for row in results(done / "seed0/dynamics") if not row["guidance"]]
+    assert exported == ["base", "D step 1", "D step 2"]
 
-    # Tables are made from the files alone: another number in a results.json is another number in the table.
-    path = tmp_path / "seed1" / "main" / "results.json"
-    changed = json.loads(path.read_text())
-    changed["rows"][-1]["tokens"] += 100
+
+def test_evaluations_share_their_samples(done: Path) -> None:
+    """The base is in both evaluations and is sampled once."""
+    base = [path.name for path in (done / "seed0/samples").glob("base--*")]
+    assert len(base) == 1 and len((done / "seed0/samples" / base[0]).read_text().splitlines()) == 16
+
+
+def test_a_second_run_has_nothing_left_to_do(recipe: Path, done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_recipe(recipe / "reproduce.yaml", done)
+    assert "4 of 4 steps are done already" in (out := capsys.readouterr().out) and "[" not in out, "a step ran again"
+
+
+def test_tables_are_made_from_the_files_alone(recipe: Path, done: Path) -> None:
+    """Another number in a results.json is another number in the table."""
+    path = done / "seed0/main/results.json"
+    before = path.read_text()
+    changed = json.loads(before)
+    [row] = [row for row in changed["rows"] if (row["model"], row["guidance"]) == ("D", "")]
+    row["tokens"] += 100
     path.write_text(json.dumps(changed))
-    write_outputs(Runner(recipe / "reproduce.yaml", tmp_path, ["python"]), [1, 2])
-    table = json.loads((tmp_path / "tables.json").read_text())["tables"][0]
-    rows_now = {row["model"]: row for row in table["rows"]}
-    assert rows_now["+LAPO-I"]["tokens"] == pytest.approx(rows["+LAPO-I"]["tokens"] + 50)
+    write_outputs(Recipe(recipe / "reproduce.yaml", done, ["python"]), [0])
+    path.write_text(before)
+    rows = {row["model"]: row for row in json.loads((done / "tables.json").read_text())["tables"][0]["rows"]}
+    assert rows["+LAPO-D"]["tokens"] == row["tokens"]
 
 
 def test_a_result_of_another_config_is_left_out(recipe: Path, tmp_path: Path) -> None:
     """Its models have to be trained again: beside the new results of another table it would contradict them. Files and
-    stamps are those of three evaluated seeds; the stage 1 of the second was another one, that of the third did not end."""
-    runner = Runner(recipe / "reproduce.yaml", tmp_path, ["python"])
-    pipeline = Pipeline([step for seed in (1, 2, 3) for step in runner.steps(seed)], tmp_path)
+    stamps are those of four evaluated seeds; the stage 1 of the third was another one, that of the fourth did not end."""
+    mine = Recipe(recipe / "reproduce.yaml", tmp_path, ["python"])
+    pipeline = mine.pipeline([1, 2, 3, 4])
     for name, step in pipeline.steps.items():
         assert step.output is not None
         step.output.parent.mkdir(parents=True, exist_ok=True)
         rows = [evaluated(model, 10.0 * int(name[4])) for model in ("base", "D", "I")]
         step.output.write_text(json.dumps({"rows": rows}))
-        pipeline.write_stamp(name, name != "seed3/stage1", 1.0)
-    stamp = tmp_path / "steps" / "seed2-stage1.json"
+        pipeline.write_stamp(name, name != "seed4/stage1", 1.0)
+    stamp = tmp_path / "steps" / "seed3-stage1.json"
     stamp.write_text(json.dumps(json.loads(stamp.read_text()) | {"digest": "of another config"}))
-    write_outputs(runner, [1, 2, 3])
+    write_outputs(mine, [1, 2, 3, 4])
     table = json.loads((tmp_path / "tables.json").read_text())["tables"][0]
-    assert table["notes"][-1] == "Ours: main, seeds 1."
-    assert {row["tokens"] for row in table["rows"] if row["ours"]} == {10.0}
+    assert table["notes"][-1] == "Ours: main, seeds 1, 2."
+    assert {(row["tokens"], row["samples"]) for row in table["rows"] if row["ours"]} == {(15.0, 32)}  # mean, and sum
 
 
 def evaluated(model: str, tokens: float) -> dict[str, object]:
@@ -183,43 +159,36 @@ def evaluated(model: str, tokens: float) -> dict[str, object]:
     return row | {"truncated": 0.0, "aes": 0.0, "tokens_correct": tokens, "problems": 8, "samples": 16, "by_level": {}}
 
 
-def test_evaluations_share_their_samples(recipe: Path, tmp_path: Path) -> None:
-    """The base is in both evaluations and is sampled once."""
-    assert reproduce(recipe, tmp_path, "--seeds", "1").returncode == 0
-    base = [path.name for path in (tmp_path / "seed1" / "samples").glob("base--*")]
-    assert len(base) == 1 and len((tmp_path / "seed1" / "samples" / base[0]).read_text().splitlines()) == 16
-
-
-def test_refusals_are_one_line(recipe: Path, tmp_path: Path) -> None:
+def test_refusals_are_one_line(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (recipe / "gpu.yaml").write_text(REPRODUCE + 'hardware: "8 GPUs of 80 GB"\n')
     command = [sys.executable, "-m", "nanolapo.reproduce.reproduce", str(recipe / "gpu.yaml"), "--out", str(tmp_path)]
     gpu = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60,
                          env={"CUDA_VISIBLE_DEVICES": "", "PATH": ""})  # fmt: skip
     assert gpu.returncode == 2 and "needs 8 GPUs of 80 GB" in gpu.stderr and "make demo" in gpu.stderr
     assert gpu.stderr.count("\n") == 1
-    wrong = reproduce(recipe, tmp_path, "--step", "tabel1")
-    assert wrong.returncode == 2 and "--step tabel1: there are table1, stage1, stage2, main, dynamics" in wrong.stderr
+    for arguments, words in [
+        (["--step", "tabel1"], "--step tabel1: there are table1, stage1, stage2, main, dynamics"),
+        (["--methods", "lapo"], "reproduce.yaml is no comparison: --methods and --tokens go with a compare.yaml"),
+    ]:
+        with pytest.raises(SystemExit, match="2"):
+            run_recipe(recipe / "reproduce.yaml", tmp_path, *arguments)
+        assert words in (err := capsys.readouterr().err) and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    ("recipe", "machine"), [("deepscaler-1.5b", "4xA100-80GB"), ("deepseek-r1-1.5b", "8xH200-141GB")]
+    ("name", "machine"), [("deepscaler-1.5b", "4xA100-80GB"), ("deepseek-r1-1.5b", "8xH200-141GB")]
 )
-def test_the_plan_of_a_paper_recipe(recipe: str, machine: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_forecast_of_a_paper_recipe(name: str, machine: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Tokens by hand: steps x rollouts x the paper's mean length for a training, answers x length for an evaluation; hours
     of all GPUs are hours times their number; the last line is the sum."""
-    runner = runner_of(recipe)
-    pipeline = Pipeline(runner.steps(0), Path("unused"))
-    base = (
-        "agentica-org/DeepScaleR-1.5B-Preview"
-        if recipe == "deepscaler-1.5b"
-        else "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
-    )
-    show_plan(pipeline, list(pipeline.steps), 1, base, runner.recipe.paper_base, machine)
+    recipe = recipe_of(name)
+    pipeline = Pipeline(recipe.steps(0), Path("unused"))
+    print_forecast(recipe, pipeline, list(pipeline.steps), 0, machine)
     lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     rows = {line[0]: [float(cell.replace(",", "")) if cell.strip() else 0.0 for cell in line[1:]] for line in lines[2:]}
-    mean = {"B": (3280 + 2365) / 2, "A": (4031 + 2566) / 2}[runner.recipe.paper_base]
+    mean = {"B": (3280 + 2365) / 2, "A": (4031 + 2566) / 2}[recipe.file.paper_base]
     assert rows["seed0/stage1"][0] == pytest.approx(234 * 1024 * mean / 1e6, abs=0.1)
-    sets = {"B": (3280, 9246, 6416, 5974), "A": (4031, 12150, 7222, 8942)}[runner.recipe.paper_base]
+    sets = {"B": (3280, 9246, 6416, 5974), "A": (4031, 12150, 7222, 8942)}[recipe.file.paper_base]
     answers = (500 * 4, 30 * 32, 40 * 32, 675 * 4)
     assert rows["seed0/main"][0] == pytest.approx(
         4 * sum(n * t for n, t in zip(answers, sets, strict=True)) / 1e6, abs=0.1
