@@ -249,6 +249,7 @@ def test_what_the_steps_make_is_no_such_file() -> None:
         json.loads(step.config)  # one JSON value: nothing of files behind it
 
 
+@pytest.mark.slow
 def test_a_base_model_of_another_config_is_made_anew(recipe: Path, tmp_path: Path) -> None:
     """warm_start keeps a model that is there. The pipeline took that for the new config's."""
 
@@ -275,6 +276,7 @@ def test_a_name_that_is_no_formula_can_be_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "pareto.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_a_real_comparison_and_its_second_run(recipe: Path, tmp_path: Path) -> None:
     done = compare(recipe, tmp_path, "--methods", "lapo accuracy-only", "--jobs", "2")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -291,6 +293,7 @@ def test_a_real_comparison_and_its_second_run(recipe: Path, tmp_path: Path) -> N
     assert "done  seed3/lapo\n" in listing and "to do  seed3/grpo\n" in listing
 
 
+@pytest.mark.slow
 def test_bad_arguments_are_one_line(recipe: Path, tmp_path: Path) -> None:
     for arguments, words in [
         (("--methods", "lap"), "--methods: no lap; there are accuracy-only, aepo"),
