@@ -17,7 +17,7 @@ DEPENDS_ON_RANKS = ("rank_imbalance", "rank_imbalance_sampled", "held_share")
 BY_NAME = {case.name: case for case in CASES}
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3], ids=lambda ranks: f"{ranks}ranks")
+@pytest.fixture(scope="module", params=[2, 3], ids=lambda ranks: f"{ranks}ranks")
 def outcome(request, tmp_path_factory, tied_model, untied_model) -> dict[str, Tensor]:
     """What the cases gave on this many ranks; every rank must hold the same."""
     out = tmp_path_factory.mktemp("outcome")
@@ -49,14 +49,14 @@ def test_B2_B18_ranks_train_what_one_process_trains(outcome, expected, sharding,
     """rtol 1e-5 of each tensor's largest value, with three exceptions that Adam makes, which turns the smallest gradient
     into a full step. A weight whose first gradient is below 1e-5 of its tensor's largest moves by rounding. The keys' bias
     shifts all of a query's scores alike, so its gradient is rounding and nothing else. And LoRA's A gets no gradient until
-    B has moved; then its gradient is as exact as B's smallest entries, not its largest."""
+    B has moved; then its gradient is as exact as B's smallest entries, not its largest, and B's next one inherits that."""
     tensors, numbers = expected[name]
     got = of(outcome, sharding, BY_NAME[name])
     assert got.keys() == tensors.keys() | numbers.keys()
     for label, want in tensors.items():
         if label.endswith("k_proj.bias"):
             continue
-        rtol = 1e-3 if "lora_A" in label else 1e-5
+        rtol = 1e-3 if "lora_A" in label else 1e-4 if "lora_B" in label else 1e-5
         difference, allowed = (got[label] - want).abs(), rtol * want.abs() + rtol * want.abs().max()
         first = tensors.get(f"gradient 0 {label.split()[-1]}", torch.ones_like(want)).abs()
         exact = (first > 1e-5 * first.max()) | (not label.startswith("weights"))

@@ -357,7 +357,8 @@ def test_D8_two_ranks(tmp_path: Path, tensor_parallel: int) -> None:
     script = str(Path(__file__).with_name("two_rank_sampler.py"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, folder]
     command.append(str(tensor_parallel))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests/helpers'}"}
     run = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
     assert "rank 0 ok, 2 ranks" in run.stdout and "rank 1 ok, 2 ranks" in run.stdout
