@@ -12,10 +12,11 @@ MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
 COUNT ?= 50
 RUNS ?= runs/demo/seed$(SEED)/*
 OUT ?= report.html
+WORKERS ?= 2
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help install vllm demo demo-controls explain compare reproduce report exercise test faults bench lint format clean
+.PHONY: help install vllm demo demo-controls explain compare reproduce report exercise check test faults bench lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -75,8 +76,11 @@ exercise: install  ## is exercise N of docs/EXERCISES.md right? (N=3)
 	@$(PY) tests/exercises/run.py $(N) || { code=$$?; \
 	  if [ $$code = 1 ]; then echo "(make calls this an error in the next line; nothing has crashed)"; fi; exit $$code; }
 
-test: vllm  ## every test that this machine can run, the real vLLM ones included
-	$(PY) -m pytest
+check: lint  ## in a minute and a half: ruff, mypy, and the tests that train nothing and start no engine and no process
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+
+test: vllm  ## every test that this machine can run, the real vLLM ones included: eight minutes on two cores (WORKERS=2)
+	$(PY) -m pytest -rs -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 faults: vllm  ## break runs in 70 ways and resume them: docs/RELIABILITY.md (COUNT=50 random kills, SEED=0; an hour)
 	$(PY) tests/faults/run.py --count $(COUNT) --seed $(SEED)

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from round_methods import make_base
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "tests" / "benchmarks"
 
@@ -81,7 +83,6 @@ def test_growth_says_what_must_be_there():
     assert row["tokens"] == 2 * 4 + 4 * 6 and 0 < row["beyond GB"] < row["peak GB"] and row["seconds"] > 0
 
 
-@pytest.mark.slow
 def test_growth_on_two_ranks_holds_half_of_everything_on_each():
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     settings = json.dumps(GROWTH | {"ranks": 2, "sharding": "fsdp2"})

@@ -65,6 +65,7 @@ def two_makers(tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
         process.communicate()
 
 
+@pytest.mark.slow
 def test_the_second_waits_and_uses_what_the_first_has_made(two_makers, tmp_path):
     first, second = two_makers
     (tmp_path / "go").touch()
@@ -73,6 +74,7 @@ def test_the_second_waits_and_uses_what_the_first_has_made(two_makers, tmp_path)
     assert out == f"{tmp_path / 'base'} is there already and is used as it is; delete the folder to have it made anew\n"
 
 
+@pytest.mark.slow
 def test_the_second_makes_it_when_the_first_is_killed(two_makers, tmp_path):
     first, second = two_makers
     first.kill()
@@ -90,6 +92,7 @@ def test_a_model_that_is_there_needs_no_lock(tmp_path, capsys):
 
 
 def test_one_process_writes_to_a_run_also_by_another_path(tmp_path, monkeypatch):
+    monkeypatch.setattr("nanolapo.locks.PATIENCE_S", 0.2)
     (tmp_path / "runs/a").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "runs/a")
     monkeypatch.chdir(tmp_path)

@@ -215,6 +215,7 @@ def test_gradient_checkpointing_changes_memory_not_numbers(tied_model):
         torch.testing.assert_close(tensor, trained[1][name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_compiling_changes_speed_not_numbers(tied_model):
     """Two graphs serve all layers and all numbers of tokens; they are really used, and give the same gradients."""
     torch._dynamo.reset()

@@ -30,6 +30,7 @@ time.sleep(600)
 LAUNCHER = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', sys.argv[1]]))"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
 def test_D7_a_rank_does_not_outlive_a_killed_launcher() -> None:
     environment = os.environ | {"TORCHELASTIC_RUN_ID": "none"}

@@ -2,21 +2,25 @@
 
     python -m pytest tests/test_scripts.py
 
-The base model is conftest's demo_base.
+The base model is conftest's demo_base; where nothing is sampled, one with random weights. What does not depend on a
+process of its own runs in this one, which has imported torch already.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from round_methods import make_base
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +44,11 @@ def base(demo_base: Path) -> Path:
     return demo_base
 
 
+@pytest.fixture(scope="module")
+def random_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("random"))
+
+
 def write_config(base: Path, folder: Path) -> Path:
     path = folder / "config.yaml"
     path.write_text(CONFIG.format(dir=folder / "runs", base=base))
@@ -51,6 +60,22 @@ def script(name: str, *arguments: object, timeout: float = 240) -> subprocess.Co
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment())
 
 
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[object, str, str]]:
+    """here(name, *arguments): run a script in this process; its exit code, output and error output."""
+
+    def run(name: str, *arguments: object) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        code: object = 0
+        try:
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+        except SystemExit as error:
+            code = error.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
 def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -60,12 +85,14 @@ def metrics(folder: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in json.loads(line).items() if not k.startswith(TIMING)} for line in lines]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["train_stage1.py", "train_stage2.py", "evaluate.py"])
 def test_help_says_what_the_script_does(name: str) -> None:
     result = script(name, "--help")
     assert result.returncode == 0 and "section.key=value" in result.stdout and "configs/" in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["train_stage1.py", "train_stage2.py", "evaluate.py"])
 @pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["configs/demo/stage1.yaml", "run.sede=3"], 2)])
 def test_help_and_a_mistake_in_the_config_do_not_wait_for_torch(name: str, arguments: list[str], code: int) -> None:
@@ -76,16 +103,17 @@ def test_help_and_a_mistake_in_the_config_do_not_wait_for_torch(name: str, argum
     assert not imported & {"torch", "transformers", "numpy"}
 
 
-def test_dry_run_prints_everything_and_writes_nothing(base: Path, tmp_path: Path) -> None:
-    result = script("train_stage1.py", write_config(base, tmp_path), "--dry-run")
-    assert result.returncode == 0, result.stderr
+def test_dry_run_prints_everything_and_writes_nothing(random_base: Path, tmp_path: Path, here) -> None:
+    code, out, err = here("train_stage1.py", write_config(random_base, tmp_path), "--dry-run")
+    assert code == 0, err
     for expected in ("group_size: 4", "8 prompts x 4 = 32 rollouts", "at most 9,216 sampled tokens", " <think>"):
-        assert expected in result.stdout
+        assert expected in out
     for planned in ("forecast for 1 x ", "answers of 48 tokens (the limit", "1,536 tokens sampled in", "6 steps  "):
-        assert planned in result.stdout
+        assert planned in out
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_pre_training_says_that_it_starts_again(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "nanolapo.demo.pretrain", str(write_config(tmp_path / "base", tmp_path))]
     process = subprocess.Popen(
@@ -274,27 +302,38 @@ BAD_INPUT = [
 
 
 @pytest.mark.parametrize(("overrides", "message"), BAD_INPUT)
-def test_bad_input_is_one_line_and_exit_code_2(base: Path, tmp_path: Path, overrides: list[str], message: str) -> None:
-    result = script("train_stage1.py", write_config(base, tmp_path), *overrides)
-    last = result.stderr.strip().splitlines()[-1]
-    assert result.returncode == 2 and last.startswith("error: ") and message in last, result.stderr
+def test_bad_input_is_one_line_and_exit_code_2(
+    random_base: Path, tmp_path: Path, here, overrides: list[str], message: str
+) -> None:
+    code, _, err = here("train_stage1.py", write_config(random_base, tmp_path), *overrides)
+    last = err.strip().splitlines()[-1]
+    assert code == 2 and last.startswith("error: ") and message in last, err
 
 
-def test_stage2_refuses_a_map_of_other_problems(base: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [["rollout.grup_size=4"], ["model.path=/nowhere"]])
+def test_bad_input_ends_the_process_with_code_2(random_base: Path, tmp_path: Path, overrides: list[str]) -> None:
+    result = script("train_stage1.py", write_config(random_base, tmp_path), *overrides)
+    assert result.returncode == 2 and result.stderr.strip().splitlines()[-1].startswith("error: "), result.stderr
+
+
+def test_stage2_refuses_a_map_of_other_problems(random_base: Path, tmp_path: Path, here) -> None:
     other = tmp_path / "map.json"
     other.write_text(json.dumps({"statistic": "median", "entries": {"demo:0000": 30.0}}))
-    result = script("train_stage2.py", write_config(base, tmp_path), f"lapo.length_map={other}")
-    assert result.returncode == 2 and "lacks 40 of the 40 problems" in result.stderr
+    code, _, err = here("train_stage2.py", write_config(random_base, tmp_path), f"lapo.length_map={other}")
+    assert code == 2 and "lacks 40 of the 40 problems" in err
 
 
-def test_stage1_refuses_the_settings_of_stage2(base: Path, tmp_path: Path) -> None:
-    result = script("train_stage1.py", write_config(base, tmp_path), "lapo.length_map=map.json", "--dry-run")
-    assert result.returncode == 2 and "did you mean train_stage2.py?" in result.stderr
+def test_stage1_refuses_the_settings_of_stage2(random_base: Path, tmp_path: Path, here) -> None:
+    config = write_config(random_base, tmp_path)
+    code, _, err = here("train_stage1.py", config, "lapo.length_map=map.json", "--dry-run")
+    assert code == 2 and "did you mean train_stage2.py?" in err
 
 
-def test_resuming_with_other_settings_is_refused(base: Path, tmp_path: Path) -> None:
-    config = write_config(base, tmp_path)
-    assert script("train_stage1.py", config, "train.steps=2").returncode == 0
+@pytest.mark.slow
+def test_resuming_with_other_settings_is_refused(random_base: Path, tmp_path: Path, here) -> None:
+    config = write_config(random_base, tmp_path)
+    assert here("train_stage1.py", config, "train.steps=2")[0] == 0
     started = time.monotonic()
-    result = script("train_stage1.py", config, "rollout.group_size=8")
-    assert result.returncode == 2 and "rollout.group_size=4" in result.stderr and time.monotonic() - started < 60
+    code, _, err = here("train_stage1.py", config, "rollout.group_size=8")
+    assert code == 2 and "rollout.group_size=4" in err and time.monotonic() - started < 60

@@ -85,6 +85,7 @@ def test_when_no_problem_is_left_the_message_says_why(tmp_path):
         load_data(config, grader)
 
 
+@pytest.mark.slow
 def test_only_a_second_ctrl_c_stops_at_once() -> None:
     """A launcher or pipeline that gets a Ctrl-C passes it on as SIGTERM, beside the SIGINT that the terminal sent: the two
     are one request, and the step must still end with its checkpoint."""

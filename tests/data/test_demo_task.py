@@ -102,6 +102,7 @@ def test_other_prompts_survive_the_tokenizer() -> None:
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
+@pytest.mark.slow
 def test_pretraining_is_repeatable_and_loads(tmp_path: Path) -> None:
     """Twelve steps, twice: bit-identical weights, in a folder that transformers loads; another seed differs."""
     torch.set_num_threads(1)

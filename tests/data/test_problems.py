@@ -353,6 +353,7 @@ def test_hub_set_is_loaded_by_name(tmp_path):
         load_problems([replace(source, split="train")])
 
 
+@pytest.mark.slow
 def test_hub_out_of_reach_is_one_line_with_the_remedy():
     code = (
         "from nanolapo.config import SourceConfig, UserError\n"
@@ -368,6 +369,7 @@ def test_hub_out_of_reach_is_one_line_with_the_remedy():
     assert "data.sources[gsm]" in line and "openai/gsm8k" in line and "local .jsonl file as path" in line
 
 
+@pytest.mark.slow
 def test_local_files_do_not_import_datasets(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", rows_of(1))
     code = (
@@ -409,6 +411,7 @@ def test_D3_batches_are_a_pure_function_of_seed_and_step(num_problems, prompts_p
         assert in_order[:epoch] != in_order[epoch : 2 * epoch]  # epochs differ
 
 
+@pytest.mark.slow
 def test_D3_same_order_in_another_process():
     code = "from nanolapo.data.order import batch_indices; print([batch_indices(97, s, 32, 5) for s in range(9)])"
     run = subprocess.run(

@@ -1,6 +1,6 @@
 """One step up to the advantages with an echo engine, checkpoints, and a slow rank; on any number of ranks.
 
-    torchrun --standalone --nproc_per_node 2 tests/distributed/step_cases.py MODEL OUT_FOLDER
+    python tests/distributed/launch.py 2 step_cases.py MODEL OUT_FOLDER
 
 Used by test_steps_on_ranks.py. Every rank writes what it holds to OUT_FOLDER/rankRofN.json.
 """

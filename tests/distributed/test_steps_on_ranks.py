@@ -1,6 +1,6 @@
 """A step's data, its checkpoints and its waiting, on one, two and three ranks.
 
-Run: python -m pytest tests/distributed/test_steps_on_ranks.py        step_cases.py runs under torchrun.
+Run: python -m pytest tests/distributed/test_steps_on_ranks.py        launch.py runs step_cases.py on the ranks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from launch import torchrun
+from launch import on_ranks
 from safetensors.torch import load_file
 from step_cases import RUNAWAY
 from tiny import CPU, make_config, same_tensors
@@ -37,7 +37,7 @@ def outcome(tmp_path_factory, tied_model) -> Callable[[int], Path]:
     def run(ranks: int) -> Path:
         if ranks not in folders:
             folders[ranks] = tmp_path_factory.mktemp(f"on{ranks}")
-            result = torchrun("step_cases.py", ranks, tied_model, folders[ranks])
+            result = on_ranks(ranks, "step_cases.py", tied_model, folders[ranks])
             assert result.returncode == 0, result.stderr[-3000:]
         return folders[ranks]
 

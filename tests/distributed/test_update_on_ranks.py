@@ -1,6 +1,6 @@
 """Any number of ranks, whole copies or slices, train what one process trains: gradients, norms, weights, logged numbers.
 
-Run: python -m pytest tests/distributed/test_update_on_ranks.py        update_cases.py runs under torchrun.
+Run: python -m pytest tests/distributed/test_update_on_ranks.py        launch.py runs update_cases.py on the ranks.
 """
 
 from __future__ import annotations
@@ -8,21 +8,22 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from launch import torchrun
+from launch import on_ranks
 from safetensors.torch import load_file
 from tiny import make_rows
 from torch import Tensor
 from update_cases import CASES, LENGTHS, Case, run_case
 
+pytestmark = pytest.mark.slow
 DEPENDS_ON_RANKS = ("rank_imbalance", "held_share")
 BY_NAME = {case.name: case for case in CASES}
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3], ids=lambda ranks: f"{ranks}ranks")
+@pytest.fixture(scope="module", params=[2, 3], ids=lambda ranks: f"{ranks}ranks")
 def outcome(request, tmp_path_factory, tied_model, untied_model) -> dict[str, Tensor]:
     """What the cases gave on this many ranks; every rank must hold the same."""
     out = tmp_path_factory.mktemp("outcome")
-    result = torchrun("update_cases.py", request.param, tied_model, untied_model, out)
+    result = on_ranks(request.param, "update_cases.py", tied_model, untied_model, out)
     assert result.returncode == 0, result.stderr[-3000:]
     files = [load_file(out / f"rank{rank}of{request.param}.safetensors") for rank in range(request.param)]
     for name, tensor in files[0].items():
@@ -44,21 +45,20 @@ def of(outcome: dict[str, Tensor], sharding: str, case: Case) -> dict[str, Tenso
     return {name.removeprefix(label): tensor for name, tensor in outcome.items() if name.startswith(label)}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("name", [name for name in BY_NAME if name != "bfloat16"])
 def test_B2_B18_ranks_train_what_one_process_trains(outcome, expected, sharding, name):
     """rtol 1e-5 of each tensor's largest value, with three exceptions that Adam makes, which turns the smallest gradient
     into a full step. A weight whose first gradient is below 1e-5 of its tensor's largest moves by rounding. The keys' bias
     shifts all of a query's scores alike, so its gradient is rounding and nothing else. And LoRA's A gets no gradient until
-    B has moved; then its gradient is as exact as B's smallest entries, not its largest."""
+    B has moved; then its gradient is as exact as B's smallest entries, not its largest, and B's next one inherits that."""
     tensors, numbers = expected[name]
     got = of(outcome, sharding, BY_NAME[name])
     assert got.keys() == tensors.keys() | numbers.keys()
     for label, want in tensors.items():
         if label.endswith("k_proj.bias"):
             continue
-        rtol = 1e-3 if "lora_A" in label else 1e-5
+        rtol = 1e-3 if "lora_A" in label else 1e-4 if "lora_B" in label else 1e-5
         difference, allowed = (got[label] - want).abs(), rtol * want.abs() + rtol * want.abs().max()
         first = tensors.get(f"gradient 0 {label.split()[-1]}", torch.ones_like(want)).abs()
         exact = (first > 1e-5 * first.max()) | (not label.startswith("weights"))
@@ -70,7 +70,6 @@ def test_B2_B18_ranks_train_what_one_process_trains(outcome, expected, sharding,
             assert float(got[label]) == pytest.approx(want, rel=1e-5, abs=small, nan_ok=True), label
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tied-token_mean", "untied-constant", "idle-ranks", "kl", "lora"])
 def test_the_cases_move_the_weights(expected, name):
     """Else the comparison above would compare nothing."""
@@ -83,7 +82,6 @@ def test_the_cases_move_the_weights(expected, name):
     assert all(not torch.equal(one, two) for one, two in zip(weights, later, strict=True)) and weights
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
 def test_bfloat16_differs_by_rounding_only(outcome, expected, sharding):
     """fsdp2 rounds the norms' weights too, as the exported model and vLLM do; the masters stay float32."""
@@ -93,7 +91,6 @@ def test_bfloat16_differs_by_rounding_only(outcome, expected, sharding):
     assert all(tensor.dtype in (torch.float32, torch.float64) for tensor in got.values())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
 def test_B17_nan_on_one_rank_skips_the_step_on_all(outcome, sharding):
     """update_cases.py has compared weights and optimizer state to the bit, on every rank."""
@@ -101,7 +98,6 @@ def test_B17_nan_on_one_rank_skips_the_step_on_all(outcome, sharding):
     assert (float(got["updates 0"]), float(got["updates_bad 0"])) == (0, 2)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("model", ["tied", "untied"])
 def test_B19_slices_where_promised_ties_kept_buffers_whole(outcome, request, sharding, model):
@@ -114,7 +110,6 @@ def test_B19_slices_where_promised_ties_kept_buffers_whole(outcome, request, sha
     assert float(got["buffers"]) > 0 and float(got["buffers_that_differ"]) == 0
 
 
-@pytest.mark.slow
 def test_balance_is_better_than_as_sampled(outcome, request):
     """Rows go to ranks by length; a group's rows lie together when sampled, so the fullest rank had more before."""
     ranks, rollouts = request.node.callspec.params["outcome"], make_rows(LENGTHS)

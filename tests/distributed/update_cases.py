@@ -1,6 +1,6 @@
 """Updates of every kind, run alike on any number of ranks; what came out goes to a file. Used by test_update_on_ranks.py.
 
-torchrun --standalone --nproc_per_node 2 tests/distributed/update_cases.py TIED_MODEL UNTIED_MODEL OUT_FOLDER
+python tests/distributed/launch.py 2 update_cases.py TIED_MODEL UNTIED_MODEL OUT_FOLDER
 """
 
 from __future__ import annotations

@@ -115,6 +115,7 @@ def test_make_says_that_its_own_error_line_is_no_crash(tmp_path):
     assert (right.returncode, right.stdout, right.stderr) == (0, "exercise 1: right\n", "")
 
 
+@pytest.mark.slow
 def test_run_says_which_exercises_there_are():
     for numbers in ([], [str(len(CHECKS) + 1)], ["one"]):
         command = [sys.executable, str(ROOT / "tests/exercises/run.py"), *numbers]

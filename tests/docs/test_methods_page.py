@@ -19,7 +19,6 @@ import yaml
 
 from nanolapo.config import LossConfig
 from nanolapo.config_file import build, load_config, read_yaml
-from nanolapo.demo.pretrain import DemoConfig, pretrain
 from nanolapo.methods import load_method
 
 ROOT = Path(__file__).parents[2]
@@ -111,16 +110,15 @@ loss: {{kl_coef: 0.0}}
 
 
 @pytest.mark.slow
-def test_the_example_trains_with_nothing_else_touched(tmp_path):
+def test_the_example_trains_with_nothing_else_touched(demo_base, tmp_path):
     """The package as it is, plus the two files, and the command that the README gives for a rival."""
-    base, copy = tmp_path / "base", tmp_path / "copy"
-    pretrain(str(base), DemoConfig(steps=150, hidden_size=64, layers=2, batch_tokens=1600, guided=0.3), seed=0)
+    copy = tmp_path / "copy"
     shutil.copytree(ROOT / "nanolapo", copy / "nanolapo", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "configs", copy / "configs")
     shutil.copy(ROOT / "train_stage1.py", copy)
     for path, text in example().items():
         (copy / path).write_text(text, encoding="utf-8")
-    (copy / "config.yaml").write_text(CONFIG.format(dir=tmp_path / "runs", base=base))
+    (copy / "config.yaml").write_text(CONFIG.format(dir=tmp_path / "runs", base=demo_base))
     command = [sys.executable, "train_stage1.py", "config.yaml", f"method={list(example())[1]}"]
     environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 

@@ -153,6 +153,7 @@ def test_C6_hedging_is_not_an_answer(grader: Grader) -> None:
     assert grade(r"So \boxed{5}. The answer is \boxed{5}", "5") and grade(r"\boxed{5} \boxed{5}", "5")
 
 
+@pytest.mark.slow
 def test_C7_every_reference_answer_accepts_itself_and_nothing_unrelated(grader: Grader) -> None:
     references: list[str] = []
     if not DATA.is_dir():

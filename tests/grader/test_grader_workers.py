@@ -20,6 +20,8 @@ import pytest
 from nanolapo.config import RunStopped
 from nanolapo.grader import Grader, grade
 
+pytestmark = pytest.mark.slow
+
 # needs algebra; right, right, wrong, wrong, right, and two that no worker sees
 MIXED = [
     (r"\sqrt{12}", r"2\sqrt{3}", True),

@@ -484,6 +484,7 @@ def test_names_tell_seeds_apart(tmp_path):
 # ---- size and sameness ----
 
 
+@pytest.mark.slow
 def test_the_same_files_make_the_same_bytes(tmp_path):
     folders = two_stages(tmp_path)
     write_evaluation(tmp_path / "evaluate")

@@ -255,6 +255,7 @@ def test_what_the_steps_make_is_no_such_file() -> None:
         json.loads(step.config)  # one JSON value: nothing of files behind it
 
 
+@pytest.mark.slow
 def test_a_base_model_of_another_config_is_made_anew(recipe: Path, tmp_path: Path) -> None:
     """warm_start keeps a model that is there. The pipeline took that for the new config's."""
 
@@ -275,6 +276,7 @@ def test_a_name_that_is_no_formula_can_be_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "pareto.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_a_real_comparison_and_its_second_run(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_recipe(recipe / "compare.yaml", tmp_path, "--methods", "lapo accuracy-only", "--jobs", "2", "--seeds", "3")
     assert "| accuracy-only" in capsys.readouterr().out
@@ -293,6 +295,7 @@ def test_a_real_comparison_and_its_second_run(recipe: Path, tmp_path: Path, caps
     assert "| seed3/lapo (done) |" in listing and "| seed3/grpo |" in listing and "accuracy-only" not in listing
 
 
+@pytest.mark.slow
 def test_bad_arguments_are_one_line(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, words in [
         (("--methods", "lap"), "--methods: no lap; there are accuracy-only, aepo"),

@@ -21,6 +21,8 @@ from nanolapo.config_file import build
 from nanolapo.reproduce.pipeline import Pipeline, Step
 from nanolapo.reproduce.recipe import identity
 
+pytestmark = pytest.mark.slow
+
 # Appends its name to `trace`, waits until a file exists (or not at all), writes its output; exit code by argument.
 PROGRAM = """
 import sys, time, pathlib
@@ -221,8 +223,11 @@ def test_a_signal_ends_the_running_step_too(lab: Lab, number: int) -> None:
     assert lab.run([lab.step("a"), lab.step("b", "a")]) == ["b"]  # it could not, if the step still held the lock
 
 
-def test_a_second_pipeline_is_refused_while_one_is_at_work_or_its_orphan_is(lab: Lab) -> None:
+def test_a_second_pipeline_is_refused_while_one_is_at_work_or_its_orphan_is(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two trainings in one folder would spoil each other. After kill -9 of the pipeline its training goes on alone."""
+    monkeypatch.setattr("nanolapo.locks.PATIENCE_S", 0.2)
     process = pipeline_at_b(lab)
     steps = [lab.step("a"), lab.step("b", "a")]
     refused = "pipe: another command is at work here, or a step that it left behind; wait for it, or end it"

@@ -159,6 +159,7 @@ def evaluated(model: str, tokens: float) -> dict[str, object]:
     return row | {"truncated": 0.0, "aes": 0.0, "tokens_correct": tokens, "problems": 8, "samples": 16, "by_level": {}}
 
 
+@pytest.mark.slow
 def test_refusals_are_one_line(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (recipe / "gpu.yaml").write_text(REPRODUCE + 'hardware: "8 GPUs of 80 GB"\n')
     command = [sys.executable, "-m", "nanolapo.reproduce.reproduce", str(recipe / "gpu.yaml"), "--out", str(tmp_path)]

@@ -139,6 +139,7 @@ def test_first_token_has_the_right_frequencies(tmp_path: Path, temperature: floa
         assert sample.logprobs[0] == pytest.approx(np.log(full[sample.ids[0]]), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_compiling_changes_speed_not_samples(tmp_path: Path) -> None:
     """With model.compile: few graphs serve prompts and single tokens, whatever the number of rows, and are really used."""
     folder, asked = save_model(tmp_path), requests(40)
