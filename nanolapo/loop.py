@@ -7,7 +7,6 @@ and trains its share of the tokens, and everything in between is computed alike 
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from nanolapo.alarms import Alarms
@@ -22,8 +21,9 @@ from nanolapo.model.folder import save_model
 from nanolapo.policy import Policy
 from nanolapo.provenance import what_next
 from nanolapo.ranks import Ranks
+from nanolapo.rollouts import Rollouts, join
 from nanolapo.samplers.choose import make_sampler
-from nanolapo.sampling import Round, join_rounds, monitor_pass, next_draw, sample_and_grade
+from nanolapo.sampling import monitor_pass, next_draw, regrade, sample_and_grade
 from nanolapo.session import (
     Session,
     StopRequest,
@@ -37,62 +37,60 @@ from nanolapo.session import (
 from nanolapo.update import update_policy
 
 
-def run_step(s: Session) -> None:
+def run_step(session: Session) -> None:
     """One step of GRPO, with the method's hooks in the order in which they act."""
-    method, policy, watch, tokens_before = s.method, s.policy, Stopwatch(), s.sampled_tokens
-    method.progress = policy.progress = s.progress
-    plan = method.sampling(s.step)
-    monitored = monitor_pass(s, watch)  # a second sampling, for the few methods that watch other prompts
-    rounds: list[Round] = []
-    while draw := next_draw(s, plan, rounds):  # one round; with dynamic sampling more, until enough groups are kept
-        rollouts = sample_and_grade(s, plan, draw, watch)  # from here on every rank holds all rows
-        method.edit_rollouts(rollouts)
-        done = Round(rollouts, method.reward(rollouts))  # named parts, [B] each; the reward is their sum
-        done.keep_P = method.keep_groups(rollouts, done.rewards_PG)
-        rounds.append(done)
-    sampled = join_rounds(rounds, plan.num_prompts)
-    batch = sampled.kept()  # only the groups to train on
+    method, policy, watch, tokens_before = session.method, session.policy, Stopwatch(), session.sampled_tokens
+    method.progress = policy.progress = session.progress
+    plan = method.sampling(session.step)
+    monitored = monitor_pass(session, watch)  # a second sampling, for the few methods that watch other prompts
+    rounds: list[Rollouts] = []
+    while draw := next_draw(
+        session, plan, rounds
+    ):  # one round; with dynamic sampling more, until enough groups are kept
+        rollouts = sample_and_grade(session, plan, draw, watch)  # from here on every rank holds all rows
+        regrade(session, method.edit_rollouts(rollouts))
+        rollouts.set_rewards(method.reward(rollouts))  # named parts, [B] each; the reward is their sum
+        rollouts.set_keep(method.keep_groups(rollouts, rollouts.rewards_PG))
+        rounds.append(rollouts)
+    sampled = join(rounds)
+    batch = sampled.kept(plan.num_prompts)  # only the groups to train on
 
-    advantages = method.advantage(batch.rollouts, torch.from_numpy(batch.rewards_PG))  # [B], or [B, T] per token
-    keep_B = np.repeat(batch.keep_P, plan.group_size) & ~batch.rollouts.broken_B
+    advantages = method.advantage(batch, torch.from_numpy(batch.rewards_PG))  # [B], or [B, T] to weigh single tokens
+    statistics = method.after_step(sampled)  # M(q) and its like change only after the rewards of the step
 
-    statistics = method.after_step(sampled.rollouts)  # M(q) and its like change only after the rewards of the step
-
-    s.sampler.sleep()  # its memory belongs to the trainer now
-    with watch("update"):
-        trained = update_policy(policy, method, batch.rollouts, advantages, keep_B, s.ranks)
+    session.sampler.sleep()  # its memory belongs to the trainer now
+    with watch("update"):  # loss, backward, optimizer step
+        trained = update_policy(policy, method, batch, advantages, batch.keep_B & ~batch.broken_B, session.ranks)
     with watch("sync"):
-        s.sampler.wake()
-        s.sampler.load_weights(policy.named_weights())
+        session.sampler.wake()
+        session.sampler.load_weights(policy.named_weights())
 
-    metrics = rollout_metrics(sampled.rollouts, sampled.parts) | monitored | trained | statistics
-    metrics |= {"rounds": float(len(rounds)), "kept_groups": float(sampled.keep_P.sum())}
-    record(s, sampled, metrics, watch, s.sampled_tokens - tokens_before)
-    if metrics["compared_tokens"]:  # none when only rows of a monitor pass were trained on
-        s.alarms.check_mismatch(s.step, metrics["mismatch"])
-    s.step += 1
+    metrics = rollout_metrics(sampled) | monitored | trained | statistics
+    metrics |= {"rounds": float(len(rounds)), "kept_groups": float(batch.keep_B.sum() / plan.group_size)}
+    record(session, sampled, metrics, watch, session.sampled_tokens - tokens_before)
+    session.step += 1
 
 
-def record(s: Session, sampled: Round, metrics: dict[str, float], watch: Stopwatch, tokens: int) -> None:
+def record(session: Session, sampled: Rollouts, metrics: dict[str, float], watch: Stopwatch, tokens: int) -> None:
     """Write the step to the logs, and say in words what looks wrong. `tokens` is what the step sampled."""
-    rollouts, parts = sampled.rollouts, sampled.parts
-    warnings = s.alarms.check_learning(s.step, metrics, rollouts.texts)
-    if s.log is None:
-        return
-    metrics |= {
-        "sampled_tokens": s.sampled_tokens,
-        "grader_errors": s.grader.error_rate,
-        "memory_gb": memory_gb(),
-        "tokens_per_second": tokens / watch.total(),
-        **{f"seconds/{phase}": seconds for phase, seconds in watch.seconds.items()},
-    }
-    s.log.step(s.step, metrics, progress(s.config, s.token_limit, s.step + 1, s.sampled_tokens))
-    s.log.rollouts(s.step, rollouts, parts)
-    every = s.config.run.print_every
-    if every and s.step % every == 0:
-        s.log.show_examples(s.step, rollouts, parts)
-    for warning in warnings:
-        print(warning, flush=True)
+    step, config = session.step, session.config
+    warnings = session.alarms.check_learning(step, metrics, sampled.texts)
+    if session.log is not None:
+        metrics |= {
+            "sampled_tokens": session.sampled_tokens,
+            "grader_errors": session.grader.error_rate,
+            "memory_gb": memory_gb(),
+            "tokens_per_second": tokens / watch.total(),
+            **{f"seconds/{phase}": seconds for phase, seconds in watch.seconds.items()},
+        }
+        session.log.step(step, metrics, progress(config, session.token_limit, step + 1, session.sampled_tokens))
+        session.log.rollouts(step, sampled)
+        if config.run.print_every and step % config.run.print_every == 0:
+            session.log.show_examples(step, sampled)
+        for warning in warnings:
+            print(warning, flush=True)
+    if metrics["compared_tokens"]:  # none when only rows of a monitor pass were trained on
+        session.alarms.check_mismatch(step, metrics["mismatch"])
 
 
 def train(config: Config, method: Method) -> None:

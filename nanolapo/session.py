@@ -26,8 +26,6 @@ from nanolapo.policy import Policy
 from nanolapo.ranks import Ranks
 from nanolapo.samplers.sampler import Sampler
 
-Draw = dict[int, int]  # place in the step -> index of the problem
-
 
 @dataclass
 class Session:

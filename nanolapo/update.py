@@ -137,7 +137,7 @@ def plan_batches(
         active = active[lengths_B[active] > 0]
         plan = plan_microbatches(rollouts, active.tolist(), ranks.count, config.train.microbatch_tokens)
         mine = [rows_of_micro for rows_of_micro in plan[ranks.index] if rows_of_micro or policy.sharded]
-        sampled = np.bincount(rollouts.group_B[active] % engines, sizes_B[active], minlength=engines)  # see join_ranks
+        sampled = np.bincount(rollouts.group_B[active] % engines, sizes_B[active], minlength=engines)  # see sampling.py
         shared = [int(sizes_B[[row for micro in share for row in micro]].sum()) if any(share) else 0 for share in plan]
         loads = (float(sampled.max()) * engines / ranks.count, max(shared), sum(shared) / ranks.count)
         batches.append(OptimizerBatch(totals, mine, bool(signal_B[active].any()), loads))
@@ -169,7 +169,7 @@ def loss_inputs(
     width, entropies = micro.mask_BT.shape[1], rollouts.old_entropies
     mine = advantages[micro.rows].to(policy.device, torch.float32)
     advantages_BT = (mine[:, None] if mine.ndim == 1 else mine[:, :width]) * micro.mask_BT
-    sampler_BT = micro.pad([rollouts.sampler_logprobs[row] for row in micro.rows])
+    sampler_BT = micro.pad([rollouts.rows[row].sampler_logprobs for row in micro.rows])
     return LossInputs(
         logprobs_BT=logprobs_BT,
         old_logprobs_BT=logprobs_BT.detach() if old is None else micro.pad([old[row] for row in micro.rows]),

@@ -22,7 +22,7 @@ import pytest
 import torch
 from round_methods import NUM_PROBLEMS, R2VPO, Dynamic, Everything, make_base, make_run
 from safetensors.torch import load_file
-from tiny import CPU, make_config, make_rows, score_rows, update
+from tiny import CPU, fill, make_config, make_rows, score_rows, update
 
 from nanolapo.alarms import MismatchError
 from nanolapo.config import Config
@@ -33,7 +33,7 @@ from nanolapo.grader import Grader
 from nanolapo.loop import train
 from nanolapo.methods.base import Method, MonitorPlan, SamplingPlan
 from nanolapo.policy import Policy
-from nanolapo.rollouts import concatenate, take_groups
+from nanolapo.rollouts import Rollout, join
 from nanolapo.samplers.sampler import Sample
 from nanolapo.samplers.torch_sampler import TorchSampler
 from nanolapo.sampling import GradeBeside
@@ -235,8 +235,9 @@ def test_A5_another_temperature_is_for_monitors_only(base, tmp_path):
 
     class Careless(Everything):
         def edit_rollouts(self, rollouts):
-            super().edit_rollouts(rollouts)
-            rollouts.unmatched_B[:] = False
+            edited = super().edit_rollouts(rollouts)
+            fill(rollouts, unmatched=False)
+            return edited
 
     with pytest.raises(MismatchError):
         run(make_run(base, tmp_path / "c", train={"steps": 9}), Careless)
@@ -246,9 +247,9 @@ def test_unmatched_rows_leave_the_mismatch_alone(tied_model):
     """Two rows off by 1, marked: mean and maximum are those of the others; unmarked they show."""
     policy, rollouts = Policy(make_config(tied_model), CPU), make_rows([5, 9, 7, 3])
     score_rows(policy, rollouts)
-    rollouts.sampler_logprobs[1] = rollouts.sampler_logprobs[1] + 1
+    rollouts.rows[1].sampler_logprobs = rollouts.sampler_logprobs[1] + 1
     plain = update(Policy(policy.config, CPU), rollouts, [1.0, -1.0, 1.0, -1.0])
-    rollouts.unmatched_B[1] = True
+    rollouts.rows[1].unmatched = True
     marked = update(Policy(policy.config, CPU), rollouts, [1.0, -1.0, 1.0, -1.0])
     assert plain["mismatch"] == pytest.approx(9 / 24, rel=1e-4) and plain["mismatch_max"] == pytest.approx(1, rel=1e-4)
     assert marked["mismatch"] < 1e-4 and marked["mismatch_max"] < 1e-4
@@ -259,26 +260,35 @@ def test_unmatched_rows_leave_the_mismatch_alone(tied_model):
 # ------------------------------------------------------------------------------------------------------ batches of groups
 
 
-def test_put_row_moves_all_that_belongs_to_a_row():
+def test_put_moves_all_that_belongs_to_a_row():
     target, source = make_rows([3, 4, 5, 6]), make_rows([7, 8], seed=1, budgets=[1.0, 2.0], finished=[False, True])
-    source.correct_B[0] = source.broken_B[0] = source.unmatched_B[0] = True
-    before = dataclasses.replace(target, response_ids=list(target.response_ids))
-    target.put_row(2, source, 0)
-    for f in dataclasses.fields(target):
-        if f.name in ("problems", "group_size", "regrade", "old_entropies"):  # not of a row, or filled by the update
-            continue
-        assert np.array_equal(getattr(target, f.name)[2], getattr(source, f.name)[0]), f.name
-    assert target.problems == before.problems and target.lengths_B.tolist() == [3, 4, 7, 6]
+    fill(source, correct=True, broken=True, unmatched=True)
+    target.put(2, source.rows[0])
+    for f in dataclasses.fields(Rollout):
+        if f.name in ("problem", "place"):  # a row stays in its group
+            assert getattr(target.rows[2], f.name) == getattr(target.rows[3], f.name) != getattr(source.rows[0], f.name)
+        else:
+            assert getattr(target.rows[2], f.name) is getattr(source.rows[0], f.name), f.name
+    assert target.lengths_B.tolist() == [3, 4, 7, 6] and source.rows[0].problem.id == "demo:0"
 
 
-def test_take_groups_and_concatenate():
+def test_take_and_join():
     rollouts = make_rows([1, 2, 3, 4, 5, 6], budgets=[1, 2, 3, 4, 5, 6])
-    rollouts.unmatched_B[4] = True
-    last = take_groups(rollouts, [2, 0])
+    rollouts.rows[4].unmatched = True
+    last = rollouts.take([2, 0])
     assert last.lengths_B.tolist() == [5, 6, 1, 2] and last.budgets_B.tolist() == [5, 6, 1, 2]
     assert [p.id for p in last.problems] == ["demo:2", "demo:0"] and last.unmatched_B.tolist() == [1, 0, 0, 0]
-    both = concatenate([last, take_groups(rollouts, [1])])
-    assert both.lengths_B.tolist() == [5, 6, 1, 2, 3, 4] and [p.id for p in both.problems][2] == "demo:1"
+    both = join([last, rollouts.take([1])])
+    assert both.rows == rollouts.rows
+
+
+def test_kept_groups_come_first_drawn_first_kept():
+    """At most so many; all when none is kept, marked as not to be trained on."""
+    rollouts = make_rows([1, 2, 3, 4, 5, 6])
+    rollouts.set_keep(np.array([False, True, True]))
+    assert rollouts.kept(5).lengths_B.tolist() == [3, 4, 5, 6] and rollouts.kept(1).lengths_B.tolist() == [3, 4]
+    rollouts.set_keep(np.zeros(3, dtype=bool))
+    assert rollouts.kept(2).lengths_B.tolist() == [1, 2, 3, 4, 5, 6] and not rollouts.kept(2).keep_B.any()
 
 
 # ------------------------------------------------------------------------------------------------------ grading

@@ -34,7 +34,7 @@ from nanolapo.lengths import LengthMap
 from nanolapo.loop import train
 from nanolapo.methods import load_method
 from nanolapo.methods.lapo import Discovery
-from nanolapo.rollouts import Rollouts
+from nanolapo.rollouts import Rollout, Rollouts
 from nanolapo.session import Session
 
 ROOT = Path(__file__).parents[2]
@@ -278,8 +278,10 @@ def test_what_a_model_writes_is_text_on_the_page_and_harmless_on_the_console(dem
     evil = "<script>alert('x')</script> & <b>bold</b>\x1b[2J\x07"
 
     class Evil(Discovery):
-        def edit_rollouts(self, rollouts: Rollouts) -> None:
-            rollouts.texts = [f"{evil} {text}" for text in rollouts.texts]
+        def edit_rollouts(self, rollouts: Rollouts) -> list[Rollout]:
+            for row in rollouts.rows:
+                row.text = f"{evil} {row.text}"
+            return []
 
     config = write_config(demo_base, tmp_path)
     _, _, sections = watch(config, Evil(config))
