@@ -26,7 +26,7 @@ from small_run import write_config
 import nanolapo.methods.lapo as lapo_module
 from nanolapo.config import Config, UserError
 from nanolapo.data.load import load_data
-from nanolapo.explain.explain import beside, explain, first_step, story
+from nanolapo.explain.explain import beside, explain, story, watched_step
 from nanolapo.explain.page import Section, Table, console, page, visible
 from nanolapo.explain.trace import Trace
 from nanolapo.grader import Grader
@@ -35,7 +35,7 @@ from nanolapo.loop import train
 from nanolapo.methods import load_method
 from nanolapo.methods.lapo import Discovery
 from nanolapo.rollouts import Rollout, Rollouts
-from nanolapo.session import Session
+from nanolapo.session import Session, open_session
 
 ROOT = Path(__file__).parents[2]
 TIMING = ("seconds/", "tokens_per_second", "memory_gb")  # may differ between equal steps
@@ -43,8 +43,8 @@ TIMING = ("seconds/", "tokens_per_second", "memory_gb")  # may differ between eq
 
 def watch(config: Config, method: Any = None) -> tuple[Session, Trace, list[Section]]:
     method = method or load_method(config)
-    with Grader(rule=method.grader_rule) as grader:
-        s, trace = first_step(beside(config), method, grader)
+    with open_session(beside(config), method) as s:
+        trace = watched_step(s)
         return s, trace, story(s, trace)
 
 
