@@ -128,7 +128,7 @@ class GradeBeside:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:  # an error or a Ctrl-C shall not wait for answers that take long
-            self.grader.abandon()
+            self.grader.close()
         self.thread.shutdown(cancel_futures=kind is not None)
 
     def add(self, number: int, texts: list[str], gold: str) -> None:

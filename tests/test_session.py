@@ -40,9 +40,9 @@ class CountingGrader(Grader):
 
     num_golds = 0
 
-    def golds_that_fail(self, golds: Sequence[str]) -> list[int]:
+    def references_that_fail(self, golds: Sequence[str]) -> list[int]:
         self.num_golds += len(golds)
-        return super().golds_that_fail(golds)
+        return super().references_that_fail(golds)
 
 
 def write_problems(folder: Path) -> Path:

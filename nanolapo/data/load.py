@@ -46,7 +46,7 @@ def gradable_problems(config: Config, grader: Grader) -> tuple[list[Problem], li
         kept = [p for p in problems if p.question not in banned]
         report.append(f"{len(problems) - len(kept)} problems left out because they are in data.exclude")
         problems = kept
-    failing = set(grader.golds_that_fail([p.answer for p in problems]))
+    failing = set(grader.references_that_fail([p.answer for p in problems]))
     report += [f"dropped {problems[i].id}: gold {problems[i].answer!r} cannot be graded" for i in sorted(failing)]
     return [p for i, p in enumerate(problems) if i not in failing], report
 

@@ -1,6 +1,6 @@
 """Compare two final answers as text: normalise the LaTeX, decide numbers, words, lists and tuples exactly, leave the rest.
 
-`equal(a, gold, leaf)` walks the structure (lists, tuples, labels, equations) and settles everything that needs no
+`equal(a, reference, leaf)` walks the structure (lists, tuples, labels, equations) and settles everything that needs no
 algebra; two formulas it cannot settle go to `leaf`, which the grader's workers answer with math-verify and which the
 trainer's own process answers by "ask a worker". Plain string work with linear regular expressions on short texts: no
 text is ever evaluated here, and `hostile` turns away what would be too long or too large to look at.
@@ -119,9 +119,9 @@ def number(text: str) -> Fraction | None:
     return -value if sign == "-" else value
 
 
-def hostile(answer: str, gold: str) -> bool:
+def hostile(answer: str, reference: str) -> bool:
     """Too long, too deep or too large to hand to a computer algebra system (the workers check the size of powers)."""
-    if len(answer) > max(1000, 4 * len(gold)) or re.search(r"\d{500}", answer):
+    if len(answer) > max(1000, 4 * len(reference)) or re.search(r"\d{500}", answer):
         return True
     depth = deepest = 0
     for char in answer:
@@ -134,62 +134,62 @@ def hostile(answer: str, gold: str) -> bool:
     return eager is not None and re.search(r"\d{4}|\^|!", answer) is not None
 
 
-def equal(answer: str, gold: str, leaf: Leaf) -> bool:
+def equal(answer: str, reference: str, leaf: Leaf) -> bool:
     """Do two normalised answers say the same? Numbers exactly, words as text, lists in any order, tuples in order."""
-    if answer == gold:
+    if answer == reference:
         return True
-    left, right = number(answer), number(gold)
+    left, right = number(answer), number(reference)
     if left is not None and right is not None:
         return left == right
-    if WORDS.fullmatch(answer) or WORDS.fullmatch(gold):
-        return _plain(answer) == _plain(gold)
+    if WORDS.fullmatch(answer) or WORDS.fullmatch(reference):
+        return _plain(answer) == _plain(reference)
     kind_a, items_a = _items(answer)
-    kind_g, items_g = _items(gold)
-    tuple_a, tuple_g = _tuple(answer), _tuple(gold)
-    if (tuple_a and right is not None) or (tuple_g and left is not None):
+    kind_r, items_r = _items(reference)
+    tuple_a, tuple_r = _tuple(answer), _tuple(reference)
+    if (tuple_a and right is not None) or (tuple_r and left is not None):
         return False
-    if (kind_a, len(items_a), kind_g, len(items_g)) != (
+    if (kind_a, len(items_a), kind_r, len(items_r)) != (
         "bare",
         1,
         "bare",
         1,
     ):  # a set or a list on either side
-        if tuple_g:  # "1, 2" may stand for (1,2), in that order; {1,2} may not
-            return kind_a == "bare" and _in_order(items_a, tuple_g[1:], leaf)
+        if tuple_r:  # "1, 2" may stand for (1,2), in that order; {1,2} may not
+            return kind_a == "bare" and _in_order(items_a, tuple_r[1:], leaf)
         if tuple_a:
-            return kind_g == "bare" and tuple_a[0] == "()" and _any_order(tuple_a[1:], items_g, leaf)
-        return _any_order(items_a, items_g, leaf)
-    if tuple_a and tuple_g:
-        return tuple_a[0] == tuple_g[0] and _in_order(tuple_a[1:], tuple_g[1:], leaf)
-    based_a, based_g = BASED.fullmatch(answer), BASED.fullmatch(gold)
-    if based_a and based_g:
-        return based_a.groups() == based_g.groups()
-    if based_a or based_g:  # the question fixed the base: the answer may leave it out, but not add one
-        return based_g is not None and based_g[1] == answer
-    parts_a, parts_g = _split(answer, "="), _split(gold, "=")
-    if len(parts_a) > 1 and len(parts_g) == 1:  # "x = 5" for 5: every side that is not a label must be right
+            return kind_r == "bare" and tuple_a[0] == "()" and _any_order(tuple_a[1:], items_r, leaf)
+        return _any_order(items_a, items_r, leaf)
+    if tuple_a and tuple_r:
+        return tuple_a[0] == tuple_r[0] and _in_order(tuple_a[1:], tuple_r[1:], leaf)
+    based_a, based_r = BASED.fullmatch(answer), BASED.fullmatch(reference)
+    if based_a and based_r:
+        return based_a.groups() == based_r.groups()
+    if based_a or based_r:  # the question fixed the base: the answer may leave it out, but not add one
+        return based_r is not None and based_r[1] == answer
+    parts_a, parts_r = _split(answer, "="), _split(reference, "=")
+    if len(parts_a) > 1 and len(parts_r) == 1:  # "x = 5" for 5: every side that is not a label must be right
         values = [part for part in parts_a if not _is_label(part)] or parts_a[-1:]
-        return all(equal(value, gold, leaf) for value in values)
-    if len(parts_g) > 1 and len(parts_a) == 1:
-        if ONE_SYMBOL.fullmatch(_bare(parts_g[0])) or number(parts_g[0]) is not None:
-            return any(equal(answer, part, leaf) for part in parts_g if not _is_label(part))
+        return all(equal(value, reference, leaf) for value in values)
+    if len(parts_r) > 1 and len(parts_a) == 1:
+        if ONE_SYMBOL.fullmatch(_bare(parts_r[0])) or number(parts_r[0]) is not None:
+            return any(equal(answer, part, leaf) for part in parts_r if not _is_label(part))
         return False
-    if len(parts_a) == len(parts_g) == 2 and parts_a[0] == parts_g[0]:
-        return equal(parts_a[1], parts_g[1], leaf)
-    return leaf(answer, gold)
+    if len(parts_a) == len(parts_r) == 2 and parts_a[0] == parts_r[0]:
+        return equal(parts_a[1], parts_r[1], leaf)
+    return leaf(answer, reference)
 
 
-def _in_order(answers: list[str], golds: list[str], leaf: Leaf) -> bool:
-    return len(answers) == len(golds) and all(equal(a, g, leaf) for a, g in zip(answers, golds, strict=True))
+def _in_order(answers: list[str], references: list[str], leaf: Leaf) -> bool:
+    return len(answers) == len(references) and all(equal(a, r, leaf) for a, r in zip(answers, references, strict=True))
 
 
-def _any_order(answers: list[str], golds: list[str], leaf: Leaf) -> bool:
+def _any_order(answers: list[str], references: list[str], leaf: Leaf) -> bool:
     """Equality is transitive, so taking the first match is enough."""
-    if len(answers) != len(golds):
+    if len(answers) != len(references):
         return False
-    left = list(golds)
+    left = list(references)
     for answer in answers:
-        match = next((i for i, gold in enumerate(left) if equal(answer, gold, leaf)), None)
+        match = next((i for i, reference in enumerate(left) if equal(answer, reference, leaf)), None)
         if match is None:
             return False
         del left[match]

@@ -72,9 +72,9 @@ def boxed_answer(completion: str, require_think_close: bool) -> str | None:
     return ", ".join(parts)
 
 
-def exact_first_boxed(completion: str, gold: str) -> bool:
-    r"""The reference LAPO code's rule: text from the first \boxed{ to the first } equals the gold exactly."""
-    return first_boxed(completion) == gold
+def exact_first_boxed(completion: str, reference: str) -> bool:
+    r"""The reference LAPO code's rule: text from the first \boxed{ to the first } equals the reference exactly."""
+    return first_boxed(completion) == reference
 
 
 def first_boxed(completion: str) -> str | None:

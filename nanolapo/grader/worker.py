@@ -33,7 +33,7 @@ IMAGINARY_UNIT = re.compile(r"(?<![A-Za-z\\])i(?![A-Za-z])")
 CLEANING = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none", equations=False
 )
-CHECKS = [  # answer, gold, verdict
+CHECKS = [  # answer, reference, verdict
     (r"\frac{\sqrt{4}}{3}+x", r"x+\frac{2}{3}", True),
     ("1<x<2", "(1,2)", True),
     (r"\sin^2x+\cos^2x", "1", True),
@@ -77,45 +77,45 @@ def digits(e: Any) -> float:
     return sum(parts)
 
 
-def same_value(a: Any, g: Any) -> bool:
+def same_value(a: Any, r: Any) -> bool:
     """Guard against math-verify's absolute tolerance: 2^{-60} is not 2^{-61}. Formulas with variables pass."""
-    if not (isinstance(a, sympy.Expr) and isinstance(g, sympy.Expr)) or a.free_symbols or g.free_symbols:
+    if not (isinstance(a, sympy.Expr) and isinstance(r, sympy.Expr)) or a.free_symbols or r.free_symbols:
         return True
-    value_a, value_g = a.evalf(30), g.evalf(30)
-    if not (value_a.is_number and value_g.is_number) or value_g.is_infinite:
+    value_a, value_r = a.evalf(30), r.evalf(30)
+    if not (value_a.is_number and value_r.is_number) or value_r.is_infinite:
         return True
-    if value_g == 0:
-        return bool(sympy.simplify(a - g).is_zero)
-    return bool(abs((value_a - value_g) / value_g) < 1e-20)
+    if value_r == 0:
+        return bool(sympy.simplify(a - r).is_zero)
+    return bool(abs((value_a - value_r) / value_r) < 1e-20)
 
 
-def same_range(a: Any, g: Any) -> bool:
+def same_range(a: Any, r: Any) -> bool:
     """1 < x < 2 and 2 > x > 1: inequalities in one variable are equal as sets."""
     kinds = (Relational, sympy.And, sympy.Or)
-    if not (isinstance(a, kinds) and isinstance(g, kinds)) or isinstance(a, sympy.Eq) or isinstance(g, sympy.Eq):
+    if not (isinstance(a, kinds) and isinstance(r, kinds)) or isinstance(a, sympy.Eq) or isinstance(r, sympy.Eq):
         return False
-    if a.free_symbols != g.free_symbols or len(a.free_symbols) != 1:
+    if a.free_symbols != r.free_symbols or len(a.free_symbols) != 1:
         return False
     try:
-        return bool(a.as_set() == g.as_set())
+        return bool(a.as_set() == r.as_set())
     except (NotImplementedError, TypeError, ValueError):  # what sympy cannot solve
         return False
 
 
-def algebra(answer: str, gold: str) -> bool:
+def algebra(answer: str, reference: str) -> bool:
     """Are these two formulas equal? The leaf of `answers.equal`."""
-    is_real = not re.search(r"\\det|matrix", answer + gold) and not IMAGINARY_UNIT.search(answer + " " + gold)
+    is_real = not re.search(r"\\det|matrix", answer + reference) and not IMAGINARY_UNIT.search(answer + " " + reference)
     try:
-        a, g = parse(answer, is_real), parse(gold, is_real)
+        a, r = parse(answer, is_real), parse(reference, is_real)
     except (MemoryError, PermissionError):
         raise
     except Exception:  # the parser raises bare Exceptions: text it cannot read matches nothing (equal text was settled)
         return False
-    if a is None or g is None or max(digits(a), digits(g)) > MAX_DIGITS:
+    if a is None or r is None or max(digits(a), digits(r)) > MAX_DIGITS:
         return False
-    # The one call site: gold first, the comparison is not symmetric. No alarm: the parent keeps the time.
-    right = verify(g, a, numeric_precision=100, allow_set_relation_comp=True, timeout_seconds=None)
-    return bool(right) and same_value(a, g) or same_range(a, g)
+    # The one call site: reference first, the comparison is not symmetric. No alarm: the parent keeps the time.
+    right = verify(r, a, numeric_precision=100, allow_set_relation_comp=True, timeout_seconds=None)
+    return bool(right) and same_value(a, r) or same_range(a, r)
 
 
 def fence(event: str, args: tuple[Any, ...]) -> None:
@@ -137,10 +137,10 @@ def evaluate_ratio(code: str, *_: Any) -> Any:
 
 def self_check() -> None:
     """A broken installation must stop the worker, not look like wrong answers."""
-    for answer, gold, verdict in CHECKS:
-        if equal(answer, gold, algebra) != verdict:
+    for answer, reference, verdict in CHECKS:
+        if equal(answer, reference, algebra) != verdict:
             raise RuntimeError(
-                f"math-verify does not compare {answer} with {gold} as it should: are the pins installed?"
+                f"math-verify does not compare {answer} with {reference} as it should: are the pins installed?"
             )
 
 
@@ -160,13 +160,13 @@ def serve(deadline_s: float, max_memory_gb: float) -> None:
     for line in sys.stdin:
         # The parent kills a late worker. Should the parent be gone, the kernel does: no Python handler to swallow it.
         signal.setitimer(signal.ITIMER_REAL, deadline_s + 5)
-        answer, gold = json.loads(line)
+        answer, reference = json.loads(line)
         try:
-            reply = b"right\n" if equal(answer, gold, algebra) else b"wrong\n"
+            reply = b"right\n" if equal(answer, reference, algebra) else b"wrong\n"
         except RecursionError:  # nested deeper than any honest answer
             reply = b"wrong\n"
         except Exception as error:
-            print(f"grader: {type(error).__name__} on {answer[:80]!r} for {gold[:80]!r}", file=sys.stderr)
+            print(f"grader: {type(error).__name__} on {answer[:80]!r} for {reference[:80]!r}", file=sys.stderr)
             reply = b"error\n"
         signal.setitimer(signal.ITIMER_REAL, 0)
         os.write(replies, reply)

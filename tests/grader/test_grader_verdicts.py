@@ -1,8 +1,8 @@
-r"""What counts as a right answer: boxes, think tags, hedging, golds, more than 100 negatives and the positives (C4-C10).
+r"""What counts as a right answer: boxes, think tags, hedging, reference answers, many negatives and positives (C4-C10).
 
     pytest tests/grader/test_grader_verdicts.py
 
-Every pair goes through a real pool with real worker processes. Pairs are (gold, text inside \boxed{}).
+Every pair goes through a real pool with real worker processes. Pairs are (reference, text inside \boxed{}).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nanolapo.grader import Grader, grade
 from nanolapo.grader.boxes import exact_first_boxed, last_boxed
 
 DATA = Path(__file__).parents[2] / "../shared/data"  # the developers' copy of the public sets; absent in a clone
-BUILT_IN_GOLDS = r"""204|27.0|-3|\frac{14}{3}|\left( 3, \frac{\pi}{2} \right)|p - q|\text{Evelyn}|\text{(C)}
+BUILT_IN_REFERENCES = r"""204|27.0|-3|\frac{14}{3}|\left( 3, \frac{\pi}{2} \right)|p - q|\text{Evelyn}|\text{(C)}
 6 - 5i|x \in [-2,7]|4210_{5}|\frac{270}7\text{ degrees}|2, 3, \text{ and } 4|1 \pm \sqrt{19}|5x - 7y + 11z + 4 = 0
 \$18.90|50\%|10,080|2k+1|\begin{pmatrix} -1/3 \\ 2/3 \\ 5/3 \end{pmatrix}|(-\infty,-5]\cup[5,\infty)
 -80\leq g(x)\leq 82|$f(x)=-1$,$f(x)=x+1$|x=5|\{1\pm\sqrt{5},-2\}|90^\circ|\frac{2 \sqrt{149}}{3}
@@ -73,7 +73,7 @@ f(x)=2x ~ f(x)=3x | n^2 ~ n^2+n | \begin{pmatrix}1\\2\end{pmatrix} ~ \begin{pmat
 
 def pairs(table: str) -> list[tuple[str, str]]:
     rows = [row.split(" ~ ") for line in table.strip("\n").splitlines() for row in line.split(" | ")]
-    return [(gold.strip(), answer) for gold, answer in rows]
+    return [(reference.strip(), answer) for reference, answer in rows]
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +83,9 @@ def grader() -> Iterator[Grader]:
 
 
 def verdicts(grader: Grader, table: str) -> list[tuple[str, str, bool]]:
-    gold_answers = pairs(table)
-    right = grader.grade_all([rf"So \boxed{{{a}}}." for _, a in gold_answers], [g for g, _ in gold_answers])
-    return [(gold, answer, ok) for (gold, answer), ok in zip(gold_answers, right, strict=True)]
+    rows = pairs(table)
+    right = grader.grade_all([rf"So \boxed{{{a}}}." for _, a in rows], [g for g, _ in rows])
+    return [(reference, answer, ok) for (reference, answer), ok in zip(rows, right, strict=True)]
 
 
 def test_C4_the_last_box_with_balanced_braces_counts() -> None:
@@ -153,30 +153,30 @@ def test_C6_hedging_is_not_an_answer(grader: Grader) -> None:
     assert grade(r"So \boxed{5}. The answer is \boxed{5}", "5") and grade(r"\boxed{5} \boxed{5}", "5")
 
 
-def test_C7_every_gold_accepts_itself_and_nothing_unrelated(grader: Grader) -> None:
-    golds: list[str] = []
+def test_C7_every_reference_answer_accepts_itself_and_nothing_unrelated(grader: Grader) -> None:
+    references: list[str] = []
     if not DATA.is_dir():
-        golds = BUILT_IN_GOLDS.replace("\n", "|").split("|")
+        references = BUILT_IN_REFERENCES.replace("\n", "|").split("|")
     for path in sorted(DATA.glob("*.jsonl")):
         for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-            gold = ", ".join(row["final_answer"]) if "final_answer" in row else str(row["answer"] or "")
-            golds.append(gold.split("####")[-1].strip())
-    failing = [golds[i] for i in grader.golds_that_fail(golds)]
+            reference = ", ".join(row["final_answer"]) if "final_answer" in row else str(row["answer"] or "")
+            references.append(reference.split("####")[-1].strip())
+    failing = [references[i] for i in grader.references_that_fail(references)]
     assert set(failing) <= {""}, failing  # four rows of math_train have no answer; a loader must drop and list them
-    assert grader.golds_that_fail([r"\frac{1}{2", "", "}", "7"]) == [0, 1, 2]
+    assert grader.references_that_fail([r"\frac{1}{2", "", "}", "7"]) == [0, 1, 2]
     assert not any(grader.grade_all([r"\boxed{5}"] * 4, [r"\begin{broken", "see text", r"\frac{", ""]))
 
 
-def test_C8_gold_comes_first() -> None:
+def test_C8_the_reference_answer_comes_first() -> None:
     """math-verify is not symmetric. One call site in the package, and pairs that differ when turned round."""
     package = Path(__file__).parents[2] / "nanolapo"
     users = [path for path in package.rglob("*.py") if "import verify" in path.read_text()]
     assert [path.name for path in users] == ["worker.py"]
-    assert [call.strip() for call in re.findall(r"(?<=\bverify)\(.*?,.*?,", users[0].read_text())] == ["(g, a,"]
-    for gold, answer in [("4210_5", "4210"), ("5", "m+n=5"), ("(1,2)", "x=1, y=2"), ("x=5", "5")]:
-        assert grade(rf"\boxed{{{answer}}}", gold)
-    for gold, answer in [("4210", "4210_5"), ("m+n=5", "5"), ("2", "x+y=z=3"), ("x+5=0", "0")]:
-        assert not grade(rf"\boxed{{{answer}}}", gold)
+    assert [call.strip() for call in re.findall(r"(?<=\bverify)\(.*?,.*?,", users[0].read_text())] == ["(r, a,"]
+    for reference, answer in [("4210_5", "4210"), ("5", "m+n=5"), ("(1,2)", "x=1, y=2"), ("x=5", "5")]:
+        assert grade(rf"\boxed{{{answer}}}", reference)
+    for reference, answer in [("4210", "4210_5"), ("m+n=5", "5"), ("2", "x+y=z=3"), ("x+5=0", "0")]:
+        assert not grade(rf"\boxed{{{answer}}}", reference)
 
 
 def test_C9_no_false_positives(grader: Grader) -> None:

@@ -11,9 +11,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -52,8 +51,12 @@ def boxed(answers: list[str]) -> list[str]:
 
 
 def columns(rows: list[tuple[str, str, bool]]) -> tuple[list[str], list[str], list[bool]]:
-    answers, golds, verdicts = zip(*rows, strict=True)
-    return boxed(list(answers)), list(golds), list(verdicts)
+    answers, references, verdicts = zip(*rows, strict=True)
+    return boxed(list(answers)), list(references), list(verdicts)
+
+
+def pids(grader: Grader) -> list[int]:
+    return [worker.process.pid for worker in list(grader._pool.workers.values())]
 
 
 def alive(pid: int) -> bool:
@@ -64,15 +67,15 @@ def alive(pid: int) -> bool:
 
 
 def test_C1_same_verdicts_in_main_thread_worker_thread_and_subprocess() -> None:
-    completions, golds, expected = columns(MIXED)
+    completions, references, expected = columns(MIXED)
     script = "import json, sys, nanolapo.grader as g; print(json.dumps(g.Grader().grade_all(*json.load(sys.stdin))))"
     with Grader() as grader, ThreadPoolExecutor(4) as threads:
-        assert grader.grade_all(completions, golds) == expected
-        jobs = [threads.submit(grader.grade_all, completions, golds) for _ in range(8)]  # eight at once, one pool
+        assert grader.grade_all(completions, references) == expected
+        jobs = [threads.submit(grader.grade_all, completions, references) for _ in range(8)]  # eight at once, one pool
         assert all(job.result() == expected for job in jobs)
-        assert list(threads.map(grade, completions, golds)) == expected
+        assert list(threads.map(grade, completions, references)) == expected
         assert (grader.errors, grader.total) == (0, 9 * len(MIXED))
-    question = json.dumps([completions, golds])
+    question = json.dumps([completions, references])
     child = subprocess.run([sys.executable, "-c", script], input=question, capture_output=True, text=True, check=True)
     assert json.loads(child.stdout) == expected
 
@@ -105,13 +108,13 @@ def test_C2_bombs_cost_seconds_not_minutes() -> None:
             else (f"{i}.0", str(i), True)
         )
         rows.append((BOMBS[i // 20 % len(BOMBS)], rf"{i}+\sqrt{{2}}", False) if i % 20 == 0 else honest)
-    completions, golds, expected = columns(rows)
+    completions, references, expected = columns(rows)
     start = time.monotonic()
     with Grader(workers=2) as grader:
-        assert grader.grade_all(completions, golds) == expected
+        assert grader.grade_all(completions, references) == expected
         assert time.monotonic() - start < 60 and grader.errors == 0
-        for worker in grader._pool:
-            limits = Path(f"/proc/{worker.process.pid}/limits").read_text()
+        for pid in pids(grader):
+            limits = Path(f"/proc/{pid}/limits").read_text()
             assert f"Max address space         {2 * 2**30}" in limits
             assert "Max core file size        0" in limits
 
@@ -129,12 +132,14 @@ def test_C2_every_bomb_is_wrong_quickly() -> None:
 def test_C2_a_runaway_is_stopped_and_its_worker_replaced() -> None:
     with Grader(workers=1, deadline_s=0.5) as grader:
         grader.grade_all(boxed(["x+1"]), ["1+x"])
-        before = grader._pool[0].process.pid
+        (before,) = pids(grader)
         start = time.monotonic()
         assert grader.grade_all(boxed([RUNAWAY]), ["x+1"]) == [False]
         assert time.monotonic() - start < 3 and grader.errors == 1
-        assert not alive(before) and len(grader._pool) == 1
-        assert grader.grade_all(boxed(["x+1"]), ["1+x"]) == [True]
+        assert not alive(before)
+        assert grader.grade_all(boxed(["x+3"]), ["3+x"]) == [True]
+        (after,) = pids(grader)
+        assert alive(after) and after != before
 
 
 def test_C3_model_text_is_never_executed(tmp_path: Path) -> None:
@@ -171,11 +176,13 @@ def test_C3_model_text_is_never_executed(tmp_path: Path) -> None:
     ]
     assert len(spellings) >= 15
     with Grader(workers=1) as grader:
-        for gold in ("5", r"\sqrt{2}", r"\begin{pmatrix}2\\1\end{pmatrix}"):
-            assert not any(grader.grade_all(boxed(spellings), [gold] * len(spellings)))
-        raw = [(spelling, "x+1") for spelling in spellings]  # past every check, straight into a worker
-        assert True not in grader._ask(raw)
-        assert not any(grader.golds_that_fail([rf"\sqrt{{2}}+{i}" for i in range(3)]))
+        for reference in ("5", r"\sqrt{2}", r"\begin{pmatrix}2\\1\end{pmatrix}"):
+            assert not any(grader.grade_all(boxed(spellings), [reference] * len(spellings)))
+        raw = [
+            grader._pool.ask((spelling, "x+1")) for spelling in spellings
+        ]  # past every check, straight into a worker
+        assert True not in [reply.result() for reply in raw]
+        assert not any(grader.references_that_fail([rf"\sqrt{{2}}+{i}" for i in range(3)]))
     assert not target.exists()
 
 
@@ -222,7 +229,7 @@ def test_C3_workers_see_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "canary-secret")
     with Grader(workers=1) as grader:
         grader.grade_all(boxed(["x+1"]), ["1+x"])
-        environ = Path(f"/proc/{grader._pool[0].process.pid}/environ").read_text()
+        environ = Path(f"/proc/{pids(grader)[0]}/environ").read_text()
     assert "PATH=" in environ and "canary-secret" not in environ
 
 
@@ -238,40 +245,33 @@ def test_C11_errors_and_timeouts_keep_every_verdict_in_its_row() -> None:
             ][i % 4]
         )
     rows[10], rows[30] = (RUNAWAY, "x+10", False), (RUNAWAY, "x+30", False)  # two different time-outs
-    completions, golds, expected = columns(rows)
+    completions, references, expected = columns(rows)
     completions[21], expected[21] = "no box at all", False
     with Grader(workers=2, deadline_s=4.0) as grader:
-        assert grader.grade_all(completions, golds) == expected
+        assert grader.grade_all(completions, references) == expected
         assert (grader.errors, grader.total) == (2, 60)
-        assert grader.grade_all(completions[::-1], golds[::-1]) == expected[::-1]
-        with pytest.raises(ValueError, match="60 completions but 59 golds"):
-            grader.grade_all(completions, golds[:-1])
+        assert grader.grade_all(completions[::-1], references[::-1]) == expected[::-1]
+        with pytest.raises(ValueError, match="60 completions but 59 reference answers"):
+            grader.grade_all(completions, references[:-1])
         assert grader.grade_all([], []) == []
 
 
 def test_C12_killed_workers_are_replaced_and_the_batch_completes() -> None:
     rows = [(rf"\sqrt{{{i * i * 3}}}+x", rf"x+{i}\sqrt{{3}}", True) for i in range(1, 120)]
-    completions, golds, expected = columns(rows)
-    killed: list[int] = []
-
-    def kill_both(grader: Grader) -> None:
-        while len(killed) < 2:
-            for worker in list(grader._pool):
-                if worker.index is not None and worker.process.pid not in killed and len(killed) < 2:
-                    killed.append(worker.process.pid)
-                    os.kill(worker.process.pid, signal.SIGKILL)
-            time.sleep(0.01)
-
+    completions, references, expected = columns(rows)
     with Grader(workers=2) as grader:
-        killer = threading.Thread(target=kill_both, args=(grader,))
-        killer.start()
-        assert grader.grade_all(completions, golds) == expected  # a kill is retried, not scored 0
-        killer.join(timeout=60)
-        assert len(killed) == 2 and grader.errors == 0
-        assert len(grader._pool) == 2 and all(alive(worker.process.pid) for worker in grader._pool)
-        for worker in grader._pool:  # and one killed while idle
-            os.kill(worker.process.pid, signal.SIGKILL)
-        assert grader.grade_all(completions[:9], golds[:9]) == expected[:9]
+        verdicts = [*map(grader.submit, completions, references)]
+        verdicts[10].result()  # both workers are at work
+        killed = pids(grader)
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+        assert [verdict.result() for verdict in verdicts] == expected  # a kill is retried, not scored 0
+        after = pids(grader)
+        assert len(after) == 2 and all(map(alive, after)) and not set(after) & set(killed)
+        for pid in after:  # and now while they are idle
+            os.kill(pid, signal.SIGKILL)
+        assert grader.grade_all(boxed(["x+1", "x+2"]), ["1+x", "2+x"]) == [True, True]
+        assert grader.errors == 0
 
 
 def test_C12_no_orphans_when_the_trainer_is_killed() -> None:
@@ -280,29 +280,59 @@ import os, signal, threading, time
 from nanolapo.grader import Grader
 grader = Grader(workers=2, deadline_s=1.0)
 grader.grade_all([r"\boxed{{x+1}}", r"\boxed{{x+2}}"], ["1+x", "2+x"])
-print(*[w.process.pid for w in grader._pool], flush=True)
+print(*[w.process.pid for w in grader._pool.workers.values()], flush=True)
 threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()
 grader.grade_all([r"\boxed{{{RUNAWAY}}}"], ["x+1"])
 """
     child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    pids = [int(pid) for pid in child.stdout.split()]
-    assert child.returncode == -signal.SIGKILL and len(pids) == 2, child.stderr
+    orphans = [int(pid) for pid in child.stdout.split()]
+    assert child.returncode == -signal.SIGKILL and len(orphans) == 2, child.stderr
     give_up = time.monotonic() + 15  # the busy one ends at its own alarm, deadline + 5 s
-    while any(map(alive, pids)) and time.monotonic() < give_up:
+    while any(map(alive, orphans)) and time.monotonic() < give_up:
         time.sleep(0.1)
-    assert not any(map(alive, pids))
+    assert not any(map(alive, orphans))
 
 
-def test_close_is_idempotent_and_a_closed_pool_starts_again() -> None:
-    grader = Grader(workers=2)
-    grader.close()
-    assert grader.grade_all(boxed(["x+1"]), ["1+x"]) == [True]
-    pids = [worker.process.pid for worker in grader._pool]
-    grader.close()
-    grader.close()
-    assert not any(map(alive, pids)) and grader._pool == []
+def test_close_ends_the_workers_for_good() -> None:
+    grader = Grader(workers=1)
     assert grader.grade_all(boxed(["x+1"]), ["1+x"]) == [True]
     grader.close()
+    grader.close()
+    assert not any(map(alive, pids(grader)))
+    with pytest.raises(RuntimeError, match="this grader is closed"):
+        grader.grade_all(boxed(["x+1"]), ["1+x"])
+
+
+def test_submit_settles_text_at_once_and_leaves_algebra_to_a_worker() -> None:
+    with Grader(workers=1) as grader:
+        assert grader.submit(r"\boxed{7}", "7.0").result(timeout=0) is True and pids(grader) == []
+        pending = grader.submit(r"\boxed{x+1}", "1+x")
+        assert not pending.done() and grader.total == 1  # a worker takes longer than this to start
+        assert pending.result() is True and grader.total == 2
+        assert grader.submit(r"\boxed{x+1}", "1+x").result(timeout=0) is True  # asked before
+
+
+def test_equal_questions_are_asked_once() -> None:
+    with Grader(workers=1, deadline_s=1.0) as grader:
+        start = time.monotonic()
+        late = [grader.submit(rf"so \boxed{{{RUNAWAY}}}", "x+1") for _ in range(20)]
+        assert [verdict.result() for verdict in late] == [False] * 20 and grader.errors == 20
+        assert grader.grade_all(boxed([RUNAWAY] * 20), ["x+1"] * 20) == [False] * 20  # and not again just afterwards
+        assert time.monotonic() - start < 15 and grader.errors == grader.total == 40
+
+
+def test_close_does_not_wait_for_slow_answers() -> None:
+    grader = Grader(workers=1, deadline_s=60.0)
+    with pytest.raises(KeyboardInterrupt), grader:
+        assert grader.submit(r"\boxed{x+1}", "1+x").result()
+        slow, behind = grader.submit(rf"\boxed{{{RUNAWAY}}}", "x+1"), grader.submit(r"\boxed{x+2}", "x+3")
+        time.sleep(0.2)
+        start = time.monotonic()
+        raise KeyboardInterrupt
+    assert time.monotonic() - start < 10 and (grader.errors, grader.total) == (0, 1)
+    for verdict in (slow, behind):  # never to be taken for wrong answers
+        with pytest.raises(CancelledError):
+            verdict.result(timeout=0)
 
 
 def test_plain_numbers_need_no_worker_and_no_time() -> None:
@@ -311,5 +341,5 @@ def test_plain_numbers_need_no_worker_and_no_time() -> None:
     start = time.monotonic()
     with Grader() as grader:
         assert grader.grade_all(completions, ["3"] * 1000).count(True) == 143
-        assert grader._pool == []
+        assert pids(grader) == []
     assert time.monotonic() - start < 0.1
