@@ -6,16 +6,13 @@ round, and afterwards each holds all rows. Every seed is a pure function of its 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from concurrent.futures import Future
 
 from tqdm import tqdm
 
 from nanolapo.data.order import round_indices
 from nanolapo.data.problems import Problem
-from nanolapo.grader import Grader
 from nanolapo.methods.base import MonitorPlan, SamplingPlan
 from nanolapo.metrics import Stopwatch
 from nanolapo.rollouts import Rollout, Rollouts, join, make_rollouts, row_seed
@@ -58,16 +55,14 @@ def sample_and_grade(
     session: Session, plan: SamplingPlan | MonitorPlan, draw: Mapping[int, Problem], watch: Stopwatch
 ) -> Rollouts:
     """Sample a group for each of these problems and grade them. From here on every rank holds all rows."""
-    with GradeBeside(session.grader) as beside:
-        with watch("sample"):
-            requests = make_requests(session, plan, draw)
-            samples = sample(session, requests, plan, beside)
-            mine = make_rollouts(requests, samples, plan.group_size, session.policy.vocab_size)
-        with watch("grade"):  # what is left of it
-            for row in mine.rows:
-                row.text = session.data.decode(row.response_ids)
-            mark(session, mine.rows, beside.verdicts())
-    with watch("grade"):
+    with watch("sample"):
+        requests = make_requests(session, plan, draw)
+        samples, texts, verdicts = sample(session, requests, plan.temperature)
+        mine = make_rollouts(requests, samples, plan.group_size, session.policy.vocab_size)
+    with watch("grade"):  # what is left of it
+        for row, text in zip(mine.rows, texts, strict=True):
+            row.text = text
+        mark(session, mine.rows, [verdict.result() for verdict in verdicts])
         parts = session.ranks.gather(mine)
     rollouts = join(parts[:: session.config.rollout.tensor_parallel])  # an engine's ranks sampled the same
     session.sampled_tokens += int(rollouts.lengths_B.sum())  # as sampled: a method may shorten answers later
@@ -92,61 +87,27 @@ def make_requests(session: Session, plan: SamplingPlan | MonitorPlan, draw: Mapp
 
 
 def sample(
-    session: Session, requests: Sequence[Request], plan: SamplingPlan | MonitorPlan, beside: GradeBeside
-) -> list[Sample]:
-    """Sample every request. As soon as a group is complete it is handed to `beside`."""
-    size = plan.group_size
-    texts, missing = [""] * len(requests), [size] * (len(requests) // size)
-
-    def finished(row: int, sample: Sample) -> None:
-        p, problem = row // size, requests[row].problem
-        texts[row], missing[p] = session.data.decode(sample.ids), missing[p] - 1
-        if not missing[p] and problem is not None:
-            beside.add(p, texts[p * size : (p + 1) * size], problem.answer)
+    session: Session, requests: Sequence[Request], temperature: float
+) -> tuple[list[Sample], list[str], list[Future[bool]]]:
+    """Sample every request; returns samples, texts and verdicts. An answer is graded as soon as it is finished, in the
+    background, while others are still being sampled."""
+    if not requests:
+        return [], [], []
+    answers: dict[int, tuple[str, Future[bool]]] = {}
 
     def advance(tokens: int) -> None:
         bar.update(tokens)
 
-    if not requests:
-        return []
+    def finished(row: int, sample: Sample) -> None:
+        text, problem = session.data.decode(sample.ids), requests[row].problem
+        assert problem is not None
+        answers[row] = text, session.grader.submit(text, problem.answer)
+
     total, hidden = sum(request.max_new_tokens for request in requests), None if session.ranks.is_main else True
     with tqdm(total=total, unit="tok", desc="sampling", leave=False, disable=hidden) as bar:
-        return session.sampler.generate(requests, Decoding(plan.temperature), advance, finished)
-
-
-class GradeBeside:
-    """Grades complete groups in a thread of its own, all that wait at a time, while others are still being sampled."""
-
-    def __init__(self, grader: Grader) -> None:
-        self.grader, self.thread = grader, ThreadPoolExecutor(1)
-        self.waiting: deque[tuple[int, list[str], str]] = deque()  # number of the group, texts, right answer
-        self.found: dict[int, list[bool]] = {}
-        self.jobs: list[Future[None]] = []
-
-    def __enter__(self) -> GradeBeside:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:  # an error or a Ctrl-C shall not wait for answers that take long
-            self.grader.close()
-        self.thread.shutdown(cancel_futures=kind is not None)
-
-    def add(self, number: int, texts: list[str], gold: str) -> None:
-        self.waiting.append((number, texts, gold))
-        self.jobs.append(self.thread.submit(self.work))
-
-    def work(self) -> None:
-        groups = [self.waiting.popleft() for _ in range(len(self.waiting))]  # only this thread takes any out
-        texts = [text for _, group, _ in groups for text in group]
-        golds = [gold for _, group, gold in groups for _ in group]
-        verdicts = iter(self.grader.grade_all(texts, golds))
-        self.found |= {number: list(islice(verdicts, len(group))) for number, group, _ in groups}
-
-    def verdicts(self) -> list[bool]:
-        """Of all rows of all groups, in order, when the last has been graded. Raises what grading raised."""
-        for job in self.jobs:
-            job.result()
-        return [verdict for number in sorted(self.found) for verdict in self.found[number]]
+        samples = session.sampler.generate(requests, Decoding(temperature), advance, finished)
+    texts, verdicts = zip(*(answers[row] for row in range(len(requests))), strict=True)
+    return samples, list(texts), list(verdicts)
 
 
 def mark(session: Session, rows: Sequence[Rollout], verdicts: Sequence[bool]) -> None:

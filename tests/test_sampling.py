@@ -11,10 +11,11 @@ import math
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,15 +29,16 @@ from nanolapo.alarms import MismatchError
 from nanolapo.config import Config
 from nanolapo.data.load import Data
 from nanolapo.data.order import batch_indices, round_indices, weighted_order
-from nanolapo.data.problems import load_problems
+from nanolapo.data.problems import Problem, load_problems
 from nanolapo.grader import Grader
 from nanolapo.loop import train
 from nanolapo.methods.base import Method, MonitorPlan, SamplingPlan
 from nanolapo.policy import Policy
+from nanolapo.ranks import Ranks
 from nanolapo.rollouts import Rollout, join
-from nanolapo.samplers.sampler import Sample
+from nanolapo.samplers.sampler import Request, Sample
 from nanolapo.samplers.torch_sampler import TorchSampler
-from nanolapo.sampling import GradeBeside
+from nanolapo.sampling import sample
 from nanolapo.session import progress
 
 ROOT = Path(__file__).parents[1]
@@ -298,12 +300,11 @@ class CutCounts(Dynamic):
     max_rounds, cut_answers_count = 1, True
 
 
-def test_groups_are_graded_while_others_are_sampled(base, tmp_path, monkeypatch):
-    """Two rows at a time: the first groups are complete, and graded, before the last is sampled. Every row gets the verdict
+def test_answers_are_graded_while_others_are_sampled(base, tmp_path, monkeypatch):
+    """Two rows at a time: the first four answers have their verdicts before the last is sampled. Every row gets the verdict
     on its own text: made up here, and right for some."""
-    tokens, asked, graded = [0], [0], threading.Event()
-    at_first_group, calls = list[int](), list[int]()
-    generate, grade_all = TorchSampler.generate, Grader.grade_all
+    tokens, at_fourth, futures = [0], list[int](), list[Future[bool]]()
+    generate, submit = TorchSampler.generate, Grader.submit
 
     def told_generate(self: TorchSampler, requests: Any, decoding: Any, progress: Any, finished: Any) -> list[Sample]:
         def counted(new: int) -> None:
@@ -312,27 +313,25 @@ def test_groups_are_graded_while_others_are_sampled(base, tmp_path, monkeypatch)
 
         def then_wait(row: int, sample: Sample) -> None:
             finished(row, sample)
-            asked[0] += 1
-            if asked[0] == 4:
-                assert graded.wait(60)
-                at_first_group.append(tokens[0])
+            if len(futures) == 4:
+                assert {future.result(60) for future in futures} <= {True, False}
+                at_fourth.append(tokens[0])
 
         return generate(self, requests, decoding, counted, then_wait)
 
-    def told_grade(self: Grader, texts: list[str], golds: list[str]) -> list[bool]:
-        calls.append(len(texts))
-        graded.set()
-        return grade_all(self, texts, golds)
+    def told_submit(self: Grader, text: str, answer: str) -> Future[bool]:
+        futures.append(submit(self, text, answer))
+        return futures[-1]
 
     monkeypatch.setattr(TorchSampler, "generate", told_generate)
-    monkeypatch.setattr(Grader, "grade_all", told_grade)
+    monkeypatch.setattr(Grader, "submit", told_submit)
     problems, _ = load_problems(make_run(base, tmp_path).data.sources)
     often = Counter(int(problem.answer) for problem in problems).most_common(3)
     guesses = [answer for answer, _ in often]
     monkeypatch.setattr(Data, "decode", lambda _, ids: rf"\boxed{{{guesses[ids[0] % 3]}}}")
     method, _ = run(make_run(base, tmp_path, rollout={"max_rows": 2}), CutCounts)
     first_step = method.of("reward")[0].lengths_B
-    assert at_first_group == [first_step[:4].sum()] and calls[0] == 4 and sum(calls) == 2 * 4 * 4
+    assert at_fourth == [first_step[:4].sum()] and len(futures) == 2 * 4 * 4
     verdicts = []
     for rollouts in method.of("reward"):
         for row, ids in enumerate(rollouts.response_ids):
@@ -341,39 +340,56 @@ def test_groups_are_graded_while_others_are_sampled(base, tmp_path, monkeypatch)
     assert any(verdicts) and not all(verdicts)
 
 
+class Scripted:
+    """A sampler whose answers, one a request, are finished from the last to the first. Then it may be interrupted."""
+
+    def __init__(self, interrupted: bool = False) -> None:
+        self.interrupted = interrupted
+
+    def generate(self, requests: Any, decoding: Any, progress: Any, finished: Any) -> list[Sample]:
+        samples = [Sample(np.array([i]), np.zeros(1, np.float32), True) for i in range(len(requests))]
+        for i in reversed(range(len(requests))):
+            finished(i, samples[i])
+        if self.interrupted:
+            time.sleep(0.5)
+            raise KeyboardInterrupt
+        return samples
+
+
+def scripted_session(grader: Any, decode: Any, interrupted: bool = False) -> Any:
+    return SimpleNamespace(
+        grader=grader, data=SimpleNamespace(decode=decode), ranks=Ranks(), sampler=Scripted(interrupted)
+    )
+
+
+def requests_for(answers: list[str]) -> list[Request]:
+    return [Request([1], 0, 1, Problem(f"demo:{i}", "q", answer, None, "demo")) for i, answer in enumerate(answers)]
+
+
 def test_a_stop_does_not_wait_for_answers_that_never_end():
-    """Eight groups whose answers math-verify never finishes, a deadline of 30 s each: an error ends it within seconds."""
-    with Grader(workers=1, deadline_s=30.0) as grader:
+    """Eight answers that math-verify never finishes, a deadline of 30 s each: a Ctrl-C ends it within seconds."""
+    with pytest.raises(KeyboardInterrupt), Grader(workers=1, deadline_s=30.0) as grader:
         assert grader.grade_all([r"\boxed{x+x}"], ["2x"]) == [True]  # a worker is up
         start = time.monotonic()
-        with pytest.raises(KeyboardInterrupt), GradeBeside(grader) as beside:
-            for number in range(8):
-                beside.add(number, [r"\boxed{(x+1)^{100}(y+1)^{100}(z+1)^{100}}"], f"x+{number}")
-            time.sleep(0.5)
-            assert not beside.jobs[0].done()
-            raise KeyboardInterrupt
-        assert time.monotonic() - start < 10
+        session = scripted_session(grader, lambda _: r"\boxed{(x+1)^{100}(y+1)^{100}(z+1)^{100}}", interrupted=True)
+        sample(session, requests_for([f"x+{number}" for number in range(8)]), 1.0)
+    assert 0.5 < time.monotonic() - start < 10
 
 
-def test_what_waits_is_graded_together(monkeypatch):
-    """The first group alone, then all that came meanwhile; verdicts in the order of the groups, not of their coming."""
-    calls, gate, begun = list[list[str]](), threading.Event(), threading.Event()
+def test_verdicts_belong_to_their_rows_whenever_they_come():
+    """Answers are finished from last to first, and verdicts come from first to last, after sampling has ended."""
+    futures: dict[str, Future[bool]] = {}
 
-    def slow(self: Grader, texts: list[str], golds: list[str]) -> list[bool]:
-        calls.append(list(texts))
-        begun.set()
-        assert gate.wait(60)
-        return [text == gold for text, gold in zip(texts, golds, strict=True)]
+    def submit(text: str, answer: str) -> Future[bool]:
+        futures[f"{text}/{answer}"] = Future()
+        return futures[f"{text}/{answer}"]
 
-    monkeypatch.setattr(Grader, "grade_all", slow)
-    with Grader() as grader, GradeBeside(grader) as beside:
-        beside.add(2, ["a", "b"], "a")
-        assert begun.wait(60)
-        beside.add(0, ["c", "d"], "d")
-        beside.add(1, ["e", "f"], "x")
-        gate.set()
-        assert beside.verdicts() == [False, True, False, False, True, False]
-    assert calls[:2] == [["a", "b"], ["c", "d", "e", "f"]] and not any(calls[2:])
+    session = scripted_session(SimpleNamespace(submit=submit), lambda ids: f"text {ids[0]}")
+    samples, texts, verdicts = sample(session, requests_for(["a", "b", "c"]), 1.0)
+    assert list(futures) == ["text 2/c", "text 1/b", "text 0/a"] and texts == ["text 0", "text 1", "text 2"]
+    for name, verdict in (("text 0/a", True), ("text 1/b", False), ("text 2/c", True)):
+        futures[name].set_result(verdict)
+    assert [verdict.result(0) for verdict in verdicts] == [True, False, True] and samples[1].ids.tolist() == [1]
 
 
 # ------------------------------------------------------------------------------------------------------ resume and ranks
