@@ -6,6 +6,7 @@ no longer says anything. Both are watched at every step; the first stops the run
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from nanolapo.config import Config, RunStopped
@@ -51,7 +52,7 @@ class Alarms:
                 "or samples another distribution"
             )
 
-    def check_learning(self, step: int, metrics: dict[str, float], examples: list[str]) -> list[str]:
+    def check_learning(self, step: int, metrics: dict[str, float], examples: Sequence[str]) -> list[str]:
         """Warnings, in words, for symptoms that have lasted; `examples` are completions to show with them."""
         symptoms = {
             "truncated": metrics["truncated"] == 1.0,

@@ -7,162 +7,127 @@ and trains its share of the tokens, and everything in between is computed alike 
 
 from __future__ import annotations
 
-import numpy as np
+from pathlib import Path
+
 import torch
 
-from nanolapo.alarms import Alarms
-from nanolapo.checkpoint import load_checkpoint, prune, save_checkpoint
+from nanolapo.checkpoint import prune, save_checkpoint
 from nanolapo.config import Config
-from nanolapo.data.load import load_data
-from nanolapo.grader import Grader
-from nanolapo.locks import alone_in
 from nanolapo.methods.base import Method
-from nanolapo.metrics import RunLog, Stopwatch, memory_gb, rollout_metrics
+from nanolapo.metrics import Stopwatch, memory_gb, rollout_metrics
 from nanolapo.model.folder import save_model
-from nanolapo.policy import Policy
 from nanolapo.provenance import what_next
-from nanolapo.ranks import Ranks
-from nanolapo.samplers.choose import make_sampler
-from nanolapo.sampling import Round, join_rounds, monitor_pass, next_draw, sample_and_grade
-from nanolapo.session import (
-    Session,
-    StopRequest,
-    export_folder,
-    final_model,
-    fingerprint_of,
-    progress,
-    set_up_process,
-    token_limit,
-)
+from nanolapo.rollouts import Rollouts, join
+from nanolapo.sampling import monitor_pass, next_draw, regrade, sample_and_grade
+from nanolapo.session import Session, StopRequest, export_folder, final_model, open_session, progress
 from nanolapo.update import update_policy
 
 
-def run_step(s: Session) -> None:
+def run_step(session: Session) -> None:
     """One step of GRPO, with the method's hooks in the order in which they act."""
-    method, policy, watch, tokens_before = s.method, s.policy, Stopwatch(), s.sampled_tokens
-    method.progress = policy.progress = s.progress
-    plan = method.sampling(s.step)
-    monitored = monitor_pass(s, watch)  # a second sampling, for the few methods that watch other prompts
-    rounds: list[Round] = []
-    while draw := next_draw(s, plan, rounds):  # one round; with dynamic sampling more, until enough groups are kept
-        rollouts = sample_and_grade(s, plan, draw, watch)  # from here on every rank holds all rows
-        method.edit_rollouts(rollouts)
-        done = Round(rollouts, method.reward(rollouts))  # named parts, [B] each; the reward is their sum
-        done.keep_P = method.keep_groups(rollouts, done.rewards_PG)
-        rounds.append(done)
-    sampled = join_rounds(rounds, plan.num_prompts)
-    batch = sampled.kept()  # only the groups to train on
+    method, policy, watch, tokens_before = session.method, session.policy, Stopwatch(), session.sampled_tokens
+    method.progress = policy.progress = session.progress
+    plan = method.sampling(session.step)
+    monitored = monitor_pass(session, watch)  # a second sampling, for the few methods that watch other prompts
+    rounds: list[Rollouts] = []
+    while draw := next_draw(session, plan, rounds):  # one round; more with dynamic sampling, to keep enough groups
+        rollouts = sample_and_grade(session, plan, draw, watch)  # sample, grade; from here every rank holds all rows
+        regrade(session, method.edit_rollouts(rollouts))
+        rollouts.set_rewards(method.reward(rollouts))  # reward: named parts, [B] each, whose sum counts
+        rollouts.set_keep(method.keep_groups(rollouts, rollouts.rewards_PG))
+        rounds.append(rollouts)
+    sampled = join(rounds)
+    batch = sampled.kept(plan.num_prompts)  # only the groups to train on
+    advantages = method.advantage(batch, torch.from_numpy(batch.rewards_PG))  # advantage: [B], or [B, T] by token
+    statistics = method.after_step(sampled)  # M(q) and its like change only after the rewards of the step
 
-    advantages = method.advantage(batch.rollouts, torch.from_numpy(batch.rewards_PG))  # [B], or [B, T] per token
-    keep_B = np.repeat(batch.keep_P, plan.group_size) & ~batch.rollouts.broken_B
+    session.sampler.sleep()  # its memory belongs to the trainer now
+    with watch("update"):  # loss, backward, optimizer step
+        trained = update_policy(policy, method, batch, advantages, batch.keep_B & ~batch.broken_B, session.ranks)
+    with watch("sync"):  # weight sync
+        session.sampler.wake()
+        session.sampler.load_weights(policy.named_weights())
 
-    statistics = method.after_step(sampled.rollouts)  # M(q) and its like change only after the rewards of the step
-
-    s.sampler.sleep()  # its memory belongs to the trainer now
-    with watch("update"):
-        trained = update_policy(policy, method, batch.rollouts, advantages, keep_B, s.ranks)
-    with watch("sync"):
-        s.sampler.wake()
-        s.sampler.load_weights(policy.named_weights())
-
-    metrics = rollout_metrics(sampled.rollouts, sampled.parts) | monitored | trained | statistics
-    metrics |= {"rounds": float(len(rounds)), "kept_groups": float(sampled.keep_P.sum())}
-    record(s, sampled, metrics, watch, s.sampled_tokens - tokens_before)
-    if metrics["compared_tokens"]:  # none when only rows of a monitor pass were trained on
-        s.alarms.check_mismatch(s.step, metrics["mismatch"])
-    s.step += 1
+    metrics = rollout_metrics(sampled) | monitored | trained | statistics
+    metrics |= {"rounds": float(len(rounds)), "kept_groups": float(batch.keep_B.sum() / plan.group_size)}
+    record(session, sampled, metrics, watch, session.sampled_tokens - tokens_before)
+    session.step += 1
 
 
-def record(s: Session, sampled: Round, metrics: dict[str, float], watch: Stopwatch, tokens: int) -> None:
+def record(session: Session, sampled: Rollouts, metrics: dict[str, float], watch: Stopwatch, tokens: int) -> None:
     """Write the step to the logs, and say in words what looks wrong. `tokens` is what the step sampled."""
-    rollouts, parts = sampled.rollouts, sampled.parts
-    warnings = s.alarms.check_learning(s.step, metrics, rollouts.texts)
-    if s.log is None:
-        return
-    metrics |= {
-        "sampled_tokens": s.sampled_tokens,
-        "grader_errors": s.grader.error_rate,
-        "memory_gb": memory_gb(),
-        "tokens_per_second": tokens / watch.total(),
-        **{f"seconds/{phase}": seconds for phase, seconds in watch.seconds.items()},
-    }
-    s.log.step(s.step, metrics, progress(s.config, s.token_limit, s.step + 1, s.sampled_tokens))
-    s.log.rollouts(s.step, rollouts, parts)
-    every = s.config.run.print_every
-    if every and s.step % every == 0:
-        s.log.show_examples(s.step, rollouts, parts)
-    for warning in warnings:
-        print(warning, flush=True)
+    step, config = session.step, session.config
+    warnings = session.alarms.check_learning(step, metrics, sampled.texts)
+    if session.log is not None:
+        metrics |= {
+            "sampled_tokens": session.sampled_tokens,
+            "grader_errors": session.grader.error_rate,
+            "memory_gb": memory_gb(),
+            "tokens_per_second": tokens / watch.total(),
+            **{f"seconds/{phase}": seconds for phase, seconds in watch.seconds.items()},
+        }
+        session.log.step(step, metrics, progress(config, session.token_limit, step + 1, session.sampled_tokens))
+        session.log.rollouts(step, sampled)
+        if config.run.print_every and step % config.run.print_every == 0:
+            session.log.show_examples(step, sampled)
+        for warning in warnings:
+            print(warning, flush=True)
+    if metrics["compared_tokens"]:  # none when only rows of a monitor pass were trained on
+        session.alarms.check_mismatch(step, metrics["mismatch"])
 
 
 def train(config: Config, method: Method) -> None:
     """Run the method to the end, resuming where an earlier run of the same name stopped. Fills config.run_dir."""
-    ranks, stop, limit = set_up_process(config), StopRequest(), token_limit(config)
-    with alone_in(config.run_dir, ranks.is_main), Grader(rule=method.grader_rule) as grader:
-        data = load_data(config, grader)
-        method.start(data.problems)
-        say(ranks, *data.report, f"{len(data.problems)} problems; {config.arithmetic(ranks.count)}")
-        policy, alarms = Policy(config, ranks.device), Alarms(config)
-        fingerprint = fingerprint_of(config, method, data)
-        saved = load_checkpoint(config.run_dir / "checkpoints", policy, fingerprint, ranks) or {}
-        step, sampled_tokens = saved.get("step", 0), saved.get("sampled_tokens", 0)
-        if saved:
-            method.load_state_dict(saved["method"])
-            method.loss.state |= saved.get("loss", {})
-            alarms.load_state_dict(saved["alarms"])
-        share = progress(config, limit, step, sampled_tokens)
-        if share < 1:
-            if saved:
-                say(ranks, f"resuming {config.run_dir} at step {step}")
-            sampler = make_sampler(config, config.model.path, config.rollout.max_new_tokens, ranks)
-            # Before the first rollout too: a resumed run must sample from the model it trains.
-            sampler.load_weights(policy.named_weights())
-            log = RunLog(config, step, saved.get("wandb_id"), share) if ranks.is_main else None
-            s = Session(config, method, ranks, data, grader, policy, sampler, alarms, log, limit, step, sampled_tokens)
-            while s.progress < 1:
-                run_step(s)
-                stopping = ranks.any(stop.wanted)
-                if config.run.export_every and s.step % config.run.export_every == 0:
-                    # Before the checkpoint: a kill in between repeats the steps, and with them the export.
-                    save_model(policy.model, policy.dtype, data.tokenizer, export_folder(config, s.step), ranks.is_main)
-                    ranks.wait()
-                if stopping or s.progress >= 1 or s.step % config.run.checkpoint_every == 0:
-                    checkpoint(s, fingerprint)
-                if stopping:
-                    break
-            if log:
-                log.close()
-            if stopping and s.progress < 1:
-                return say(ranks, f"stopped after step {s.step}; the same command resumes there")
-        was_whole = share >= 1 and final_model(config).exists()  # before this process
-        save_model(policy.model, policy.dtype, data.tokenizer, final_model(config), ranks.is_main)
+    stop = StopRequest()
+    with open_session(config, method) as session:
+        was_whole = session.progress >= 1 and final_model(config).exists()  # before this process
+        while session.progress < 1:
+            run_step(session)
+            stopping = session.ranks.any(stop.wanted)
+            save(session, stopping)
+            if stopping and session.progress < 1:
+                return session.say(f"stopped after step {session.step}; the same command resumes there")
+        finish(session, was_whole)
+
+
+def save(session: Session, stopping: bool) -> None:
+    """What is due after this step: the model as it is (run.export_every), and a checkpoint."""
+    config, ranks, step = session.config, session.ranks, session.step
+    if config.run.export_every and step % config.run.export_every == 0:
+        # Before the checkpoint: a kill in between repeats the steps, and with them the export.
+        save_model_to(session, export_folder(config, step))
+        ranks.wait()
+    if stopping or session.progress >= 1 or step % config.run.checkpoint_every == 0:
+        state = {
+            "sampled_tokens": session.sampled_tokens,
+            "method": session.method.state_dict(),
+            "loss": session.method.loss.state,
+            "alarms": session.alarms.state_dict(),
+            "wandb_id": session.log.wandb_id if session.log else None,
+            "fingerprint": session.fingerprint,
+        }
+        folder = config.run_dir / "checkpoints"
+        save_checkpoint(folder, step, session.policy, state, config.run.keep_checkpoints, ranks.is_main)
         if ranks.is_main:
-            method.export(config.run_dir)
-            # A kill may have come between the last save and its pruning.
-            prune(config.run_dir / "checkpoints", config.run.keep_checkpoints)
-            end = f"; {final_model(config)} is a plain Hugging Face folder"
-            if was_whole:
-                end = f": trained to step {step} already, nothing left to do; {what_next(config.run_dir)}"
-            print(f"{config.run_dir}: complete{end}", flush=True)
+            session.method.export(config.run_dir)
         ranks.wait()
 
 
-def checkpoint(s: Session, fingerprint: dict[str, object]) -> None:
-    state = {
-        "sampled_tokens": s.sampled_tokens,
-        "method": s.method.state_dict(),
-        "loss": s.method.loss.state,
-        "alarms": s.alarms.state_dict(),
-        "wandb_id": s.log.wandb_id if s.log else None,
-        "fingerprint": fingerprint,
-    }
-    folder, keep = s.config.run_dir / "checkpoints", s.config.run.keep_checkpoints
-    save_checkpoint(folder, s.step, s.policy, state, keep, s.ranks.is_main)
-    if s.ranks.is_main:
-        s.method.export(s.config.run_dir)
-    s.ranks.wait()
+def finish(session: Session, was_whole: bool) -> None:
+    """Write the final model and say where it is. `was_whole`: the run was complete before this process."""
+    config = session.config
+    save_model_to(session, final_model(config))
+    if session.ranks.is_main:
+        session.method.export(config.run_dir)
+        # A kill may have come between the last save and its pruning.
+        prune(config.run_dir / "checkpoints", config.run.keep_checkpoints)
+    end = f"; {final_model(config)} is a plain Hugging Face folder"
+    if was_whole:
+        end = f": trained to step {session.step} already, nothing left to do; {what_next(config.run_dir)}"
+    session.say(f"{config.run_dir}: complete{end}")
+    session.ranks.wait()
 
 
-def say(ranks: Ranks, *lines: str) -> None:
-    if ranks.is_main:
-        print("\n".join(lines), flush=True)
+def save_model_to(session: Session, folder: Path) -> None:
+    policy = session.policy
+    save_model(policy.model, policy.dtype, session.data.tokenizer, folder, session.ranks.is_main)

@@ -12,7 +12,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 from nanolapo.config import Config
 from nanolapo.config_file import to_yaml
 from nanolapo.provenance import provenance, save_code
-from nanolapo.rollouts import Rollouts
+from nanolapo.rollouts import Rollout, Rollouts
 
 
 class Stopwatch:
@@ -42,10 +42,9 @@ class Stopwatch:
         return sum(self.seconds.values())
 
 
-def rollout_metrics(rollouts: Rollouts, parts: dict[str, np.ndarray]) -> dict[str, float]:
+def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
     """Step statistics of the samples themselves. Accuracy is the grader's verdict, never the shaped reward."""
-    lengths, correct = rollouts.lengths_B, rollouts.correct_B
-    rewards_PG = rollouts.by_group(sum(parts.values(), np.zeros(len(rollouts))))
+    lengths, correct, rewards_PG = rollouts.lengths_B, rollouts.correct_B, rollouts.rewards_PG
     group_range = rewards_PG.max(axis=1) - rewards_PG.min(axis=1)
     unique = [len(set(map(bytes, group))) for group in batched(rollouts.response_ids, rollouts.group_size)]
     metrics = {
@@ -63,10 +62,10 @@ def rollout_metrics(rollouts: Rollouts, parts: dict[str, np.ndarray]) -> dict[st
         "unique_per_group": float(np.mean(unique)) if rollouts.group_size > 1 else float("nan"),
         "entropy": rollouts.mean_entropy,
     }
-    return metrics | {f"reward/{name}": float(values.mean()) for name, values in parts.items()}
+    return metrics | {f"reward/{name}": float(values.mean()) for name, values in rollouts.reward_parts.items()}
 
 
-def batched(items: list[Any], size: int) -> list[list[Any]]:
+def batched(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
@@ -138,16 +137,16 @@ class RunLog:
             flush=True,
         )
 
-    def rollouts(self, step: int, rollouts: Rollouts, parts: dict[str, np.ndarray]) -> None:
+    def rollouts(self, step: int, rollouts: Rollouts) -> None:
         """Append the first run.log_rollouts rows, with text, verdict, length, budget and every reward part."""
-        rows = [describe(step, b, rollouts, parts) for b in range(min(self.config.run.log_rollouts, len(rollouts)))]
-        append(self.dir / "rollouts.jsonl", rows)
+        rows = rollouts.rows[: self.config.run.log_rollouts]
+        append(self.dir / "rollouts.jsonl", [describe(step, row) for row in rows])
 
-    def show_examples(self, step: int, rollouts: Rollouts, parts: dict[str, np.ndarray]) -> None:
+    def show_examples(self, step: int, rollouts: Rollouts) -> None:
         """Print the best and the worst rollout of the step with each reward part."""
-        total = sum(parts.values(), np.zeros(len(rollouts)))
+        total = rollouts.rewards_PG.flatten()
         for label, b in (("best", int(total.argmax())), ("worst", int(total.argmin()))):
-            row = describe(step, b, rollouts, parts)
+            row = describe(step, rollouts.rows[b])
             named = ", ".join(f"{k} {v:.2f}" for k, v in row["reward"].items())
             budget = "none" if row["budget"] is None else f"{row['budget']:.0f}"
             print(f"  {label} rollout: {named} | length {row['length']} | budget {budget} | gold {row['gold']}")
@@ -158,21 +157,20 @@ class RunLog:
             self.tracker.finish()
 
 
-def describe(step: int, b: int, rollouts: Rollouts, parts: dict[str, np.ndarray]) -> dict[str, Any]:
-    problem = rollouts.problems[b // rollouts.group_size]
-    budget = rollouts.budgets_B[b]
+def describe(step: int, row: Rollout) -> dict[str, Any]:
+    """A rollout as a line of rollouts.jsonl."""
     return {
         "step": step,
-        "problem": problem.id,
-        "level": problem.level,
-        "question": problem.question,
-        "gold": problem.answer,
-        "text": rollouts.texts[b],
-        "correct": bool(rollouts.correct_B[b]),
-        "finished": bool(rollouts.finished_B[b]),
-        "length": len(rollouts.response_ids[b]),
-        "budget": None if np.isnan(budget) else float(budget),
-        "reward": {name: float(values[b]) for name, values in parts.items()},
+        "problem": row.problem.id,
+        "level": row.problem.level,
+        "question": row.problem.question,
+        "gold": row.problem.answer,
+        "text": row.text,
+        "correct": row.correct,
+        "finished": row.finished,
+        "length": len(row.response_ids),
+        "budget": None if np.isnan(row.budget) else row.budget,
+        "reward": row.reward,
     }
 
 

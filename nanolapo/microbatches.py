@@ -55,10 +55,11 @@ def make_microbatch(rollouts: Rollouts, rows: Sequence[int], device: torch.devic
     tokens     2 3 4  5  7     predictor 1 2 3  1  6   mask [[1, 1, 1], [1, 0, 0], [1, 0, 0]]
     """
     empty = np.zeros(0, dtype=np.int64)
-    prompts = [rollouts.prompt_ids[r] for r in rows]
-    responses = [empty if rollouts.broken_B[r] else rollouts.response_ids[r] for r in rows]
+    chosen = [rollouts.rows[r] for r in rows]
+    prompts = [row.prompt_ids for row in chosen]
+    responses = [empty if row.broken else row.response_ids for row in chosen]
     if not rows:
-        rows, prompts, responses = [0], [rollouts.prompt_ids[0][:1]], [empty]
+        rows, prompts, responses = [0], [rollouts.rows[0].prompt_ids[:1]], [empty]
     ids: list[np.ndarray] = []
     positions: list[np.ndarray] = []
     predictors: list[np.ndarray] = []
@@ -107,8 +108,9 @@ def plan_microbatches(
     neighbours share counts once. Every rank gets the same number of micro-batches; some may be empty. All ranks know all
     inputs, so they compute the same plan without communication.
     """
-    lengths = {row: len(rollouts.response_ids[row]) for row in rows}
-    sizes = {row: lengths[row] + len(rollouts.prompt_ids[row]) for row in rows}
+    prompts = rollouts.prompt_ids
+    lengths = {row: len(rollouts.rows[row].response_ids) for row in rows}
+    sizes = {row: lengths[row] + len(prompts[row]) for row in rows}
     loads, shares = [0] * num_ranks, [[] for _ in range(num_ranks)]  # type: ignore[var-annotated]
     for row in sorted(rows, key=lambda row: -sizes[row]):
         rank = loads.index(min(loads))
@@ -120,7 +122,7 @@ def plan_microbatches(
         used = 0
         for row in sorted(share):
             last = batches[-1][-1] if batches else None
-            shared = last is not None and np.array_equal(rollouts.prompt_ids[row], rollouts.prompt_ids[last])
+            shared = last is not None and np.array_equal(prompts[row], prompts[last])
             used += lengths[row] if shared else sizes[row]
             if last is None or used > token_budget:
                 batches.append([])

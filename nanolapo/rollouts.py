@@ -1,4 +1,4 @@
-"""One step's samples as flat arrays, and the one place where length is defined.
+"""One step's samples, one row each, and the one place where length is defined.
 
 Legend of shape suffixes, used everywhere: P prompts of the step, G rollouts per prompt, B = P * G rows (row b belongs to
 group b // G), T tokens of a response, V vocabulary.
@@ -9,51 +9,84 @@ for the grader and for people; nothing is encoded again, so ids, masks and lengt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from nanolapo.data.problems import Problem
 from nanolapo.samplers.sampler import Request, Sample
 
-ROW_FIELDS = (  # of Rollouts: one entry per row
-    "prompt_ids", "response_ids", "sampler_logprobs", "finished_B", "budgets_B", "correct_B", "broken_B", "unmatched_B",
-    "texts",
-)  # fmt: skip
+
+@dataclass(slots=True)
+class Rollout:
+    """One sampled answer, and everything that is known about it."""
+
+    problem: Problem
+    prompt_ids: np.ndarray  # int64
+    response_ids: np.ndarray  # int64 [T]
+    sampler_logprobs: np.ndarray  # float32 [T]
+    finished: bool  # it ended with an end token; False: the limit cut it off
+    budget: float = math.nan  # the target length that the prompt carried; nan, not 0, where it carried none
+    place: int = 0  # the place of its prompt among the prompts of the step
+    broken: bool = False  # cannot be trained on (see make_rollouts): it is masked out and counted
+    unmatched: bool = (
+        False  # sampled at another temperature than the trainer scores at: says nothing about the mismatch
+    )
+    text: str = ""  # the decoded response, for the grader and for people
+    correct: bool = False  # the grader's verdict, never a shaped reward
+    reward: dict[str, float] = field(default_factory=dict)  # named parts; the reward is their sum
+    keep: bool = True  # its group is trained on
+
+
+def column(read: Callable[[Rollout], Any], dtype: type) -> property:
+    """A property of Rollouts: what `read` says of every row, as an array [B] that cannot be written to."""
+
+    def of_rows(rollouts: Rollouts) -> np.ndarray:
+        values_B: np.ndarray = np.array([read(row) for row in rollouts.rows], dtype=dtype)
+        values_B.flags.writeable = False
+        return values_B
+
+    return property(of_rows)
 
 
 @dataclass
 class Rollouts:
-    """All rollouts of one step, over every rank, groups in prompt order.
+    """All rollouts of one step over every rank, groups in prompt order.
 
-    `correct_B` is the grader's verdict, never a shaped reward. `budgets_B` is the target length a prompt carried, nan
-    where it carried none (so that a missing budget can never be read as 0). `broken_B` marks rows whose samples cannot be
-    trained on (a token id beyond the vocabulary, a log-prob that is not finite): they are masked out and counted.
-    `unmatched_B` marks rows sampled at another temperature than the trainer scores at (a monitor pass): they may be trained
-    on, but say nothing about the mismatch between sampler and trainer.
+    The columns (`correct_B` and so on) are read from the rows each time, so ask for one before a loop, not in it. To
+    change a value, change it in its row.
     """
 
-    problems: list[Problem]  # P
+    rows: list[Rollout]  # B
     group_size: int
-    prompt_ids: list[np.ndarray]  # B of int64
-    response_ids: list[np.ndarray]  # B of int64 [T]
-    sampler_logprobs: list[np.ndarray]  # B of float32 [T]
-    finished_B: np.ndarray  # bool: ended with an end token, not cut by the limit
-    budgets_B: np.ndarray  # float64, nan = none
-    correct_B: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
-    broken_B: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
-    unmatched_B: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
-    old_entropies: dict[int, np.ndarray] = field(default_factory=dict)  # row -> [T], see Method.needs_entropy
-    texts: list[str] = field(default_factory=list)  # B, decoded responses, for the grader and for people
-    regrade: Callable[[Rollouts, Sequence[int]], None] | None = None  # set by the loop: grade these rows again
-
-    def __post_init__(self) -> None:
-        if len(self.unmatched_B) != len(self):
-            self.unmatched_B = np.zeros(len(self), dtype=bool)
+    old_entropies: dict[int, np.ndarray] = field(default_factory=dict)  # row -> [T], see Loss.needs_entropy
 
     def __len__(self) -> int:
-        return len(self.response_ids)
+        return len(self.rows)
+
+    def by_group(self, values_B: np.ndarray) -> np.ndarray:
+        """View a row array [B, ...] as [P, G, ...]."""
+        return values_B.reshape(len(self) // self.group_size, self.group_size, *values_B.shape[1:])
+
+    problems = property(lambda self: tuple(row.problem for row in self.rows[:: self.group_size]))  # P
+    prompt_ids = property(lambda self: tuple(row.prompt_ids for row in self.rows))
+    response_ids = property(lambda self: tuple(row.response_ids for row in self.rows))
+    sampler_logprobs = property(lambda self: tuple(row.sampler_logprobs for row in self.rows))
+    texts = property(lambda self: tuple(row.text for row in self.rows))
+    finished_B = column(lambda row: row.finished, bool)
+    truncated_B = column(lambda row: not row.finished, bool)
+    budgets_B = column(lambda row: row.budget, float)
+    broken_B = column(lambda row: row.broken, bool)
+    unmatched_B = column(lambda row: row.unmatched, bool)
+    correct_B = column(lambda row: row.correct, bool)
+    keep_B = column(lambda row: row.keep, bool)
+
+    @property
+    def group_B(self) -> np.ndarray:
+        return np.arange(len(self)) // self.group_size
 
     @property
     def lengths_B(self) -> np.ndarray:
@@ -61,105 +94,78 @@ class Rollouts:
 
         No prompt, no guidance, no padding, no re-encoding of text enters it.
         """
-        return np.array([len(ids) for ids in self.response_ids], dtype=np.int64)
-
-    @property
-    def truncated_B(self) -> np.ndarray:
-        return ~self.finished_B
-
-    @property
-    def group_B(self) -> np.ndarray:
-        return np.arange(len(self)) // self.group_size
+        return np.array([len(row.response_ids) for row in self.rows], dtype=np.int64)
 
     @property
     def mean_entropy(self) -> float:
         """E[-log p] over the sampled tokens of usable rows, nats per token: an unbiased estimate; nan without any."""
-        used = [p for p, broken in zip(self.sampler_logprobs, self.broken_B, strict=True) if not broken and len(p)]
-        return -float(np.concatenate(used).mean()) if used else float("nan")
+        used = [row.sampler_logprobs for row in self.rows if not row.broken and len(row.sampler_logprobs)]
+        return -float(np.concatenate(used).mean()) if used else math.nan
 
-    def by_group(self, values_B: np.ndarray) -> np.ndarray:
-        """View a row array [B, ...] as [P, G, ...]."""
-        return values_B.reshape(len(self.problems), self.group_size, *values_B.shape[1:])
+    @property
+    def reward_parts(self) -> dict[str, np.ndarray]:
+        """Named parts of the reward, [B] each."""
+        return {name: np.array([row.reward[name] for row in self.rows]) for name in self.rows[0].reward}
 
-    def put_row(self, row: int, source: Rollouts, source_row: int) -> None:
-        """Replace a row by one of another batch, with all that belongs to it. The problem of its group stays as it is."""
-        for name in ROW_FIELDS:
-            getattr(self, name)[row] = getattr(source, name)[source_row]
+    @property
+    def rewards_PG(self) -> np.ndarray:
+        return self.by_group(sum(self.reward_parts.values(), np.zeros(len(self))))
+
+    def set_rewards(self, parts: Mapping[str, np.ndarray]) -> None:
+        """Write the parts of the reward, [B] each, to the rows."""
+        for b, row in enumerate(self.rows):
+            row.reward = {name: float(values_B[b]) for name, values_B in parts.items()}
+
+    def put(self, b: int, other: Rollout) -> None:
+        """Replace row b by a row of another batch. Its problem and its place stay."""
+        self.rows[b] = replace(other, problem=self.rows[b].problem, place=self.rows[b].place)
+
+    def take(self, groups: Iterable[int]) -> Rollouts:
+        """A batch of these groups only. The rows are the same objects."""
+        size = self.group_size
+        return Rollouts([row for g in groups for row in self.rows[g * size : (g + 1) * size]], size)
+
+    def set_keep(self, keep_P: np.ndarray) -> None:
+        """Mark the groups that are trained on."""
+        for row, keep in zip(self.rows, np.repeat(keep_P, self.group_size), strict=True):
+            row.keep = bool(keep)
+
+    def kept(self, most: int) -> Rollouts:
+        """The groups that are trained on, at most this many. If none is kept: all, for the update to skip and count."""
+        groups = np.flatnonzero(self.keep_B[:: self.group_size])[:most].tolist()
+        return self.take(groups) if groups else self
 
 
-def make_rollouts(
-    problems: list[Problem],
-    group_size: int,
-    requests: Sequence[Request],
-    budgets: Sequence[float | None],
-    samples: Sequence[Sample],
-    vocab_size: int,
-) -> Rollouts:
-    """Bring the sampler's answers into row order and mark the rows that cannot be trained on.
+def make_rollouts(requests: Sequence[Request], samples: Sequence[Sample], group_size: int, vocab_size: int) -> Rollouts:
+    """Put requests and the sampler's answers together, and mark the rows that cannot be trained on: those with a token id
+    beyond the vocabulary, or with a log-prob that is not finite.
 
     Raises AssertionError when the counts do not agree: a completion must never be attached to another's prompt.
     """
-    num_rows = len(problems) * group_size
-    assert len(requests) == len(samples) == len(budgets) == num_rows, (
-        f"{len(problems)} prompts x {group_size} != {len(requests)} requests, {len(samples)} samples"
+    assert len(requests) == len(samples) and len(requests) % group_size == 0, (
+        f"{len(requests)} requests, {len(samples)} samples, groups of {group_size}"
     )
-    broken = [
-        bool((s.ids < 0).any() or (s.ids >= vocab_size).any() or not np.isfinite(s.logprobs).all()) for s in samples
-    ]
-    return Rollouts(
-        problems=list(problems),
-        group_size=group_size,
-        prompt_ids=[np.asarray(r.prompt_ids, dtype=np.int64) for r in requests],
-        response_ids=[s.ids for s in samples],
-        sampler_logprobs=[s.logprobs for s in samples],
-        finished_B=np.array([s.finished for s in samples], dtype=bool),
-        budgets_B=np.array([np.nan if b is None else float(b) for b in budgets]),
-        correct_B=np.zeros(num_rows, dtype=bool),
-        broken_B=np.array(broken, dtype=bool),
-    )
+    rows = []
+    for asked, sample in zip(requests, samples, strict=True):
+        assert asked.problem is not None, "a rollout belongs to a problem"
+        known = bool(((sample.ids >= 0) & (sample.ids < vocab_size)).all())
+        rows.append(Rollout(
+            problem=asked.problem,
+            prompt_ids=np.asarray(asked.prompt_ids, dtype=np.int64),
+            response_ids=sample.ids,
+            sampler_logprobs=sample.logprobs,
+            finished=bool(sample.finished),
+            budget=math.nan if asked.budget is None else float(asked.budget),
+            place=asked.place,
+            broken=not (known and bool(np.isfinite(sample.logprobs).all())),
+        ))  # fmt: skip
+    return Rollouts(rows, group_size)
 
 
-def join_ranks(parts: Sequence[Rollouts]) -> Rollouts:
-    """Put the ranks' rollouts together. Rank r sampled prompts r, r + N, r + 2N, ...; the result is in prompt order,
-    so it is the same object whatever the number of ranks."""
-    num_ranks = len(parts)
-    num_groups = sum(len(part.problems) for part in parts)
-    return pick_groups(parts, [(g % num_ranks, g // num_ranks) for g in range(num_groups)])
-
-
-def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
-    """The groups of one batch after those of the other."""
-    return pick_groups(parts, [(i, g) for i, part in enumerate(parts) for g in range(len(part.problems))])
-
-
-def take_groups(rollouts: Rollouts, groups: Sequence[int] | np.ndarray) -> Rollouts:
-    """A batch of these groups only."""
-    return pick_groups([rollouts], [(0, int(g)) for g in groups])
-
-
-def pick_groups(parts: Sequence[Rollouts], origin: Sequence[tuple[int, int]]) -> Rollouts:
-    """A new batch whose groups come from (part, group in that part)."""
-    group_size = parts[0].group_size
-    rows = [(part, group * group_size + i) for part, group in origin for i in range(group_size)]
-
-    def pick(name: str) -> list:
-        columns = [getattr(part, name) for part in parts]
-        return [columns[part][row] for part, row in rows]
-
-    return Rollouts(
-        problems=[parts[part].problems[group] for part, group in origin],
-        group_size=group_size,
-        prompt_ids=pick("prompt_ids"),
-        response_ids=pick("response_ids"),
-        sampler_logprobs=pick("sampler_logprobs"),
-        finished_B=np.array(pick("finished_B"), dtype=bool),
-        budgets_B=np.array(pick("budgets_B"), dtype=np.float64),
-        correct_B=np.array(pick("correct_B"), dtype=bool),
-        broken_B=np.array(pick("broken_B"), dtype=bool),
-        unmatched_B=np.array(pick("unmatched_B"), dtype=bool),
-        texts=pick("texts"),
-        regrade=parts[0].regrade,
-    )
+def join(parts: Sequence[Rollouts]) -> Rollouts:
+    """All groups of these batches, in the order of their places in the step, whichever rank sampled them."""
+    rows = [row for part in parts for row in part.rows]
+    return Rollouts(sorted(rows, key=lambda row: row.place), parts[0].group_size)
 
 
 def row_seed(run_seed: int, step: int, prompt_index: int, rollout_index: int) -> int:

@@ -1,4 +1,4 @@
-"""Set-up of a run: everything the loop needs, built and checked once, in the order in which mistakes are cheapest.
+"""Set-up of a run: everything the loop needs is built and checked once, in the order in which mistakes are cheapest.
 
 Config and data are checked before any weight is loaded, so that a misspelt file costs a second and not a model load.
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import signal
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from types import FrameType
@@ -16,17 +18,18 @@ from typing import Any
 import torch
 
 from nanolapo.alarms import Alarms
+from nanolapo.checkpoint import load_checkpoint
 from nanolapo.config import Config, UserError
 from nanolapo.config_file import validate
-from nanolapo.data.load import Data
+from nanolapo.data.load import Data, load_data
 from nanolapo.grader import Grader
+from nanolapo.locks import alone_in
 from nanolapo.methods.base import Method
 from nanolapo.metrics import RunLog
 from nanolapo.policy import Policy
 from nanolapo.ranks import Ranks
+from nanolapo.samplers.choose import make_sampler
 from nanolapo.samplers.sampler import Sampler
-
-Draw = dict[int, int]  # place in the step -> index of the problem
 
 
 @dataclass
@@ -45,10 +48,52 @@ class Session:
     token_limit: int = 0  # see token_limit()
     step: int = 0
     sampled_tokens: int = 0
+    fingerprint: dict[str, Any] = field(default_factory=dict)  # see fingerprint_of()
 
     @property
     def progress(self) -> float:
         return progress(self.config, self.token_limit, self.step, self.sampled_tokens)
+
+    def say(self, *lines: str) -> None:
+        """Print these lines once, whatever the number of ranks."""
+        if self.ranks.is_main:
+            print("\n".join(lines), flush=True)
+
+
+@contextmanager
+def open_session(config: Config, method: Method) -> Iterator[Session]:
+    """A session for this run: checked, resumed from its newest checkpoint, with a sampler that holds the trained weights.
+
+    A run that is complete needs no sampler and no log, so its session has none. Nobody else can open this run meanwhile.
+    """
+    ranks, limit = set_up_process(config), token_limit(config)
+    with alone_in(config.run_dir, ranks.is_main), Grader(rule=method.grader_rule) as grader:
+        data = load_data(config, grader)
+        method.start(data.problems)
+        arithmetic = f"{len(data.problems)} problems; {config.arithmetic(ranks.count)}"
+        if ranks.is_main:
+            print("\n".join([*data.report, arithmetic]), flush=True)
+        policy, alarms, fingerprint = Policy(config, ranks.device), Alarms(config), fingerprint_of(config, method, data)
+        saved = load_checkpoint(config.run_dir / "checkpoints", policy, fingerprint, ranks) or {}
+        session = Session(
+            config, method, ranks, data, grader, policy, None, alarms, None, limit,  # type: ignore[arg-type]
+            saved.get("step", 0), saved.get("sampled_tokens", 0), fingerprint,
+        )  # fmt: skip
+        if saved:
+            method.load_state_dict(saved["method"])
+            method.loss.state |= saved.get("loss", {})
+            alarms.load_state_dict(saved["alarms"])
+        if session.progress < 1:
+            if saved:
+                session.say(f"resuming {config.run_dir} at step {session.step}")
+            session.sampler = make_sampler(config, config.model.path, config.rollout.max_new_tokens, ranks)
+            # Before the first rollout too: a resumed run must sample from the model it trains.
+            session.sampler.load_weights(policy.named_weights())
+            if ranks.is_main:
+                session.log = RunLog(config, session.step, saved.get("wandb_id"), session.progress)
+        yield session
+        if session.log:
+            session.log.close()
 
 
 def fingerprint_of(config: Config, method: Method, data: Data) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny import CPU, make_config, make_rows, same_tensors, score_rows, update, weights_of
+from tiny import CPU, fill, make_config, make_rows, same_tensors, score_rows, update, weights_of
 
 from nanolapo.advantages import group_advantages
 from nanolapo.alarms import Alarms, MismatchError
@@ -24,7 +24,8 @@ GROUP = {"group_size": 4, "prompts_per_step": 2}
 
 
 def metrics_of(rollouts: Rollouts, reward: np.ndarray | None = None) -> dict[str, float]:
-    return rollout_metrics(rollouts, {"correct": rollouts.correct_B.astype(float) if reward is None else reward})
+    rollouts.set_rewards({"correct": rollouts.correct_B.astype(float) if reward is None else reward})
+    return rollout_metrics(rollouts)
 
 
 def watch(rollouts: Rollouts, steps: int, alarms: Alarms | None = None) -> list[list[str]]:
@@ -110,9 +111,9 @@ def test_C13_flat_reward_warns_with_three_completions():
         assert "text 0 | text 1 | text 2" in said[4][0] and "text 3" not in said[4][0]
     alarms = Alarms(make_config(rollout=GROUP))
     assert watch(rollouts, 4, alarms) == [[]] * 4
-    rollouts.correct_B[0] = not rollouts.correct_B[0]
+    rollouts.rows[0].correct = not rollouts.correct_B[0]
     assert watch(rollouts, 1, alarms) == [[]]
-    rollouts.correct_B[0] = not rollouts.correct_B[0]
+    rollouts.rows[0].correct = not rollouts.correct_B[0]
     assert watch(rollouts, 4, alarms) == [[]] * 4
 
 
@@ -121,7 +122,7 @@ def test_E10_all_cut_warns_naming_the_limit_and_nothing_is_learned(tied_model):
     alarms = Alarms(make_config(rollout={"max_new_tokens": 9}))
     said = watch(rollouts, 3, alarms)
     assert said[:2] == [[], []] and "rollout.max_new_tokens=9" in said[2][0]
-    rollouts.finished_B[0] = True
+    rollouts.rows[0].finished = True
     assert watch(rollouts, 1, alarms) == [[]]  # three quarters cut are bad, but not hopeless
     # all cut means all wrong, equal rewards, and no update
     policy = Policy(make_config(tied_model), CPU)
@@ -141,8 +142,8 @@ def test_E10_all_cut_warns_naming_the_limit_and_nothing_is_learned(tied_model):
 )
 def test_E9_collapse_is_said_in_words(name, ids, words):
     rollouts = make_rows([1] * 4, group_size=4, correct=[True, False, True, False])
-    rollouts.response_ids = [np.array(row, dtype=np.int64) for row in ids]
-    rollouts.sampler_logprobs = [np.full(len(row), -0.5, dtype=np.float32) for row in ids]
+    fill(rollouts, response_ids=[np.array(row, dtype=np.int64) for row in ids])
+    fill(rollouts, sampler_logprobs=[np.full(len(row), -0.5, dtype=np.float32) for row in ids])
     said = watch(rollouts, 5)
     assert any(words in warning for warnings in said for warning in warnings)
     assert not said[0] and not said[1]
@@ -161,11 +162,14 @@ def test_groups_of_one_are_no_collapse():
 def test_E9_numbers_of_collapse_are_logged_at_every_step():
     """empty, truncated, repetition, unique answers, entropy and groups without signal, by hand."""
     rollouts = make_rows([1] * 4, correct=[True, False, True, True], finished=[True, True, True, False])
-    rollouts.response_ids = [np.array(row) for row in ([2], [5, 6, 7, 8, 5, 6, 7, 8], [3, 3, 3], [3, 3, 3])]
-    rollouts.sampler_logprobs = [
-        np.full(len(ids), p) for ids, p in zip(rollouts.response_ids, [-1, -2, -3, np.nan], strict=True)
-    ]
-    rollouts.broken_B[3] = True
+    fill(rollouts, response_ids=[np.array(row) for row in ([2], [5, 6, 7, 8, 5, 6, 7, 8], [3, 3, 3], [3, 3, 3])])
+    fill(
+        rollouts,
+        sampler_logprobs=[
+            np.full(len(ids), p) for ids, p in zip(rollouts.response_ids, [-1, -2, -3, np.nan], strict=True)
+        ],
+    )
+    rollouts.rows[3].broken = True
     metrics = metrics_of(rollouts)
     assert metrics["empty"] == 0.25 and metrics["truncated"] == 0.25 and metrics["broken"] == 0.25
     assert metrics["repetition"] == pytest.approx(0.2 / 4)  # 4 of 5 4-grams of row 1 are new

@@ -29,12 +29,12 @@ from nanolapo.metrics import RunLog, Stopwatch, append, keep_steps_before, rollo
 from nanolapo.policy import Policy
 
 ROLLOUTS = make_rows([3, 9, 5, 7], correct=[True, False, False, False], budgets=[math.nan, 5, 5, 5])
-PARTS = {"correct": ROLLOUTS.correct_B.astype(float), "length": np.array([0.5, 0, 0, 0])}
+ROLLOUTS.set_rewards({"correct": ROLLOUTS.correct_B.astype(float), "length": np.array([0.5, 0, 0, 0])})
 
 
 def step_metrics() -> dict[str, float]:
     """All names that the console line needs."""
-    return rollout_metrics(ROLLOUTS, PARTS) | {
+    return rollout_metrics(ROLLOUTS) | {
         "mismatch": 1e-6, "grad_norm": 0.5, "tokens_per_second": 10.0, "memory_gb": 1.0, "learning_rate": 1e-3,
     }  # fmt: skip
 
@@ -48,7 +48,7 @@ def write_steps(config: Config, start: int, stop: int) -> RunLog:
     log = RunLog(config, start, None, start / 100)
     for step in range(start, stop):
         log.step(step, step_metrics(), (step + 1) / 100)
-        log.rollouts(step, ROLLOUTS, PARTS)
+        log.rollouts(step, ROLLOUTS)
     log.close()
     return log
 
@@ -86,7 +86,7 @@ def test_nan_and_infinity_become_null(tmp_path):
     text = (tmp_path / "r/metrics.jsonl").read_text()
     row = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert row["length_correct"] is None and row["grad_norm"] is None and row["other"] == 2
-    log.rollouts(0, ROLLOUTS, PARTS)
+    log.rollouts(0, ROLLOUTS)
     first, second, *_ = map(json.loads, (tmp_path / "r/rollouts.jsonl").read_text().splitlines())
     assert first["budget"] is None and second["budget"] == 5
 
@@ -100,17 +100,19 @@ def test_rollouts_keep_text_verdict_length_and_every_reward_part(tmp_path):
 
 
 def test_accuracy_is_the_verdict_and_reward_the_sum_of_parts():
-    metrics = rollout_metrics(ROLLOUTS, PARTS)
+    metrics = rollout_metrics(ROLLOUTS)
     assert metrics["accuracy"] == 0.25 and metrics["reward"] == 1.5 / 4
     assert (metrics["reward/correct"], metrics["reward/length"]) == (0.25, 0.125)
     assert metrics["length"] == 6 and metrics["length_correct"] == 3 and metrics["length_p90"] == pytest.approx(8.4)
     none_right = make_rows([3, 9])
-    assert math.isnan(rollout_metrics(none_right, {"correct": np.zeros(2)})["length_correct"])
+    assert math.isnan(rollout_metrics(none_right)["length_correct"])
 
 
 def test_a_method_without_a_length_reward_logs_none():
     """A 0 would look like a length reward that nobody gets."""
-    logged = rollout_metrics(ROLLOUTS, Method(make_config()).reward(ROLLOUTS))
+    rollouts = make_rows([3, 9])
+    rollouts.set_rewards(Method(make_config()).reward(rollouts))
+    logged = rollout_metrics(rollouts)
     assert [name for name in logged if name.startswith("reward/")] == ["reward/correct"]
 
 
@@ -128,7 +130,7 @@ def test_one_console_line_a_step_and_two_examples(tmp_path, capsys):
     log.step(0, step_metrics(), 0.2)
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and out.startswith("step 1/5 | reward 0.375 | acc 25.0% | len 6.0")
-    log.show_examples(0, ROLLOUTS, PARTS)
+    log.show_examples(0, ROLLOUTS)
     out = capsys.readouterr().out
     assert "best rollout: correct 1.00, length 0.50 | length 3 | budget none" in out
     assert "worst rollout: correct 0.00, length 0.00 | length 9 | budget 5" in out

@@ -5,13 +5,12 @@ Run: python -m pytest tests/test_policy.py        Weights, optimizer and loading
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny import CPU, VOCAB, make_config, make_rows, tiny_llama, tiny_qwen, update, weights_of
+from tiny import CPU, VOCAB, fill, make_config, make_problems, make_rows, tiny_llama, tiny_qwen, update, weights_of
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -90,21 +89,21 @@ def test_B5_off_by_one(tmp_path):
     """Prompt 3, 4; response 5, 6, 7 is certain. Response 5, 9, 10 is wrong at the 9 only, also in its first place."""
     predicts_the_next_id(tmp_path)
     rollouts = make_rows([3, 3, 3, 3])
-    rollouts.prompt_ids = [np.array([3, 4])] * 4
-    rollouts.response_ids = [np.array(r) for r in ([5, 6, 7], [5, 9, 10], [9, 10, 11], [5, 6, 8])]
+    fill(rollouts, prompt_ids=[np.array([3, 4])] * 4)
+    fill(rollouts, response_ids=[np.array(r) for r in ([5, 6, 7], [5, 9, 10], [9, 10, 11], [5, 6, 8])])
     policy = Policy(make_config(tmp_path), CPU)
     certain = scored(policy, rollouts, [0, 1, 2, 3]) > -1e-3
     assert certain.tolist() == [[True] * 3, [True, False, True], [False, True, True], [True, True, False]]
     # The sampler's numbers, stored token by token, line up with the trainer's: no mismatch on any token.
-    rollouts.sampler_logprobs = [np.where(row, 0.0, -80.0).astype(np.float32) for row in certain.numpy()]
-    rollouts.correct_B[:] = [True, False, True, False]
+    fill(rollouts, sampler_logprobs=[np.where(row, 0.0, -80.0).astype(np.float32) for row in certain.numpy()])
+    fill(rollouts, correct=[True, False, True, False])
     assert update(policy, rollouts, [1.0, -1.0, 1.0, -1.0])["mismatch_max"] < 1e-3
 
 
 def test_A14_end_token_counts_though_it_is_also_the_padding(tied_model):
     """[a, b, EOS] beside a row of 6, EOS == pad == 0: mask 1 1 1 0 0 0 by position, and the EOS has a gradient."""
     rollouts = make_rows([3, 6])
-    rollouts.response_ids[0] = np.array([5, 6, 0])
+    rollouts.rows[0].response_ids = np.array([5, 6, 0])
     micro = make_microbatch(rollouts, [0, 1], CPU)
     assert micro.mask_BT.tolist() == [[1, 1, 1, 0, 0, 0], [1] * 6]
     policy = Policy(make_config(tied_model), CPU)
@@ -120,10 +119,10 @@ def test_A9_sampled_ids_are_trained_as_they_are(tied_model):
     Nothing on the training path has a tokenizer: rollouts, policy and update only ever see ids.
     """
     ids = np.array([11, 12, 11, 0, 12], dtype=np.int64)
-    request = Request([1, 2], seed=0, max_new_tokens=8)
+    request = Request([1, 2], seed=0, max_new_tokens=8, problem=make_problems(1)[0])
     sample = Sample(ids, np.full(5, -1.0, dtype=np.float32), finished=True)
-    rollouts = make_rollouts(make_rows([1, 1]).problems, 2, [request] * 2, [None] * 2, [sample] * 2, VOCAB)
-    rollouts.texts = ["12", "something else altogether"]
+    rollouts = make_rollouts([request] * 2, [sample] * 2, 2, VOCAB)
+    fill(rollouts, text=["12", "something else altogether"])
     micro = make_microbatch(rollouts, [0, 1], CPU)
     assert micro.ids_S.tolist() == [1, 2, *ids.tolist(), *ids.tolist()]  # the prompt they share, then both
     assert micro.lengths_B.tolist() == [5, 5] and rollouts.lengths_B.tolist() == [5, 5]
@@ -137,8 +136,8 @@ def test_A21_ids_beyond_the_vocabulary_mask_the_row(tied_model):
     good, samples = np.array([5, 6, 7]), []
     for ids, value in [(good, -1.0), (np.array([5, VOCAB, 7]), -1.0), (np.array([5, -1]), -1.0), (good, np.nan)]:
         samples.append(Sample(ids, np.full(len(ids), value, dtype=np.float32), finished=True))
-    request = Request([1, 2], seed=0, max_new_tokens=8)
-    rollouts = make_rollouts(make_rows([1] * 4).problems, 2, [request] * 4, [None] * 4, samples, VOCAB)
+    request = Request([1, 2], seed=0, max_new_tokens=8, problem=make_problems(1)[0])
+    rollouts = make_rollouts([request] * 4, samples, 2, VOCAB)
     assert rollouts.broken_B.tolist() == [False, True, True, True]
     assert make_microbatch(rollouts, range(4), CPU).lengths_B.tolist() == [3, 0, 0, 0]
     policy = Policy(make_config(tied_model), CPU)
@@ -274,7 +273,7 @@ def test_microbatches_hold_every_row_once_within_the_budget():
 
 
 def test_worked_example_of_make_microbatch():
-    rollouts = dataclasses.replace(
+    rollouts = fill(
         make_rows([3, 1, 1], group_size=1),
         prompt_ids=[np.array([5, 6]), np.array([5, 6]), np.array([5])],
         response_ids=[np.array([7, 8, 2]), np.array([3]), np.array([9])],

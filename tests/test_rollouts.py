@@ -9,44 +9,45 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tiny import VOCAB, make_config, make_problems, make_rows
+from tiny import VOCAB, fill, make_config, make_problems, make_rows
 
 from nanolapo.data.order import batch_indices
 from nanolapo.grader import Grader
 from nanolapo.methods.base import Method
 from nanolapo.metrics import rollout_metrics
-from nanolapo.rollouts import Rollouts, join_ranks, make_rollouts, row_seed
+from nanolapo.rollouts import Rollouts, join, make_rollouts, row_seed
 from nanolapo.samplers.sampler import Request, Sample
 from nanolapo.sampling import mark
+
+ORDER = [7, 4, 0, 5, 2, 11, 1]  # the step's prompts, in a shuffled order
 
 
 def echo_rollouts(places: list[int], group_size: int = 3) -> Rollouts:
     """What an echo engine gives for these prompts: every completion says which prompt and which rollout it answers."""
-    everything = make_problems(20)
-    problems = [everything[place] for place in places]
-    requests, samples = [], []
+    problems, requests, samples = make_problems(20), [], []
     for place in places:
+        budget = float(place) + 1 if place % 2 else None
         for g in range(group_size):
-            requests.append(Request([place, place], seed=row_seed(0, 0, place, g), max_new_tokens=9))
+            request = Request([place, place], row_seed(0, 0, place, g), 9, problems[place], ORDER.index(place), budget)
+            requests.append(request)
             ids = np.array([place, g] + [1] * g)
             samples.append(Sample(ids, np.full(len(ids), -float(place)), finished=g != 1))
-    budgets = [float(place) + 1 if place % 2 else None for place in places for _ in range(group_size)]
-    rollouts = make_rollouts(problems, group_size, requests, budgets, samples, VOCAB)
-    rollouts.texts = [f"{ids[0]}/{ids[1]}" for ids in rollouts.response_ids]
-    rollouts.correct_B = np.array([ids[0] == 4 for ids in rollouts.response_ids])
-    rollouts.broken_B = np.array([ids[0] == 5 for ids in rollouts.response_ids])
+    rollouts = make_rollouts(requests, samples, group_size, VOCAB)
+    fill(rollouts, text=[f"{ids[0]}/{ids[1]}" for ids in rollouts.response_ids])
+    fill(rollouts, correct=np.array([ids[0] == 4 for ids in rollouts.response_ids]))
+    fill(rollouts, broken=np.array([ids[0] == 5 for ids in rollouts.response_ids]))
     return rollouts
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 6])
 def test_A20_every_completion_names_its_own_prompt(num_ranks):
     """Rank r samples prompts r, r + N, ...; joined again, every field of every row belongs to the row's prompt."""
-    places = [7, 4, 0, 5, 2, 11]  # the step's prompts, in a shuffled order
+    places = ORDER
     parts = [echo_rollouts(places[rank::num_ranks]) for rank in range(num_ranks)]
-    joined = join_ranks(parts)
+    joined = join(parts)
     assert [p.id for p in joined.problems] == [f"demo:{place}" for place in places]
-    assert len(joined) == 18 and joined.group_B.tolist() == [p for p in range(6) for _ in range(3)]
-    for b in range(18):
+    assert len(joined) == 21 and joined.group_B.tolist() == [p for p in range(7) for _ in range(3)]
+    for b in range(21):
         place, g = places[b // 3], b % 3
         assert joined.response_ids[b].tolist() == [place, g] + [1] * g and joined.texts[b] == f"{place}/{g}"
         assert joined.prompt_ids[b].tolist() == [place, place] and joined.lengths_B[b] == 2 + g
@@ -55,27 +56,39 @@ def test_A20_every_completion_names_its_own_prompt(num_ranks):
         assert joined.budgets_B[b] == place + 1 if place % 2 else np.isnan(joined.budgets_B[b])
 
 
-@pytest.mark.parametrize("lost", ["request", "sample", "budget", "problem"])
-def test_A20_counts_that_do_not_agree_are_refused(lost):
-    request, sample = Request([1], seed=0, max_new_tokens=4), Sample(np.array([1]), np.zeros(1), True)
-    requests, samples, budgets, problems = [request] * 4, [sample] * 4, [None] * 4, make_problems(2)
-    {"request": requests, "sample": samples, "budget": budgets, "problem": problems}[lost].pop()  # type: ignore[attr-defined]
-    with pytest.raises(AssertionError, match="prompts x 2 != "):
-        make_rollouts(problems, 2, requests, budgets, samples, VOCAB)
+@pytest.mark.parametrize(("num_requests", "num_samples"), [(3, 4), (4, 3), (3, 3)])
+def test_A20_counts_that_do_not_agree_are_refused(num_requests, num_samples):
+    request = Request([1], seed=0, max_new_tokens=4, problem=make_problems(1)[0])
+    sample = Sample(np.array([1]), np.zeros(1), True)
+    with pytest.raises(AssertionError, match=f"{num_requests} requests, {num_samples} samples, groups of 2"):
+        make_rollouts([request] * num_requests, [sample] * num_samples, 2, VOCAB)
+
+
+def test_a_column_cannot_be_written_to():
+    """It would change a copy, and nothing else: a change belongs to a row."""
+    rollouts = make_rows([3, 4])
+    with pytest.raises(ValueError, match="read-only"):
+        rollouts.correct_B[0] = True
+    with pytest.raises(TypeError):
+        rollouts.texts[0] = "other"  # type: ignore[index]
+    with pytest.raises(AttributeError):
+        rollouts.correct_B = np.ones(2, dtype=bool)
+    with pytest.raises(AttributeError):
+        rollouts.rows[0].correct_B = True  # type: ignore[attr-defined]
 
 
 def test_A16_cut_answers_are_wrong_and_counted(tied_model):
     """Right number in a box, but cut by the limit: reward 0, in `truncated`, not in `accuracy`; by the real grader."""
     method = Method(make_config(tied_model))
     rollouts = make_rows([9, 9, 9, 9], finished=[True, False, True, False])
-    rollouts.texts = [r"so \boxed{0}", r"so \boxed{0}", r"so \boxed{1}", "so 1"]  # golds are 0, 0, 1, 1
+    fill(rollouts, text=[r"so \boxed{0}", r"so \boxed{0}", r"so \boxed{1}", "so 1"])  # golds are 0, 0, 1, 1
     with Grader() as grader:
-        verdicts = grader.grade_all(rollouts.texts, [rollouts.problems[row // 2].answer for row in range(4)])
-        mark(SimpleNamespace(grader=grader, method=method), rollouts, range(4), verdicts)  # type: ignore[arg-type]
+        verdicts = grader.grade_all(rollouts.texts, [row.problem.answer for row in rollouts.rows])
+        mark(SimpleNamespace(grader=grader, method=method), rollouts.rows, verdicts)  # type: ignore[arg-type]
     assert rollouts.correct_B.tolist() == [True, False, True, False]
-    parts = method.reward(rollouts)
-    assert parts["correct"].tolist() == [1, 0, 1, 0]
-    metrics = rollout_metrics(rollouts, parts)
+    rollouts.set_rewards(method.reward(rollouts))
+    assert rollouts.reward_parts["correct"].tolist() == [1, 0, 1, 0]
+    metrics = rollout_metrics(rollouts)
     assert metrics["truncated"] == 0.5 and metrics["accuracy"] == 0.5
 
 

@@ -11,10 +11,11 @@ import math
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,21 +23,22 @@ import pytest
 import torch
 from round_methods import NUM_PROBLEMS, R2VPO, Dynamic, Everything, make_base, make_run
 from safetensors.torch import load_file
-from tiny import CPU, make_config, make_rows, score_rows, update
+from tiny import CPU, fill, make_config, make_rows, score_rows, update
 
 from nanolapo.alarms import MismatchError
 from nanolapo.config import Config
 from nanolapo.data.load import Data
 from nanolapo.data.order import batch_indices, round_indices, weighted_order
-from nanolapo.data.problems import load_problems
+from nanolapo.data.problems import Problem, load_problems
 from nanolapo.grader import Grader
 from nanolapo.loop import train
 from nanolapo.methods.base import Method, MonitorPlan, SamplingPlan
 from nanolapo.policy import Policy
-from nanolapo.rollouts import concatenate, take_groups
-from nanolapo.samplers.sampler import Sample
+from nanolapo.ranks import Ranks
+from nanolapo.rollouts import Rollout, join
+from nanolapo.samplers.sampler import Request, Sample
 from nanolapo.samplers.torch_sampler import TorchSampler
-from nanolapo.sampling import GradeBeside
+from nanolapo.sampling import sample
 from nanolapo.session import progress
 
 ROOT = Path(__file__).parents[1]
@@ -235,8 +237,9 @@ def test_A5_another_temperature_is_for_monitors_only(base, tmp_path):
 
     class Careless(Everything):
         def edit_rollouts(self, rollouts):
-            super().edit_rollouts(rollouts)
-            rollouts.unmatched_B[:] = False
+            edited = super().edit_rollouts(rollouts)
+            fill(rollouts, unmatched=False)
+            return edited
 
     with pytest.raises(MismatchError):
         run(make_run(base, tmp_path / "c", train={"steps": 9}), Careless)
@@ -246,9 +249,9 @@ def test_unmatched_rows_leave_the_mismatch_alone(tied_model):
     """Two rows off by 1, marked: mean and maximum are those of the others; unmarked they show."""
     policy, rollouts = Policy(make_config(tied_model), CPU), make_rows([5, 9, 7, 3])
     score_rows(policy, rollouts)
-    rollouts.sampler_logprobs[1] = rollouts.sampler_logprobs[1] + 1
+    rollouts.rows[1].sampler_logprobs = rollouts.sampler_logprobs[1] + 1
     plain = update(Policy(policy.config, CPU), rollouts, [1.0, -1.0, 1.0, -1.0])
-    rollouts.unmatched_B[1] = True
+    rollouts.rows[1].unmatched = True
     marked = update(Policy(policy.config, CPU), rollouts, [1.0, -1.0, 1.0, -1.0])
     assert plain["mismatch"] == pytest.approx(9 / 24, rel=1e-4) and plain["mismatch_max"] == pytest.approx(1, rel=1e-4)
     assert marked["mismatch"] < 1e-4 and marked["mismatch_max"] < 1e-4
@@ -259,26 +262,35 @@ def test_unmatched_rows_leave_the_mismatch_alone(tied_model):
 # ------------------------------------------------------------------------------------------------------ batches of groups
 
 
-def test_put_row_moves_all_that_belongs_to_a_row():
+def test_put_moves_all_that_belongs_to_a_row():
     target, source = make_rows([3, 4, 5, 6]), make_rows([7, 8], seed=1, budgets=[1.0, 2.0], finished=[False, True])
-    source.correct_B[0] = source.broken_B[0] = source.unmatched_B[0] = True
-    before = dataclasses.replace(target, response_ids=list(target.response_ids))
-    target.put_row(2, source, 0)
-    for f in dataclasses.fields(target):
-        if f.name in ("problems", "group_size", "regrade", "old_entropies"):  # not of a row, or filled by the update
-            continue
-        assert np.array_equal(getattr(target, f.name)[2], getattr(source, f.name)[0]), f.name
-    assert target.problems == before.problems and target.lengths_B.tolist() == [3, 4, 7, 6]
+    fill(source, correct=True, broken=True, unmatched=True)
+    target.put(2, source.rows[0])
+    for f in dataclasses.fields(Rollout):
+        if f.name in ("problem", "place"):  # a row stays in its group
+            assert getattr(target.rows[2], f.name) == getattr(target.rows[3], f.name) != getattr(source.rows[0], f.name)
+        else:
+            assert getattr(target.rows[2], f.name) is getattr(source.rows[0], f.name), f.name
+    assert target.lengths_B.tolist() == [3, 4, 7, 6] and source.rows[0].problem.id == "demo:0"
 
 
-def test_take_groups_and_concatenate():
+def test_take_and_join():
     rollouts = make_rows([1, 2, 3, 4, 5, 6], budgets=[1, 2, 3, 4, 5, 6])
-    rollouts.unmatched_B[4] = True
-    last = take_groups(rollouts, [2, 0])
+    rollouts.rows[4].unmatched = True
+    last = rollouts.take([2, 0])
     assert last.lengths_B.tolist() == [5, 6, 1, 2] and last.budgets_B.tolist() == [5, 6, 1, 2]
     assert [p.id for p in last.problems] == ["demo:2", "demo:0"] and last.unmatched_B.tolist() == [1, 0, 0, 0]
-    both = concatenate([last, take_groups(rollouts, [1])])
-    assert both.lengths_B.tolist() == [5, 6, 1, 2, 3, 4] and [p.id for p in both.problems][2] == "demo:1"
+    both = join([last, rollouts.take([1])])
+    assert both.rows == rollouts.rows
+
+
+def test_kept_groups_come_first_drawn_first_kept():
+    """At most so many; all when none is kept, marked as not to be trained on."""
+    rollouts = make_rows([1, 2, 3, 4, 5, 6])
+    rollouts.set_keep(np.array([False, True, True]))
+    assert rollouts.kept(5).lengths_B.tolist() == [3, 4, 5, 6] and rollouts.kept(1).lengths_B.tolist() == [3, 4]
+    rollouts.set_keep(np.zeros(3, dtype=bool))
+    assert rollouts.kept(2).lengths_B.tolist() == [1, 2, 3, 4, 5, 6] and not rollouts.kept(2).keep_B.any()
 
 
 # ------------------------------------------------------------------------------------------------------ grading
@@ -288,12 +300,11 @@ class CutCounts(Dynamic):
     max_rounds, cut_answers_count = 1, True
 
 
-def test_groups_are_graded_while_others_are_sampled(base, tmp_path, monkeypatch):
-    """Two rows at a time: the first groups are complete, and graded, before the last is sampled. Every row gets the verdict
+def test_answers_are_graded_while_others_are_sampled(base, tmp_path, monkeypatch):
+    """Two rows at a time: the first four answers have their verdicts before the last is sampled. Every row gets the verdict
     on its own text: made up here, and right for some."""
-    tokens, asked, graded = [0], [0], threading.Event()
-    at_first_group, calls = list[int](), list[int]()
-    generate, grade_all = TorchSampler.generate, Grader.grade_all
+    tokens, at_fourth, futures = [0], list[int](), list[Future[bool]]()
+    generate, submit = TorchSampler.generate, Grader.submit
 
     def told_generate(self: TorchSampler, requests: Any, decoding: Any, progress: Any, finished: Any) -> list[Sample]:
         def counted(new: int) -> None:
@@ -302,27 +313,25 @@ def test_groups_are_graded_while_others_are_sampled(base, tmp_path, monkeypatch)
 
         def then_wait(row: int, sample: Sample) -> None:
             finished(row, sample)
-            asked[0] += 1
-            if asked[0] == 4:
-                assert graded.wait(60)
-                at_first_group.append(tokens[0])
+            if len(futures) == 4:
+                assert {future.result(60) for future in futures} <= {True, False}
+                at_fourth.append(tokens[0])
 
         return generate(self, requests, decoding, counted, then_wait)
 
-    def told_grade(self: Grader, texts: list[str], golds: list[str]) -> list[bool]:
-        calls.append(len(texts))
-        graded.set()
-        return grade_all(self, texts, golds)
+    def told_submit(self: Grader, text: str, answer: str) -> Future[bool]:
+        futures.append(submit(self, text, answer))
+        return futures[-1]
 
     monkeypatch.setattr(TorchSampler, "generate", told_generate)
-    monkeypatch.setattr(Grader, "grade_all", told_grade)
+    monkeypatch.setattr(Grader, "submit", told_submit)
     problems, _ = load_problems(make_run(base, tmp_path).data.sources)
     often = Counter(int(problem.answer) for problem in problems).most_common(3)
     guesses = [answer for answer, _ in often]
     monkeypatch.setattr(Data, "decode", lambda _, ids: rf"\boxed{{{guesses[ids[0] % 3]}}}")
     method, _ = run(make_run(base, tmp_path, rollout={"max_rows": 2}), CutCounts)
     first_step = method.of("reward")[0].lengths_B
-    assert at_first_group == [first_step[:4].sum()] and calls[0] == 4 and sum(calls) == 2 * 4 * 4
+    assert at_fourth == [first_step[:4].sum()] and len(futures) == 2 * 4 * 4
     verdicts = []
     for rollouts in method.of("reward"):
         for row, ids in enumerate(rollouts.response_ids):
@@ -331,39 +340,56 @@ def test_groups_are_graded_while_others_are_sampled(base, tmp_path, monkeypatch)
     assert any(verdicts) and not all(verdicts)
 
 
+class Scripted:
+    """A sampler whose answers, one a request, are finished from the last to the first. Then it may be interrupted."""
+
+    def __init__(self, interrupted: bool = False) -> None:
+        self.interrupted = interrupted
+
+    def generate(self, requests: Any, decoding: Any, progress: Any, finished: Any) -> list[Sample]:
+        samples = [Sample(np.array([i]), np.zeros(1, np.float32), True) for i in range(len(requests))]
+        for i in reversed(range(len(requests))):
+            finished(i, samples[i])
+        if self.interrupted:
+            time.sleep(0.5)
+            raise KeyboardInterrupt
+        return samples
+
+
+def scripted_session(grader: Any, decode: Any, interrupted: bool = False) -> Any:
+    return SimpleNamespace(
+        grader=grader, data=SimpleNamespace(decode=decode), ranks=Ranks(), sampler=Scripted(interrupted)
+    )
+
+
+def requests_for(answers: list[str]) -> list[Request]:
+    return [Request([1], 0, 1, Problem(f"demo:{i}", "q", answer, None, "demo")) for i, answer in enumerate(answers)]
+
+
 def test_a_stop_does_not_wait_for_answers_that_never_end():
-    """Eight groups whose answers math-verify never finishes, a deadline of 30 s each: an error ends it within seconds."""
-    with Grader(workers=1, deadline_s=30.0) as grader:
+    """Eight answers that math-verify never finishes, a deadline of 30 s each: a Ctrl-C ends it within seconds."""
+    with pytest.raises(KeyboardInterrupt), Grader(workers=1, deadline_s=30.0) as grader:
         assert grader.grade_all([r"\boxed{x+x}"], ["2x"]) == [True]  # a worker is up
         start = time.monotonic()
-        with pytest.raises(KeyboardInterrupt), GradeBeside(grader) as beside:
-            for number in range(8):
-                beside.add(number, [r"\boxed{(x+1)^{100}(y+1)^{100}(z+1)^{100}}"], f"x+{number}")
-            time.sleep(0.5)
-            assert not beside.jobs[0].done()
-            raise KeyboardInterrupt
-        assert time.monotonic() - start < 10
+        session = scripted_session(grader, lambda _: r"\boxed{(x+1)^{100}(y+1)^{100}(z+1)^{100}}", interrupted=True)
+        sample(session, requests_for([f"x+{number}" for number in range(8)]), 1.0)
+    assert 0.5 < time.monotonic() - start < 10
 
 
-def test_what_waits_is_graded_together(monkeypatch):
-    """The first group alone, then all that came meanwhile; verdicts in the order of the groups, not of their coming."""
-    calls, gate, begun = list[list[str]](), threading.Event(), threading.Event()
+def test_verdicts_belong_to_their_rows_whenever_they_come():
+    """Answers are finished from last to first, and verdicts come from first to last, after sampling has ended."""
+    futures: dict[str, Future[bool]] = {}
 
-    def slow(self: Grader, texts: list[str], golds: list[str]) -> list[bool]:
-        calls.append(list(texts))
-        begun.set()
-        assert gate.wait(60)
-        return [text == gold for text, gold in zip(texts, golds, strict=True)]
+    def submit(text: str, answer: str) -> Future[bool]:
+        futures[f"{text}/{answer}"] = Future()
+        return futures[f"{text}/{answer}"]
 
-    monkeypatch.setattr(Grader, "grade_all", slow)
-    with Grader() as grader, GradeBeside(grader) as beside:
-        beside.add(2, ["a", "b"], "a")
-        assert begun.wait(60)
-        beside.add(0, ["c", "d"], "d")
-        beside.add(1, ["e", "f"], "x")
-        gate.set()
-        assert beside.verdicts() == [False, True, False, False, True, False]
-    assert calls[:2] == [["a", "b"], ["c", "d", "e", "f"]] and not any(calls[2:])
+    session = scripted_session(SimpleNamespace(submit=submit), lambda ids: f"text {ids[0]}")
+    samples, texts, verdicts = sample(session, requests_for(["a", "b", "c"]), 1.0)
+    assert list(futures) == ["text 2/c", "text 1/b", "text 0/a"] and texts == ["text 0", "text 1", "text 2"]
+    for name, verdict in (("text 0/a", True), ("text 1/b", False), ("text 2/c", True)):
+        futures[name].set_result(verdict)
+    assert [verdict.result(0) for verdict in verdicts] == [True, False, True] and samples[1].ids.tolist() == [1]
 
 
 # ------------------------------------------------------------------------------------------------------ resume and ranks

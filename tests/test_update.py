@@ -5,13 +5,12 @@ Run: python -m pytest tests/test_update.py        Steps that must not be taken a
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
-from tiny import CPU, make_config, make_rows, score_rows, update
+from tiny import CPU, copied, fill, make_config, make_rows, score_rows, update
 from transformers import AutoModelForCausalLM
 
 from nanolapo.losses import BatchTotals, Loss, LossInputs
@@ -127,7 +126,7 @@ def test_old_logprobs_from_the_sampler(tied_model):
     for source in ("trainer", "sampler"):
         policy = Policy(make_config(tied_model, loss={"old_logprobs": source}), CPU)
         score_rows(policy, rollouts)
-        rollouts.sampler_logprobs = [row - math.log(1.5) for row in rollouts.sampler_logprobs]
+        fill(rollouts, sampler_logprobs=[row - math.log(1.5) for row in rollouts.sampler_logprobs])
         results[source] = update(policy, rollouts, [1.0, -1.0])
     assert results["trainer"]["ratio"] == pytest.approx(1.0) and results["trainer"]["clip_fraction"] == 0
     assert results["sampler"]["ratio"] == pytest.approx(1.5, rel=1e-4)
@@ -144,7 +143,7 @@ def test_tis_weights_scale_the_loss(tied_model):
     for factor, weight in [(1.5, 1.5), (4.0, 2.0)]:
         policy = Policy(make_config(tied_model, loss={"tis_cap": 2.0}, train={"grad_clip": 1e9}), CPU)
         score_rows(policy, rollouts)
-        rollouts.sampler_logprobs = [row - math.log(factor) for row in rollouts.sampler_logprobs]
+        fill(rollouts, sampler_logprobs=[row - math.log(factor) for row in rollouts.sampler_logprobs])
         got = gradients(policy, rollouts, [1.0, -1.0])
         assert_close(got, {name: weight * value for name, value in plain.items()}, rtol=1e-4)
 
@@ -159,8 +158,8 @@ def test_advantages_per_token(tied_model):
     assert_close(gradients(Policy(config, CPU), rollouts, spread), whole)
     first_tokens = spread.clone()
     first_tokens[:, 2:] = 0
-    shorter = dataclasses.replace(rollouts, response_ids=[ids[:2] for ids in rollouts.response_ids])
-    shorter.sampler_logprobs = [row[:2] for row in rollouts.sampler_logprobs]
+    shorter = copied(rollouts, response_ids=[ids[:2] for ids in rollouts.response_ids])
+    fill(shorter, sampler_logprobs=[row[:2] for row in rollouts.sampler_logprobs])
     got = gradients(Policy(config, CPU), rollouts, first_tokens)
     want = gradients(Policy(config, CPU), shorter, per_row)
     assert_close(got, {name: value * 8 / 21 for name, value in want.items()}, rtol=1e-4)  # 8 of 21 tokens

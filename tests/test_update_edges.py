@@ -5,17 +5,17 @@ Run: python -m pytest tests/test_update_edges.py
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
-from tiny import CPU, make_config, make_rows, same_tensors, score_rows, update, weights_of
+from tiny import CPU, fill, make_config, make_rows, same_tensors, score_rows, update, weights_of
 
 from nanolapo.advantages import group_advantages
 from nanolapo.checkpoint import optimizer_tensors
 from nanolapo.policy import BadStepsError, Policy
+from nanolapo.rollouts import Rollouts
 
 AGGREGATIONS = ["token_mean", "sequence_mean", "constant"]
 
@@ -55,15 +55,7 @@ def test_B11_only_the_batch_with_signal_is_trained(tied_model):
 
 def take(rollouts, rows):
     """A batch of these rows only (whole groups)."""
-    groups = sorted({row // rollouts.group_size for row in rows})
-    pick = {
-        name: [getattr(rollouts, name)[row] for row in rows]
-        for name in ("prompt_ids", "response_ids", "sampler_logprobs", "texts")
-    }
-    arrays = {
-        name: getattr(rollouts, name)[list(rows)] for name in ("finished_B", "budgets_B", "correct_B", "broken_B")
-    }
-    return dataclasses.replace(rollouts, problems=[rollouts.problems[g] for g in groups], **pick, **arrays)
+    return Rollouts([rollouts.rows[row] for row in rows], rollouts.group_size)
 
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.1])
@@ -75,7 +67,7 @@ def test_B11_metrics_do_not_depend_on_padding(tied_model, kl_coef):
         policy = Policy(config, CPU)
         rollouts = make_rows([4, 40, 5, 39])
         score_rows(policy, rollouts)
-        rollouts.sampler_logprobs = [row - 0.3 for row in rollouts.sampler_logprobs]
+        fill(rollouts, sampler_logprobs=[row - 0.3 for row in rollouts.sampler_logprobs])
         logged.append(update(policy, rollouts, [1.0, -1.0, 1.0, -1.0]))
     assert logged[0] == pytest.approx(logged[1], rel=1e-4, abs=1e-6)
     assert logged[0]["mismatch"] == pytest.approx(0.3, rel=1e-3) and logged[0]["ratio"] == pytest.approx(1)
@@ -90,7 +82,7 @@ def test_B13_masked_rows_equal_a_batch_without_them(tied_model, aggregation, why
     masked, alone = Policy(config, CPU), Policy(config, CPU)
     advantages = [1.0, -1.0, 7.0, -7.0]
     if why == "broken":
-        rollouts.broken_B[2:] = True
+        fill(rollouts, broken=[False, False, True, True])
     logged = update(masked, rollouts, advantages, keep=[True, True, False, False])
     update(alone, take(rollouts, [0, 1]), advantages[:2])
     left, right = weights_of(masked), weights_of(alone)
@@ -105,7 +97,7 @@ def test_B14_everything_masked_skips_the_step(tied_model, old_logprobs):
     before = snapshot(policy)
     for broken in (False, True):
         rollouts = make_rows([3, 30, 8, 9])
-        rollouts.broken_B[:] = broken
+        fill(rollouts, broken=broken)
         logged = update(policy, rollouts, [1.0, -1.0, 1.0, -1.0], keep=[False] * 4)
         assert (logged["updates"], logged["updates_skipped"]) == (0, 2)
         compared = {name: logged.pop(name) for name in ("mismatch", "mismatch_max")}

@@ -11,9 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 
-from nanolapo.alarms import Alarms
 from nanolapo.config import Config, UserError
-from nanolapo.data.load import load_data
 from nanolapo.explain.page import Section, console, page
 from nanolapo.explain.sampled import (
     View,
@@ -28,14 +26,9 @@ from nanolapo.explain.sampled import (
 )
 from nanolapo.explain.trace import Trace
 from nanolapo.explain.trained import the_line, the_memory, the_sync, the_tokens, the_update
-from nanolapo.grader import Grader
-from nanolapo.locks import alone_in
 from nanolapo.loop import run_step
 from nanolapo.methods.base import Method
-from nanolapo.metrics import RunLog
-from nanolapo.policy import Policy
-from nanolapo.samplers.choose import make_sampler
-from nanolapo.session import Session, set_up_process
+from nanolapo.session import Session, open_session
 
 
 def explain(config: Config, method: Method) -> None:
@@ -43,9 +36,8 @@ def explain(config: Config, method: Method) -> None:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("--explain watches one process: start the script with python, not with torchrun")
     config = beside(config)
-    with alone_in(config.run_dir), Grader(rule=method.grader_rule) as grader:
-        s, trace = first_step(config, method, grader)
-        sections = story(s, trace)
+    with open_session(config, method) as session:
+        sections = story(session, watched_step(session))
     print(console(sections))
     path = config.run_dir / "explain.html"
     path.write_text(page(f"{config.run.name}: one step", sections), encoding="utf-8")
@@ -55,27 +47,21 @@ def explain(config: Config, method: Method) -> None:
 def beside(config: Config) -> Config:
     """The same run in a directory of its own, without a tracker and without examples between the lines."""
     run = dataclasses.replace(config.run, name=f"explain-{config.run.name}", print_every=0)
-    return dataclasses.replace(config, run=run, wandb=dataclasses.replace(config.wandb, mode="disabled"))
+    train = dataclasses.replace(config.train, match_runs=())  # they may not have been run yet
+    return dataclasses.replace(config, run=run, train=train, wandb=dataclasses.replace(config.wandb, mode="disabled"))
 
 
-def first_step(config: Config, method: Method, grader: Grader) -> tuple[Session, Trace]:
-    """Set up a session as loop.train does for a run without a checkpoint, and watch its first step."""
-    ranks = set_up_process(config)
-    data = load_data(config, grader)
-    method.start(data.problems)
-    policy = Policy(config, ranks.device)
-    sampler = make_sampler(config, config.model.path, config.rollout.max_new_tokens, ranks)
-    sampler.load_weights(policy.named_weights())
-    s = Session(config, method, ranks, data, grader, policy, sampler, Alarms(config), RunLog(config, 0, None))
-    trace = Trace(weights_before={name: tensor.clone() for name, tensor in policy.named_weights()})
-    with trace.observed(s):
-        run_step(s)
-    return s, trace
+def watched_step(session: Session) -> Trace:
+    """Do one step, and return what passed by in it."""
+    trace = Trace(weights_before={name: tensor.clone() for name, tensor in session.policy.named_weights()})
+    with trace.observed(session):
+        run_step(session)
+    return trace
 
 
-def story(s: Session, trace: Trace) -> list[Section]:
+def story(session: Session, trace: Trace) -> list[Section]:
     """Everything that happened to the most telling problem of the step, in order, and the step's own numbers."""
-    v = View(s, trace, most_telling(trace))
+    v = View(session, trace, most_telling(trace))
     return [
         the_problem(v), the_prompt(v), the_answers(v), the_verdicts(v), the_length(v), the_rewards(v), the_advantages(v),
         the_memory(v), the_tokens(v), the_update(v), the_sync(v), the_line(v),

@@ -19,7 +19,7 @@ from nanolapo.lengths import typical_range
 from nanolapo.methods.base import Method
 from nanolapo.methods.lapo import Discovery, Internalization, Lapo, tokens_outside
 from nanolapo.metrics import shorten
-from nanolapo.rollouts import Rollouts, take_groups
+from nanolapo.rollouts import Rollouts
 from nanolapo.session import Session
 
 MOST_TEXT = 2000  # characters of a prompt or an answer; the middle of a longer one is left out
@@ -44,7 +44,7 @@ class View:
     @property
     def rollouts(self) -> Rollouts:
         """Of this problem only."""
-        return take_groups(self.trace.rollouts, [self.group])
+        return self.trace.rollouts.take([self.group])
 
     @property
     def problem(self) -> Problem:

@@ -29,7 +29,7 @@ from nanolapo.config import Config, UserError
 from nanolapo.data.order import batch_indices
 from nanolapo.data.problems import Problem
 from nanolapo.methods.base import Method, MonitorPlan
-from nanolapo.rollouts import Rollouts
+from nanolapo.rollouts import Rollout, Rollouts
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,10 @@ class Aepo(Method):
         most = max(1, round(60 / 2560 * num_rows)) if o.replace is None else o.replace
         return most if self.entropy is not None and self.entropy < o.target else most // 2
 
-    def edit_rollouts(self, rollouts: Rollouts) -> None:
-        self.verdict_B, self.replaced = rollouts.correct_B.copy(), []
-        self.next_entropy = rollouts.mean_entropy
+    def edit_rollouts(self, rollouts: Rollouts) -> list[Rollout]:
+        self.verdict_B, self.next_entropy, self.replaced = rollouts.correct_B, rollouts.mean_entropy, []
         if self.extra is None:
-            return
+            return []
         extra, groups = self.extra, {p.id: g for g, p in enumerate(rollouts.problems)}
         verdicts_PG = torch.from_numpy(extra.by_group(extra.correct_B.astype(np.float64)))
         good_B = (group_advantages(verdicts_PG).flatten().numpy() > self.options.threshold) & ~extra.broken_B
@@ -107,8 +106,9 @@ class Aepo(Method):
         rows = np.nonzero(good_B & (group_B >= 0))[0]
         pairs = pair_rows(group_B[rows].tolist(), rollouts.group_size, self.most_replaced(len(rollouts)))
         for row, number in pairs:
-            rollouts.put_row(row, extra, rows[number])
-        self.replaced = [row for row, _ in pairs]
+            rollouts.put(row, extra.rows[rows[number]])
+            self.replaced.append(row)
+        return []
 
     def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:
         return {"correct": self.verdict_B.astype(np.float64)}

@@ -25,7 +25,7 @@ from nanolapo.config_file import build
 from nanolapo.data.problems import Problem
 from nanolapo.data.prompts import Guidance
 from nanolapo.losses import Loss, load_loss
-from nanolapo.rollouts import Rollouts
+from nanolapo.rollouts import Rollout, Rollouts
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,12 @@ class Method:
 
     def on_monitor(self, rollouts: Rollouts) -> dict[str, float]:
         """The graded rollouts of the monitor plan; returns numbers to log. To train on some of them, keep them and put them
-        into the batch in edit_rollouts (rollouts.put_row)."""
+        into the batch in edit_rollouts (rollouts.put)."""
         return {}
 
-    def edit_rollouts(self, rollouts: Rollouts) -> None:
-        """Change responses after sampling (and grade them again with rollouts.regrade)."""
+    def edit_rollouts(self, rollouts: Rollouts) -> list[Rollout]:
+        """Change responses after sampling; returns the rows that must be graded again."""
+        return []
 
     def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:
         """Named parts, each float64 [B]; the reward is their sum. The part "correct" is the plain verdict."""

@@ -80,6 +80,4 @@ class Dapo(Method):
 
     def filtered(self, rollouts: Rollouts, advantages_B: Tensor) -> Tensor:
         """Overlong filtering, where it is chosen."""
-        return (
-            advantages_B * torch.from_numpy(rollouts.finished_B) if self.options.overlong == "filter" else advantages_B
-        )
+        return advantages_B * torch.tensor(rollouts.finished_B) if self.options.overlong == "filter" else advantages_B

@@ -30,7 +30,7 @@ from nanolapo.config import Config, UserError
 from nanolapo.methods.base import Method, SamplingPlan
 from nanolapo.methods.dapo import mixed_groups
 from nanolapo.methods.tools import shorten
-from nanolapo.rollouts import Rollouts
+from nanolapo.rollouts import Rollout, Rollouts
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Dler(Method):
 class DaDler(Dler):
     """DLER with half the limit for groups that are solved at least half of the time."""
 
-    def edit_rollouts(self, rollouts: Rollouts) -> None:
+    def edit_rollouts(self, rollouts: Rollouts) -> list[Rollout]:
         pass_rates_P = rollouts.by_group(rollouts.correct_B).mean(axis=1)
         limits_P = np.where(pass_rates_P >= 0.5, self.short_target, self.target)
-        shorten(rollouts, np.repeat(limits_P, rollouts.group_size))
+        return shorten(rollouts, np.repeat(limits_P, rollouts.group_size))

@@ -37,7 +37,7 @@ from nanolapo.data.problems import Problem
 from nanolapo.methods.base import Method, SamplingPlan
 from nanolapo.methods.dapo import mixed_groups
 from nanolapo.methods.tools import scale, shorten
-from nanolapo.rollouts import Rollouts
+from nanolapo.rollouts import Rollout, Rollouts
 
 PAPER_LIMIT = 4096  # DOT-4K
 REMEMBERED = 20  # steps
@@ -107,10 +107,12 @@ class Dot(Method):
         num_prompts = math.ceil(plan.num_prompts * oversampling(self.kept_shares) - 1e-9)
         return replace(plan, num_prompts=num_prompts, weights=np.ones(self.num_problems))
 
-    def edit_rollouts(self, rollouts: Rollouts) -> None:
+    def edit_rollouts(self, rollouts: Rollouts) -> list[Rollout]:
         lengths, correct = rollouts.by_group(rollouts.lengths_B), rollouts.by_group(rollouts.correct_B)
         limits_PG = outlier_limits(lengths, correct, self.options.spread, self.min_cut, self.min_tokens)
-        self.num_cut = shorten(rollouts, limits_PG.flatten())
+        cut = shorten(rollouts, limits_PG.flatten())
+        self.num_cut = len(cut)
+        return cut
 
     def keep_groups(self, rollouts: Rollouts, rewards_PG: np.ndarray) -> np.ndarray:
         return mixed_groups(rewards_PG)

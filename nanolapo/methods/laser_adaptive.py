@@ -125,5 +125,5 @@ class LaserDE(LaserD):
         longer = formed & ~rollouts.correct_B & (rollouts.lengths_B > self.targets(rollouts))
         if self.options.refuse_repetition:
             for row in np.nonzero(longer)[0]:
-                longer[row] = not repetitive(rollouts.response_ids[row])
+                longer[row] = not repetitive(rollouts.rows[row].response_ids)
         return super().bonus(rollouts, formed) | longer

@@ -89,8 +89,8 @@ class O1Pruner(Method):
 
     def remember(self, rollouts: Rollouts) -> None:
         """Take these groups as reference for the problems that have none."""
-        for g, measured in enumerate(self.measure(rollouts)):
-            self.reference.setdefault(rollouts.problems[g].id, measured)
+        for problem, measured in zip(rollouts.problems, self.measure(rollouts), strict=True):
+            self.reference.setdefault(problem.id, measured)
 
     def measure(self, rollouts: Rollouts) -> list[tuple[float, float]]:
         lengths, correct = rollouts.by_group(rollouts.lengths_B), rollouts.by_group(rollouts.correct_B)
@@ -99,8 +99,8 @@ class O1Pruner(Method):
     def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:
         lengths, correct = rollouts.by_group(rollouts.lengths_B), rollouts.by_group(rollouts.correct_B)
         verdict, total, gain, weight = rollouts.correct_B.astype(np.float64), [], [], self.options.weight
-        for g, own in enumerate(self.measure(rollouts)):
-            ref_length, ref_accuracy = self.reference.get(rollouts.problems[g].id, own)
+        for g, (problem, own) in enumerate(zip(rollouts.problems, self.measure(rollouts), strict=True)):
+            ref_length, ref_accuracy = self.reference.get(problem.id, own)
             total.append(harmonizing_reward(lengths[g], correct[g], ref_length, ref_accuracy, weight))
             gain.append(weight * (correct[g] - ref_accuracy))
         gain_B = np.concatenate(gain)

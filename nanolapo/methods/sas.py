@@ -84,13 +84,14 @@ class Sas(Method):
     def advantage(self, rollouts: Rollouts, rewards_PG: Tensor) -> Tensor:
         o, advantages_B = self.options, super().advantage(rollouts, rewards_PG)
         advantages_BT = advantages_B[:, None].repeat(1, max(1, int(rollouts.lengths_B.max())))
-        for row in torch.nonzero(advantages_B).flatten().tolist():
-            if rollouts.broken_B[row]:
+        for b in torch.nonzero(advantages_B).flatten().tolist():
+            row = rollouts.rows[b]
+            if row.broken:
                 continue
-            steps = split_steps([self.piece(token) for token in rollouts.response_ids[row].tolist()], o.separator)
-            confidences = np.array([rollouts.sampler_logprobs[row][step].mean() for step in steps])
-            kept = kept_steps(confidences, bool(rollouts.correct_B[row]), o.share)
+            steps = split_steps([self.piece(token) for token in row.response_ids.tolist()], o.separator)
+            confidences = np.array([row.sampler_logprobs[step].mean() for step in steps])
+            kept = kept_steps(confidences, row.correct, o.share)
             for step, keep in zip(steps, kept, strict=True):
                 if not keep:
-                    advantages_BT[row, step] = 0.0
+                    advantages_BT[b, step] = 0.0
         return advantages_BT

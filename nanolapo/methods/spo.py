@@ -106,10 +106,10 @@ class Spo(Method):
 
     def after_step(self, rollouts: Rollouts) -> dict[str, float]:
         rho = self.options.rho
-        for row in np.nonzero(~rollouts.broken_B)[0]:
-            problem_id, right = rollouts.problems[row // rollouts.group_size].id, float(rollouts.correct_B[row])
-            a, b = self.counts.get(problem_id, (0.5, 0.5))
-            self.counts[problem_id] = (rho * a + right, rho * b + (1.0 - right))
+        for row in rollouts.rows:
+            if not row.broken:
+                (a, b), right = self.counts.get(row.problem.id, (0.5, 0.5)), float(row.correct)
+                self.counts[row.problem.id] = (rho * a + right, rho * b + (1.0 - right))
         return {
             "spo/value_mean": float(np.mean([self.value(i) for i in self.ids])),
             "spo/visited_fraction": len(self.counts) / len(self.ids),

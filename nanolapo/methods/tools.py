@@ -9,7 +9,7 @@ import numpy as np
 
 from nanolapo.config import Config
 from nanolapo.grader.boxes import last_boxed
-from nanolapo.rollouts import Rollouts
+from nanolapo.rollouts import Rollout, Rollouts
 
 
 def scale(config: Config, paper_limit: int) -> float:
@@ -35,17 +35,15 @@ def as_parts(rollouts: Rollouts, total_B: np.ndarray) -> dict[str, np.ndarray]:
     return {"correct": verdict_B, "length": total_B - verdict_B}
 
 
-def shorten(rollouts: Rollouts, limits_B: np.ndarray) -> int:
-    """Cut every answer that is longer than its limit in tokens, and grade what is left of it; returns how many."""
-    rows = np.nonzero(rollouts.lengths_B > limits_B)[0].tolist()
-    for row in rows:
-        rollouts.response_ids[row] = rollouts.response_ids[row][: limits_B[row]]
-        rollouts.sampler_logprobs[row] = rollouts.sampler_logprobs[row][: limits_B[row]]
-        rollouts.finished_B[row] = False
-    if rows:
-        assert rollouts.regrade is not None, "the loop sets it"
-        rollouts.regrade(rollouts, rows)
-    return len(rows)
+def shorten(rollouts: Rollouts, limits_B: np.ndarray) -> list[Rollout]:
+    """Cut every answer that is longer than its limit in tokens; returns the cut rows, which must be graded again."""
+    cut = []
+    for row, limit in zip(rollouts.rows, limits_B.tolist(), strict=True):
+        if len(row.response_ids) > limit:
+            row.response_ids, row.sampler_logprobs = row.response_ids[:limit], row.sampler_logprobs[:limit]
+            row.finished = False
+            cut.append(row)
+    return cut
 
 
 def speaks_of_thought(config: Config) -> bool:

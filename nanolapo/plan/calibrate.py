@@ -55,10 +55,10 @@ def training_rate(config: Config, shape: Shape, machine: Machine, e: Expected, r
     prompt, answer = round(e.prompt), round(e.answer)
     rows = max(1, int(microbatch_tokens(config, machine, e) // (prompt + answer)))
     rng = np.random.default_rng(0)  # every row with a prompt of its own: nothing is shared
-    problems = [Problem(str(i), "", "", None, "") for i in range(rows)]
-    requests = [Request(rng.integers(shape.vocab, size=prompt).tolist(), 0, answer) for _ in range(rows)]
+    problem = Problem("0", "", "", None, "")
+    requests = [Request(rng.integers(shape.vocab, size=prompt).tolist(), 0, answer, problem) for _ in range(rows)]
     samples = [Sample(rng.integers(shape.vocab, size=answer), np.zeros(answer, np.float32), True) for _ in range(rows)]
-    rollouts = make_rollouts(problems, 1, requests, [None] * rows, samples, shape.vocab)
+    rollouts = make_rollouts(requests, samples, 1, shape.vocab)
     micro = make_microbatch(rollouts, range(rows), ranks.device)
     tries = []
     for _ in range(TRIES):

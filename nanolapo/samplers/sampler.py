@@ -9,6 +9,8 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from nanolapo.data.problems import Problem
+
 
 @dataclass(frozen=True)
 class Request:
@@ -17,6 +19,10 @@ class Request:
     prompt_ids: list[int]
     seed: int
     max_new_tokens: int
+    # Not for the sampler. A Rollout of this request takes them over.
+    problem: Problem | None = None
+    place: int = 0  # of the prompt among the prompts of the step
+    budget: float | None = None  # the target length that the prompt carries
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from nanolapo.data.problems import Problem
 from nanolapo.methods.base import Method
 from nanolapo.policy import Policy
 from nanolapo.ranks import Ranks
-from nanolapo.rollouts import Rollouts
+from nanolapo.rollouts import Rollout, Rollouts
 from nanolapo.update import update_policy
 
 BASE: dict[str, Any] = {
@@ -80,17 +80,9 @@ def one(settings: dict[str, Any], dtype: str) -> dict[str, float]:
         policy = Policy(build(Config, values, ""), torch.device("cpu"))
     prompts = [rng.integers(0, settings["vocab"], settings["prompt"]) for _ in range(P)]
     rows = P * G
-    rollouts = Rollouts(
-        problems=[Problem(str(i), "", "1", None, "bench") for i in range(P)],
-        group_size=G,
-        prompt_ids=[prompts[b // G] for b in range(rows)],
-        response_ids=[rng.integers(0, settings["vocab"], settings["length"]) for _ in range(rows)],
-        sampler_logprobs=[np.zeros(settings["length"], dtype=np.float32)] * rows,
-        finished_B=np.ones(rows, dtype=bool),
-        budgets_B=np.full(rows, np.nan),
-        correct_B=np.zeros(rows, dtype=bool),
-        broken_B=np.zeros(rows, dtype=bool),
-    )
+    problem, logprobs = Problem("0", "", "1", None, "bench"), np.zeros(settings["length"], dtype=np.float32)
+    answers = [rng.integers(0, settings["vocab"], settings["length"]) for _ in range(rows)]
+    rollouts = Rollouts([Rollout(problem, prompts[b // G], answers[b], logprobs, True) for b in range(rows)], G)
     advantages = torch.from_numpy(rng.standard_normal(rows))
     seconds, cpu_seconds = [], []
     for _ in range(4):

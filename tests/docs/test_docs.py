@@ -108,8 +108,8 @@ def names_in_code() -> frozenset[str]:
 def names_of_a_run(folder: Path) -> set[str]:
     """What the pure functions return for small rollouts and updates with every optional loss term."""
     rollouts = make_rows([5, 9, 7, 3], correct=[True, False, True, True])
-    verdict = rollouts.correct_B.astype(np.float64)
-    found = set(rollout_metrics(rollouts, {"correct": verdict}))
+    rollouts.set_rewards({"correct": rollouts.correct_B.astype(np.float64)})
+    found = set(rollout_metrics(rollouts))
     for loss in ({}, {"kl_coef": 0.1, "tis_cap": 2.0}, {"kind": "r2vpo"}):
         found |= set(update(Policy(make_config(folder, loss=loss), CPU), rollouts, [1.0, -1.0, 1.0, 0.5]))
     return found | set(Method(make_config(loss={"kind": "r2vpo"})).loss.after_update({"ratio_variance": 0.1}))
@@ -131,7 +131,7 @@ def test_every_logged_name_is_in_the_page_and_every_name_of_the_page_is_logged(t
 
 def test_the_console_line_has_the_labels_of_the_page(tmp_path, capsys):
     rollouts = make_rows([5, 9, 7, 3], correct=[True, False, True, True])
-    metrics = rollout_metrics(rollouts, {"correct": rollouts.correct_B.astype(np.float64)})
+    metrics = rollout_metrics(rollouts)
     metrics |= dict.fromkeys(("mismatch", "grad_norm", "tokens_per_second", "memory_gb"), 0.5)
     log = RunLog(make_config(run={"dir": str(tmp_path), "name": "r"}), 0, None)
     log.step(0, metrics, 0.01)
@@ -142,7 +142,7 @@ def test_the_console_line_has_the_labels_of_the_page(tmp_path, capsys):
 
 def test_rollout_lines_have_the_names_of_the_page():
     rollouts = make_rows([5, 9])
-    row = describe(0, 0, rollouts, {"correct": np.zeros(2)})
+    row = describe(0, rollouts.rows[0])
     assert names_in(metrics_page()["rollouts.jsonl"]) == list(row)
 
 

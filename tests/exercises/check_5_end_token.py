@@ -26,9 +26,8 @@ def answers(model: Path) -> Rollouts:
         ids[:] = np.append(np.maximum(ids[:-1], 2), END)
         with torch.no_grad():
             logp = network(torch.from_numpy(np.concatenate([prompt, ids]))[None]).logits[0].log_softmax(-1)
-        rollouts.sampler_logprobs[row] = (
-            logp[len(prompt) - 1 : -1].gather(-1, torch.from_numpy(ids)[:, None])[:, 0].numpy()
-        )
+        logp_T = logp[len(prompt) - 1 : -1].gather(-1, torch.from_numpy(ids)[:, None])[:, 0]
+        rollouts.rows[row].sampler_logprobs = logp_T.numpy()
     return rollouts
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import make_config, make_rows, tiny_qwen, update
+from tiny import fill, make_config, make_rows, tiny_qwen, update
 from transformers import AutoModelForCausalLM
 
 from nanolapo.policy import Policy
@@ -39,9 +39,12 @@ def answers() -> Rollouts:
     """Sampled with log-probs that are off by a different amount in every row."""
     rollouts = make_rows(LENGTHS)
     rng = np.random.default_rng(1)
-    rollouts.sampler_logprobs = [
-        (-b * rng.random(length)).astype(np.float32) for b, length in enumerate(rollouts.lengths_B, start=1)
-    ]
+    fill(
+        rollouts,
+        sampler_logprobs=[
+            (-b * rng.random(length)).astype(np.float32) for b, length in enumerate(rollouts.lengths_B, start=1)
+        ],
+    )
     return rollouts
 
 

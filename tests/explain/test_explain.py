@@ -26,7 +26,7 @@ from small_run import write_config
 import nanolapo.methods.lapo as lapo_module
 from nanolapo.config import Config, UserError
 from nanolapo.data.load import load_data
-from nanolapo.explain.explain import beside, explain, first_step, story
+from nanolapo.explain.explain import beside, explain, story, watched_step
 from nanolapo.explain.page import Section, Table, console, page, visible
 from nanolapo.explain.trace import Trace
 from nanolapo.grader import Grader
@@ -34,8 +34,8 @@ from nanolapo.lengths import LengthMap
 from nanolapo.loop import train
 from nanolapo.methods import load_method
 from nanolapo.methods.lapo import Discovery
-from nanolapo.rollouts import Rollouts
-from nanolapo.session import Session
+from nanolapo.rollouts import Rollout, Rollouts
+from nanolapo.session import Session, open_session
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("rollout.prompts_per_step=4", "train.batch_size=32")  # for what needs no whole step
@@ -44,8 +44,8 @@ TIMING = ("seconds/", "tokens_per_second", "memory_gb")  # may differ between eq
 
 def watch(config: Config, method: Any = None) -> tuple[Session, Trace, list[Section]]:
     method = method or load_method(config)
-    with Grader(rule=method.grader_rule) as grader:
-        s, trace = first_step(beside(config), method, grader)
+    with open_session(beside(config), method) as s:
+        trace = watched_step(s)
         return s, trace, story(s, trace)
 
 
@@ -279,8 +279,10 @@ def test_what_a_model_writes_is_text_on_the_page_and_harmless_on_the_console(dem
     evil = "<script>alert('x')</script> & <b>bold</b>\x1b[2J\x07"
 
     class Evil(Discovery):
-        def edit_rollouts(self, rollouts: Rollouts) -> None:
-            rollouts.texts = [f"{evil} {text}" for text in rollouts.texts]
+        def edit_rollouts(self, rollouts: Rollouts) -> list[Rollout]:
+            for row in rollouts.rows:
+                row.text = f"{evil} {row.text}"
+            return []
 
     config = write_config(demo_base, tmp_path, *SMALL)
     _, _, sections = watch(config, Evil(config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from nanolapo.config import Config
 from nanolapo.config_file import build
 from nanolapo.data.problems import Problem
-from nanolapo.rollouts import Rollouts
+from nanolapo.rollouts import Rollout, Rollouts
 
 VOCAB = 64
 
@@ -46,15 +47,36 @@ def make_rows(
     rng = np.random.default_rng(seed)
     count = len(lengths)
     prompts = [rng.integers(1, vocab, rng.integers(2, 7)) for _ in range(count // group_size)]
-    return Rollouts(
-        problems=make_problems(count // group_size),
-        group_size=group_size,
-        prompt_ids=[prompts[b // group_size] for b in range(count)],
-        response_ids=[rng.integers(1, vocab, length) for length in lengths],
-        sampler_logprobs=[np.zeros(length, dtype=np.float32) for length in lengths],
-        finished_B=np.ones(count, dtype=bool) if finished is None else np.array(finished, dtype=bool),
-        budgets_B=np.full(count, np.nan) if budgets is None else np.array(budgets, dtype=np.float64),
-        correct_B=np.zeros(count, dtype=bool) if correct is None else np.array(correct, dtype=bool),
-        broken_B=np.zeros(count, dtype=bool),
-        texts=[f"text {b}" for b in range(count)],
-    )
+    problems = make_problems(count // group_size)
+    rows = [
+        Rollout(
+            problem=problems[b // group_size],
+            prompt_ids=prompts[b // group_size],
+            response_ids=rng.integers(1, vocab, length),
+            sampler_logprobs=np.zeros(length, dtype=np.float32),
+            finished=True if finished is None else bool(finished[b]),
+            budget=np.nan if budgets is None else float(budgets[b]),
+            correct=False if correct is None else bool(correct[b]),
+            place=b // group_size,
+            text=f"text {b}",
+        )
+        for b, length in enumerate(lengths)
+    ]
+    return Rollouts(rows, group_size)
+
+
+def fill(rollouts: Rollouts, **columns: Any) -> Rollouts:
+    """Write these fields of all rows: a value for each, or one for all; a problem for each group."""
+    for name, values in columns.items():
+        if not isinstance(values, list | tuple | np.ndarray):
+            values = [values] * len(rollouts)
+        if name == "problem":
+            values = [problem for problem in values for _ in range(rollouts.group_size)]
+        for row, value in zip(rollouts.rows, values, strict=True):
+            setattr(row, name, value.item() if isinstance(value, np.generic) else value)
+    return rollouts
+
+
+def copied(rollouts: Rollouts, **columns: Any) -> Rollouts:
+    """The same rows again, other objects, with these fields."""
+    return fill(Rollouts([replace(row) for row in rollouts.rows], rollouts.group_size), **columns)

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from rows import VOCAB as VOCAB
+from rows import copied as copied
+from rows import fill as fill
 from rows import make_config as make_config
 from rows import make_problems as make_problems
 from rows import make_rows as make_rows
@@ -54,9 +56,10 @@ def score_rows(policy: Policy, rollouts: Rollouts) -> None:
     micro = make_microbatch(rollouts, range(len(rollouts)), policy.device)
     with torch.no_grad():
         logprobs_BT, _ = policy.logprobs(micro)
-    rollouts.sampler_logprobs = [
-        row[:length].numpy() for row, length in zip(logprobs_BT, rollouts.lengths_B, strict=True)
-    ]
+    fill(
+        rollouts,
+        sampler_logprobs=[row[:length].numpy() for row, length in zip(logprobs_BT, rollouts.lengths_B, strict=True)],
+    )
 
 
 def update(

@@ -6,7 +6,6 @@ Clip, KL, aggregation and TIS on their own are in test_losses.py.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from test_update import assert_close
-from tiny import CPU, make_config, make_rows, score_rows
+from tiny import CPU, copied, fill, make_config, make_rows, score_rows
 from transformers import AutoModelForCausalLM
 
 from nanolapo.config import Config, LossConfig, UserError
@@ -162,7 +161,7 @@ def fast_loss(
     loss_of_kind = load_loss(config)
     lengths = [len(row) for row in new]
     rollouts = make_rows(lengths)
-    rollouts.sampler_logprobs = [np.array(row) for row in old]
+    fill(rollouts, sampler_logprobs=[np.array(row) for row in old])
     loss_of_kind.prepare(rollouts, advantages, np.ones(len(new), dtype=bool))
     leaves = [torch.tensor(row, dtype=torch.float64, requires_grad=True) for row in new]
     totals = BatchTotals(sum(lengths), len(lengths), config.rollout.max_new_tokens)
@@ -310,9 +309,12 @@ def stale_rollouts(folder, spread: float) -> Rollouts:
     rollouts = make_rows(LENGTHS)
     score_rows(Policy(make_config(folder), CPU), rollouts)
     rng = np.random.default_rng(0)
-    rollouts.sampler_logprobs = [
-        (row + rng.normal(0, spread, len(row))).astype(np.float32) for row in rollouts.sampler_logprobs
-    ]
+    fill(
+        rollouts,
+        sampler_logprobs=[
+            (row + rng.normal(0, spread, len(row))).astype(np.float32) for row in rollouts.sampler_logprobs
+        ],
+    )
     return rollouts
 
 
@@ -420,7 +422,7 @@ def test_r2vpo_lam_follows_the_variance_and_survives_json(tied_model):
 
 def drift(policy: Policy, rollouts: Rollouts) -> list[float]:
     """Recorded minus true log-prob of every token."""
-    exact = dataclasses.replace(rollouts)
+    exact = copied(rollouts)
     score_rows(policy, exact)
     return (np.concatenate(rollouts.sampler_logprobs) - np.concatenate(exact.sampler_logprobs)).tolist()
 

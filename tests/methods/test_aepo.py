@@ -10,7 +10,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny import make_config, make_problems, make_rows
+from tiny import fill, make_config, make_problems, make_rows
 
 from nanolapo.config import UserError
 from nanolapo.data.order import batch_indices
@@ -29,16 +29,16 @@ def aepo(prompts: int = 4, group: int = 4, entropy: float | None = 0.3, **option
 
 def own(correct: list[bool], logprob: float = -0.4, group: int = 4) -> Rollouts:
     rollouts = make_rows([3] * len(correct), group, correct=correct)
-    rollouts.sampler_logprobs = [np.full(3, logprob, dtype=np.float32) for _ in correct]
+    fill(rollouts, sampler_logprobs=[np.full(3, logprob, dtype=np.float32) for _ in correct])
     return rollouts
 
 
 def extra_for(ids: list[int], correct: list[bool], group: int = 4) -> Rollouts:
     """Answers of length 9 + row at another temperature, to the problems with these numbers."""
     rollouts = make_rows([9 + b for b in range(len(correct))], group, seed=1, correct=correct)
-    rollouts.problems = [make_problems(20)[i] for i in ids]
-    rollouts.texts = [f"extra {b}" for b in range(len(correct))]
-    rollouts.unmatched_B[:] = True  # as the loop marks another temperature
+    fill(rollouts, problem=[make_problems(20)[i] for i in ids])
+    fill(rollouts, text=[f"extra {b}" for b in range(len(correct))])
+    fill(rollouts, unmatched=True)  # as the loop marks another temperature
     return rollouts
 
 
@@ -130,7 +130,7 @@ def test_nothing_to_put_in_is_plain_grpo():
         got = method.advantage(rollouts, rewards_of(method, rollouts))
         np.testing.assert_allclose(got.reshape(4, 4), [[1.5, -0.5, -0.5, -0.5]] * 4, rtol=1e-6)
     broken = extra_for([0], [True, False, False, False])
-    broken.broken_B[0] = True
+    broken.rows[0].broken = True
     method = aepo(replace=4)
     method.on_monitor(broken)
     method.edit_rollouts(own(correct))
@@ -140,10 +140,10 @@ def test_nothing_to_put_in_is_plain_grpo():
 def test_entropy_is_estimated_from_the_steps_own_samples():
     """-mean(logp) per token, before any row is replaced; broken rows do not count."""
     uneven = make_rows([2, 1, 1, 0], 4)
-    uneven.sampler_logprobs = [np.array(p) for p in ([-1.0, -2.0], [-6.0], [-99.0], [])]
-    uneven.broken_B[2] = True
+    fill(uneven, sampler_logprobs=[np.array(p) for p in ([-1.0, -2.0], [-6.0], [-99.0], [])])
+    uneven.rows[2].broken = True
     assert uneven.mean_entropy == 3.0
-    uneven.broken_B[:] = True
+    fill(uneven, broken=True)
     assert np.isnan(uneven.mean_entropy)
     method = aepo(entropy=None, replace=4)
     method.on_monitor(extra_for([0], [True, False, False, False]))

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny import make_config, make_rows
+from tiny import fill, make_config, make_rows
 
 from nanolapo.config import UserError
 from nanolapo.methods.base import Method
@@ -149,8 +149,8 @@ def test_dler_reward_of_cut_answers():
     assert code.cut_answers_count and not build(Dler, 9).cut_answers_count
     assert total(code, rollouts) == pytest.approx([1, 0, 0.1, 0])
     assert code.reward(rollouts)["correct"].tolist() == [1, 0, 1, 0]
-    rollouts.correct_B = np.array([False, False, True, True])
-    rollouts.finished_B[:] = False
+    fill(rollouts, correct=np.array([False, False, True, True]))
+    fill(rollouts, finished=False)
     assert keep(code, make_rows([9, 9], correct=[True, True], finished=[False, False])) == [False]  # 0.1 and 0.1
 
 
@@ -164,27 +164,17 @@ def test_dler_limits():
             build(DaDler, 256, **options)
 
 
-def regrade_like_the_loop(texts_right: set[int], calls: list[list[int]]):
-    """The loop's rule: a cut answer is wrong unless the method counts it; here, rows named in texts_right show a box."""
-
-    def regrade(rollouts: Rollouts, rows: list[int]) -> None:
-        calls.append(list(rows))
-        for row in rows:
-            rollouts.correct_B[row] = row in texts_right and bool(rollouts.finished_B[row])
-
-    return regrade
-
-
 def test_da_dler_halves_the_limit_where_half_is_solved():
     """Pass rates 2/4 (>= 0.5), 1/4 and 3/4; limits 50, 100, 50. Only answers above their limit are cut and regraded."""
     lengths = [20, 60, 50, 51, 20, 90, 100, 60, 40, 60, 70, 80]
     correct = [True, True, False, False, True, False, False, False, True, True, True, False]
     rollouts = make_rows(lengths, 4, correct=correct)
-    before, calls = [ids.copy() for ids in rollouts.response_ids], []
-    rollouts.regrade = regrade_like_the_loop({0, 1, 4, 8, 9, 10}, calls)
+    before = [ids.copy() for ids in rollouts.response_ids]
     method = build(DaDler, 100)
-    method.edit_rollouts(rollouts)
-    assert calls == [[1, 3, 9, 10, 11]]
+    edited = method.edit_rollouts(rollouts)
+    assert [row.text for row in edited] == [f"text {b}" for b in (1, 3, 9, 10, 11)]
+    for row in edited:  # the loop's rule: a cut answer is wrong unless the method counts it
+        row.correct = False
     assert rollouts.lengths_B.tolist() == [20, 50, 50, 50, 20, 90, 100, 60, 40, 50, 50, 50]
     assert [len(p) for p in rollouts.sampler_logprobs] == rollouts.lengths_B.tolist()
     assert rollouts.finished_B.tolist() == [True, False, True, False, *[True] * 5, False, False, False]
@@ -198,22 +188,21 @@ def test_da_dler_grades_what_is_left_of_an_answer():
     Row 1 shows its 7 before the cut: 0.1 of the code's variant; row 2's lies behind it: nothing."""
     method = build(DaDler, 8, cut_reward=0.1)
     rollouts = make_rows([1] * 4, 4, correct=[True] * 4)
-    rollouts.response_ids = [np.array(ids) for ids in ([1, 7], [1, 7, 1, 1, 1, 1], [1, 1, 1, 1, 7], [1, 1, 1, 7])]
-    rollouts.sampler_logprobs = [np.zeros(len(ids), dtype=np.float32) for ids in rollouts.response_ids]
+    fill(rollouts, response_ids=[np.array(ids) for ids in ([1, 7], [1, 7, 1, 1, 1, 1], [1, 1, 1, 1, 7], [1, 1, 1, 7])])
+    fill(rollouts, sampler_logprobs=[np.zeros(len(ids), dtype=np.float32) for ids in rollouts.response_ids])
     grader = SimpleNamespace(
         grade_all=lambda texts, golds: ["7" in text for text in texts], stop_if_untrustworthy=lambda: None
     )
     data = SimpleNamespace(decode=lambda ids: "".join(map(str, ids)))
-    session = SimpleNamespace(data=data, grader=grader, method=method, log=True, ranks=Ranks())
-    rollouts.regrade = lambda edited, rows: regrade(session, edited, rows)
-    method.edit_rollouts(rollouts)
-    assert rollouts.texts[1:3] == ["1711", "1111"]
+    session = SimpleNamespace(data=data, grader=grader, method=method, ranks=Ranks())
+    regrade(session, method.edit_rollouts(rollouts))
+    assert rollouts.texts[1:3] == ("1711", "1111")
     assert total(method, rollouts) == pytest.approx([1, 0.1, 0, 1])
 
 
 def test_da_dler_leaves_short_batches_alone():
     rollouts = make_rows([1, 50, 50, 100], correct=[True, False, False, False])
-    build(DaDler, 100).edit_rollouts(rollouts)  # regrade is None: a call would fail
+    assert build(DaDler, 100).edit_rollouts(rollouts) == []
     assert rollouts.lengths_B.tolist() == [1, 50, 50, 100] and rollouts.finished_B.all()
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from round_methods import make_base, make_run
 from safetensors.torch import load_file
-from tiny import make_config, make_problems, make_rows
+from tiny import fill, make_config, make_problems, make_rows
 
 from nanolapo.config import Config, UserError
 from nanolapo.config_file import load_config
@@ -28,7 +28,7 @@ from nanolapo.loop import train
 from nanolapo.methods import load_method
 from nanolapo.methods.dot import Dot, oversampling
 from nanolapo.ranks import Ranks
-from nanolapo.rollouts import Rollouts
+from nanolapo.rollouts import Rollout, Rollouts
 from nanolapo.sampling import regrade
 
 ROOT = Path(__file__).parents[2]
@@ -41,15 +41,11 @@ def build(group_size: int = 8, limit: int = 4096, prompts: int = 4, **options: o
     return method
 
 
-def without_box(rollouts: Rollouts) -> None:
-    """Grading as it mostly ends: what was cut has lost its box."""
-    rollouts.regrade = lambda edited, rows: edited.correct_B.__setitem__(rows, False)
-
-
 def edited(method: Dot, lengths: list[int], correct: list[bool]) -> Rollouts:
+    """As it mostly ends: what was cut has lost its box."""
     rollouts = make_rows(lengths, method.config.rollout.group_size, correct=correct)
-    without_box(rollouts)
-    method.edit_rollouts(rollouts)
+    for row in method.edit_rollouts(rollouts):
+        row.correct = False
     return rollouts
 
 
@@ -129,7 +125,7 @@ def test_only_groups_that_are_right_throughout_are_cut():
 def test_edges_equal_lengths_single_tokens_and_nothing_to_cut():
     for lengths in ([7] * 8, [1] * 8, [4096] * 8, [1, 2, 1, 2, 1, 2, 1, 2]):
         rollouts = make_rows(lengths, 8, correct=[True] * 8)
-        build().edit_rollouts(rollouts)  # regrade is None: a call would fail
+        assert build().edit_rollouts(rollouts) == []
         assert rollouts.lengths_B.tolist() == lengths and rollouts.finished_B.all()
 
 
@@ -139,15 +135,14 @@ def test_a_cut_answer_is_worth_what_is_left_of_it():
     method = build(group_size=4, min_cut=1)
     rollouts = make_rows([1] * 8, 4, correct=[True] * 8)
     early, late = [7] + [1] * 89, [1] * 89 + [7]
-    rollouts.response_ids = [np.array(ids) for ids in [[1] * 9 + [7]] * 3 + [early] + [[1] * 9 + [7]] * 3 + [late]]
-    rollouts.sampler_logprobs = [np.zeros(len(ids), dtype=np.float32) for ids in rollouts.response_ids]
+    fill(rollouts, response_ids=[np.array(ids) for ids in [[1] * 9 + [7]] * 3 + [early] + [[1] * 9 + [7]] * 3 + [late]])
+    fill(rollouts, sampler_logprobs=[np.zeros(len(ids), dtype=np.float32) for ids in rollouts.response_ids])
     grader = SimpleNamespace(
         grade_all=lambda texts, golds: ["7" in text for text in texts], stop_if_untrustworthy=lambda: None
     )
     data = SimpleNamespace(decode=lambda ids: "".join(map(str, ids)))
-    session = SimpleNamespace(data=data, grader=grader, method=method, log=True, ranks=Ranks())
-    rollouts.regrade = lambda edited, rows: regrade(session, edited, rows)
-    method.edit_rollouts(rollouts)
+    session = SimpleNamespace(data=data, grader=grader, method=method, ranks=Ranks())
+    regrade(session, method.edit_rollouts(rollouts))
     assert rollouts.lengths_B.tolist() == [10, 10, 10, 70] * 2 and rollouts.texts[3] == "7" + "1" * 69
     rewards_PG = rollouts.by_group(sum(method.reward(rollouts).values()))
     assert rewards_PG.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
@@ -234,15 +229,15 @@ class Fortunate(Dot):
     """A random model is never right: every third problem is called solved throughout, and has one long answer; of the next
     one some answers are right, of the last none. What is cut goes to the real grader, which finds it wrong."""
 
-    def edit_rollouts(self, rollouts: Rollouts) -> None:
-        for row in range(len(rollouts)):
-            kind, place = int(rollouts.problems[row // 4].id[-2:], 16) % 3, row % 4
-            rollouts.correct_B[row] = kind == 0 or (kind == 1 and place < 2)
+    def edit_rollouts(self, rollouts: Rollouts) -> list[Rollout]:
+        for b, row in enumerate(rollouts.rows):
+            kind, place = int(row.problem.id[-2:], 16) % 3, b % 4
+            row.correct = kind == 0 or (kind == 1 and place < 2)
             if place:
-                rollouts.response_ids[row] = rollouts.response_ids[row][: 1 + int(rollouts.response_ids[row][0]) % 2]
-                rollouts.sampler_logprobs[row] = rollouts.sampler_logprobs[row][: len(rollouts.response_ids[row])]
-                rollouts.finished_B[row] = True
-        super().edit_rollouts(rollouts)
+                row.response_ids = row.response_ids[: 1 + int(row.response_ids[0]) % 2]
+                row.sampler_logprobs = row.sampler_logprobs[: len(row.response_ids)]
+                row.finished = True
+        return super().edit_rollouts(rollouts)
 
 
 def dot_run(base: Path, folder: Path, steps: int) -> Config:

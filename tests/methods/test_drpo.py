@@ -119,8 +119,8 @@ def test_edge_groups():
 def test_broken_and_empty_rows_do_not_spoil_their_group():
     method = Drpo(config(rollout={"group_size": 4, "prompts_per_step": 1}))
     rollouts = make_rows([5, 0, 7, 3], 4, correct=[True, False, False, False])
-    rollouts.sampler_logprobs[2] = np.full(7, np.nan, dtype=np.float32)
-    rollouts.broken_B[2] = True
+    rollouts.rows[2].sampler_logprobs = np.full(7, np.nan, dtype=np.float32)
+    rollouts.rows[2].broken = True
     got = method.advantage(rollouts, torch.zeros(1, 4))
     assert torch.isfinite(got).all() and got[0] == 4
 

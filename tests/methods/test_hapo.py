@@ -75,7 +75,7 @@ def test_mean_mode_weighs_by_count():
 def test_cut_and_broken_answers_never_enter_the_history():
     method = make()
     rollouts = make_rows([50, 20, 30, 40], group_size=4, correct=[True] * 4, finished=[True, False, True, True])
-    rollouts.broken_B[2] = True
+    rollouts.rows[2].broken = True
     method.after_step(rollouts)
     assert method.history["demo:0"] == (40.0, 2)
 

@@ -10,7 +10,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny import make_config, make_problems, make_rows
+from tiny import fill, make_config, make_problems, make_rows
 
 from nanolapo.config import UserError
 from nanolapo.methods.hbpo import Hbpo, budget_reward, hierarchical_reward, intra_advantages
@@ -26,7 +26,7 @@ def make(limit: int = 4096, group_size: int = 4, multiple: int = 1, **options: o
 
 def group(lengths: list[int], correct: list[bool], budgets: list[float], size: int = 0) -> Rollouts:
     rollouts = make_rows(lengths, group_size=size or len(lengths), correct=correct, budgets=budgets)
-    rollouts.texts = [GOOD] * len(lengths)
+    fill(rollouts, text=[GOOD] * len(lengths))
     return rollouts
 
 
@@ -83,7 +83,7 @@ def test_smaller_budgets_pay_more_and_overrunning_pays_less():
 def test_malformed_answers_get_minus_one_and_parts_add_up():
     method = make()
     rollouts = group([100, 100, 100, 100], [True, True, False, False], [512.0] * 4)
-    rollouts.texts[1], rollouts.texts[3] = r"\boxed{1}", "x </think> 1"
+    rollouts.rows[1].text, rollouts.rows[3].text = r"\boxed{1}", "x </think> 1"
     parts = method.reward(rollouts)
     np.testing.assert_allclose(sum(parts.values()), [4 * math.cos(math.pi / 16), -1, 0, -1])
     assert parts["correct"].tolist() == [1, 1, 0, 0] and parts["format"].tolist() == [0, -2, 0, -1]

@@ -6,7 +6,7 @@ Run: python -m pytest tests/methods/test_kimi.py
 from __future__ import annotations
 
 import numpy as np
-from tiny import make_config, make_rows
+from tiny import fill, make_config, make_rows
 
 from nanolapo.methods.kimi import KimiLength, kimi_length_reward
 
@@ -38,7 +38,7 @@ def test_weight_malformed_answers_and_order():
     """A malformed answer has no term of its own, but its 10 tokens are the minimum that the others are measured by."""
     method = make(warmup_fraction=0.0)
     rollouts = make_rows([10, 20, 30, 50], group_size=4, correct=[True, True, True, False])
-    rollouts.texts = [r"\boxed{1}", GOOD, GOOD, GOOD]
+    fill(rollouts, text=[r"\boxed{1}", GOOD, GOOD, GOOD])
     parts = method.reward(rollouts)
     np.testing.assert_allclose(parts["length"], [0, 0.4 * 0.25, 0, 0.4 * -0.5], atol=1e-12)
     total = sum(parts.values())
@@ -47,7 +47,7 @@ def test_weight_malformed_answers_and_order():
 
 def test_warm_up_is_a_share_of_the_run():
     rollouts = make_rows([10, 20], correct=[True, True])
-    rollouts.texts = [GOOD] * 2
+    fill(rollouts, text=[GOOD] * 2)
     method = make(steps=100)
     for step, want in [(0, [1, 1]), (9, [1, 1]), (10, [1.2, 0.8]), (99, [1.2, 0.8])]:
         method.progress = step / 100
@@ -57,6 +57,6 @@ def test_warm_up_is_a_share_of_the_run():
 def test_groups_are_separate_and_right_beats_wrong():
     method = make(warmup_fraction=0.0)
     rollouts = make_rows([10, 30, 1000, 3000], correct=[True, False, False, True])
-    rollouts.texts = [GOOD] * 4
+    fill(rollouts, text=[GOOD] * 4)
     np.testing.assert_allclose(sum(method.reward(rollouts).values()), [1.2, -0.2, 0.0, 0.8])
     assert method.state_dict() == {}

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import make_config, make_problems, make_rows
+from tiny import fill, make_config, make_problems, make_rows
 
 from nanolapo.config import UserError
 from nanolapo.methods.l1 import L1Exact, exact_reward
@@ -91,7 +91,7 @@ def test_max_trains_on_both_kinds_of_prompt_and_rewards_each_by_its_own_equation
         lengths, correct = [700] * 400, [True, False] * 200
         rollouts = make_rows(lengths, group_size=2, correct=correct)
         given = [method.guidance(p, g, 5) for p in rollouts.problems for g in range(2)]
-        rollouts.budgets_B = np.array([g.budget for g in given], dtype=np.float64)
+        fill(rollouts, budget=np.array([g.budget for g in given], dtype=np.float64))
         reward = sum(method.reward(rollouts).values())
         num_max = 0
         for guidance, is_right, got in zip(given, correct, reward, strict=True):

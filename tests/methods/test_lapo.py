@@ -10,7 +10,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny import make_config, make_problems, make_rows
+from tiny import fill, make_config, make_problems, make_rows
 
 from nanolapo.advantages import group_advantages
 from nanolapo.config import UserError
@@ -207,7 +207,7 @@ def test_E4_two_prompts_in_one_call_have_two_ranges():
     method.after_step(rollouts)
     assert [method.length_map.target(f"demo:{i}") for i in range(2)] == [200, 3050]
     stage2 = internalization({"demo:0": 100.0, "demo:1": 3000.0})
-    rollouts.budgets_B = np.array([100.0, 100.0, 3000.0, 3000.0])
+    fill(rollouts, budget=np.array([100.0, 100.0, 3000.0, 3000.0]))
     one = 0.8 * np.exp(-(np.array([0, 200, 0, 100]) ** 2) / (2 * 120**2))
     np.testing.assert_allclose(stage2.reward(rollouts)["length"], one)
 
@@ -217,7 +217,7 @@ def test_E6_cut_answers_never_enter_the_map(make):
     """An answer that was cut, or whose samples are broken, is no evidence of a length that suffices, even if right."""
     method = make()
     rollouts = group([500, 4096, 700, 900], [True] * 4, finished=[True, False, True, True])
-    rollouts.broken_B[3] = True
+    rollouts.rows[3].broken = True
     method.after_step(rollouts)
     assert method.length_map.target("demo:0") == 600
 
@@ -237,8 +237,8 @@ def test_E8_length_is_the_number_of_sampled_ids():
     assert rollouts.lengths_B.tolist() == WORKED
     method, stage2 = discovery(), internalization({"demo:0": 1300.0})
     before = method.reward(rollouts)["length"], stage2.reward(rollouts)["length"]
-    rollouts.prompt_ids = [np.arange(1, 500) for _ in WORKED]
-    rollouts.texts = ["a very long text " * 50 for _ in WORKED]
+    fill(rollouts, prompt_ids=[np.arange(1, 500) for _ in WORKED])
+    fill(rollouts, text=["a very long text " * 50 for _ in WORKED])
     after = method.reward(rollouts)["length"], stage2.reward(rollouts)["length"]
     np.testing.assert_array_equal(before, after)
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tiny import make_config, make_problems, make_rows
+from tiny import fill, make_config, make_problems, make_rows
 
 from nanolapo.config import UserError
 from nanolapo.data.prompts import Guidance
@@ -109,11 +109,11 @@ def test_grader_rule_and_cut_answers(monkeypatch):
     for fidelity in READINGS:
         chosen = method(Discovery, fidelity)
         rollouts = make_rows([9] * 4, finished=[True, True, True, False])
-        rollouts.texts = texts
-        rollouts.problems = [dataclasses.replace(p, answer="1/2") for p in rollouts.problems]
+        fill(rollouts, text=texts)
+        fill(rollouts, problem=[dataclasses.replace(p, answer="1/2") for p in rollouts.problems])
         with Grader(rule=chosen.grader_rule) as grader:
             right = grader.grade_all(texts, ["1/2"] * 4)
-            mark(SimpleNamespace(grader=grader, method=chosen), rollouts, range(4), right)  # type: ignore[arg-type]
+            mark(SimpleNamespace(grader=grader, method=chosen), rollouts.rows, right)  # type: ignore[arg-type]
         verdicts[fidelity] = rollouts.correct_B.tolist()
     assert verdicts == {
         "recommended": [True, True, True, False],

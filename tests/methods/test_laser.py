@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import make_config, make_problems, make_rows
+from tiny import fill, make_config, make_problems, make_rows
 
 from nanolapo.methods.base import MonitorPlan
 from nanolapo.methods.laser import Laser
@@ -29,7 +29,7 @@ def make(kind: type[Laser], limit: int = 16384, group_size: int = 4, prompts: in
 
 def group(lengths: list[int], correct: list[bool], texts: list[str] | None = None, size: int = 0) -> Rollouts:
     rollouts = make_rows(lengths, group_size=size or len(lengths), correct=correct)
-    rollouts.texts = texts or [GOOD] * len(lengths)
+    fill(rollouts, text=texts or [GOOD] * len(lengths))
     return rollouts
 
 
@@ -176,15 +176,15 @@ def test_state_survives_json_and_gives_the_same_rewards():
 def test_DE_forgives_long_wrong_answers_that_are_well_formed_and_not_repetitive():
     def rows(count: int) -> Rollouts:
         rollouts = group([20] * count, [False] * count)
-        rollouts.response_ids = [np.arange(20) for _ in range(count)]  # no n-gram comes back
+        fill(rollouts, response_ids=[np.arange(20) for _ in range(count)])  # no n-gram comes back
         return rollouts
 
     rollouts = rows(6)
-    rollouts.response_ids[1] = np.arange(10)  # not longer than the target
-    rollouts.response_ids[2] = np.tile([1, 2, 3, 4], 5)  # repetitive
-    rollouts.texts[3] = NO_BOX
-    rollouts.correct_B[4] = True  # right, but too long
-    rollouts.correct_B[5], rollouts.response_ids[5] = True, np.arange(5)
+    rollouts.rows[1].response_ids = np.arange(10)  # not longer than the target
+    rollouts.rows[2].response_ids = np.tile([1, 2, 3, 4], 5)  # repetitive
+    rollouts.rows[3].text = NO_BOX
+    rollouts.rows[4].correct = True  # right, but too long
+    rollouts.rows[5].correct, rollouts.rows[5].response_ids = True, np.arange(5)
     method = make(LaserDE, group_size=6)
     method.adaptive = dict.fromkeys(method.adaptive, 10)
     assert sum(method.reward(rollouts).values()).tolist() == [0, -0.5, -0.5, -1, 1, 1.5]

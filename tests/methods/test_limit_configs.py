@@ -37,7 +37,8 @@ def method_of(name: str) -> Method:
     )
     method = load_method(config)
     if name.startswith("sas"):
-        method.texts = {token: " word" if token % 5 else " end.\n\n" for token in range(64)}  # in place of a tokenizer
+        # in place of a tokenizer
+        method.texts = {token: " word" if token % 5 else " end.\n\n" for token in range(64)}
     else:
         method.start(make_problems(8))
     return method
@@ -65,9 +66,9 @@ def test_hard_batches_are_finite_and_state_resumes(name, case):
             methods[1].load_state_dict(json.loads(json.dumps(methods[0].state_dict())))
         for method in methods[: visit + 1]:
             rollouts = make_rows(lengths, group_size, correct=correct, finished=finished)
-            rollouts.regrade = lambda r, rows: r.correct_B.__setitem__(rows, False)
             method.sampling(visit)
-            method.edit_rollouts(rollouts)
+            for row in method.edit_rollouts(rollouts):
+                row.correct = False
             parts = method.reward(rollouts)
             rewards_PG = rollouts.by_group(sum(parts.values()))
             assert np.isfinite(rewards_PG).all() and set(np.unique(parts["correct"])) <= {0.0, 1.0}

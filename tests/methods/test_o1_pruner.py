@@ -83,7 +83,7 @@ def test_the_reward_is_the_advantage_without_a_group_mean():
     np.testing.assert_allclose(advantages, [1, 1, -1, -1])
     plain = make(standardize=False).advantage(rollouts, rewards)
     np.testing.assert_allclose(plain, [2, 2, -1.5, -1.5])
-    rollouts.broken_B[3] = True  # 2, 2, -1.5 count: mean 5/6, std sqrt(49/18)
+    rollouts.rows[3].broken = True  # 2, 2, -1.5 count: mean 5/6, std sqrt(49/18)
     counted = method.advantage(rollouts, rewards)[:3]
     np.testing.assert_allclose(counted, np.array([7 / 6, 7 / 6, -7 / 3]) / math.sqrt(49 / 18))
 

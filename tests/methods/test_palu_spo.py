@@ -11,7 +11,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny import make_config, make_problems, make_rows
+from tiny import fill, make_config, make_problems, make_rows
 
 from nanolapo.config import UserError
 from nanolapo.methods.palu import Palu, next_budget
@@ -71,7 +71,7 @@ def test_palu_problem_that_comes_twice_in_a_step_moves_once():
     """Fewer problems than prompts: both groups start from the budget before the step; the later one's word counts."""
     method = palu()
     twice = make_rows([300, 400, 600, 900, 100, 200, 300, 400], 4, correct=[True] * 8)
-    twice.problems = [twice.problems[0]] * 2
+    fill(twice, problem=[twice.problems[0]] * 2)
     method.after_step(twice)
     assert method.budgets == {"demo:0": 1000 - (400 - 250)}
 
@@ -151,7 +151,7 @@ def test_spo_equal_or_single_answers_have_no_advantage():
 def test_spo_broken_rows_are_not_counted():
     method = spo(prompts=2, group=1)
     rollouts = make_rows([5, 5], 1, correct=[True, True])
-    rollouts.broken_B[1] = True
+    rollouts.rows[1].broken = True
     assert method.after_step(rollouts)["spo/visited_fraction"] == pytest.approx(1 / 6)
     assert set(method.counts) == {"demo:0"}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import make_problems, make_rows
+from tiny import fill, make_problems, make_rows
 
 from nanolapo.config_file import load_config
 from nanolapo.methods import load_method
@@ -48,8 +48,8 @@ def batch(method: Method, step: int, cases: list[str]) -> Rollouts:
     finished = [n < 256 for n in lengths]
     rollouts = make_rows(lengths, group_size=8, seed=step, correct=correct, finished=finished)
     guidances = [method.guidance(p, g, step) for p in rollouts.problems for g in range(8)]
-    rollouts.budgets_B = np.array([np.nan if g.budget is None else g.budget for g in guidances])
-    rollouts.texts = [TEXTS[0] if right else TEXTS[b % 4] for b, right in enumerate(correct)]
+    fill(rollouts, budget=np.array([np.nan if g.budget is None else g.budget for g in guidances]))
+    fill(rollouts, text=[TEXTS[0] if right else TEXTS[b % 4] for b, right in enumerate(correct)])
     return rollouts
 
 
@@ -105,7 +105,7 @@ def test_rewards_of_a_group_do_not_depend_on_its_neighbours(name: str):
         method.on_monitor(batch(method, 0, ["one right", "all right", "none right"]))
     together = batch(method, 10, ["one right", "all right", "none right"])
     alone = batch(method, 10, ["one right"])
-    alone.response_ids = together.response_ids[:8]
+    fill(alone, response_ids=together.response_ids[:8])
     got, want = (sum(method.reward(rollouts).values()) for rollouts in (together, alone))
     np.testing.assert_array_equal(got[:8], want)
 
@@ -115,8 +115,8 @@ def test_right_answers_outscore_wrong_ones_of_the_same_length(name: str):
     method = make(name)
     method.sampling(39)
     rollouts = make_rows([40] * 8, group_size=8, correct=[True] * 4 + [False] * 4)
-    rollouts.budgets_B[:] = [g.budget or np.nan for g in [method.guidance(rollouts.problems[0], 0, 39)]] * 8
-    rollouts.texts = [TEXTS[0]] * 8
+    fill(rollouts, budget=[g.budget or np.nan for g in [method.guidance(rollouts.problems[0], 0, 39)]] * 8)
+    fill(rollouts, text=[TEXTS[0]] * 8)
     reward = sum(method.reward(rollouts).values())
     if name == "l1-max":  # beyond its limit a right answer has nothing left, and its wrong ones have nothing either
         assert reward[:4].min() >= reward[4:].max()

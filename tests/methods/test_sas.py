@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import make_config, make_rows
+from tiny import fill, make_config, make_rows
 
 from nanolapo.demo.pretrain import make_tokenizer
 from nanolapo.methods.sas import Sas, kept_steps, split_steps
@@ -72,9 +72,9 @@ def sas(**options: object) -> tuple[Sas, dict[int, str]]:
 def worked_example(method: Sas) -> torch.Tensor:
     """Two answers over all PIECES, right and wrong: confidences -1 (tokens 0-2), -3 (3-4), -2 (5-6)."""
     rollouts = make_rows([10, 10], correct=[True, False])
-    rollouts.response_ids = [np.arange(1, 11)] * 2
+    fill(rollouts, response_ids=[np.arange(1, 11)] * 2)
     confidences = np.array([-1.5, -1.0, -0.5, -2.0, -4.0, -2.0, -2.0, -9, -9, -9], dtype=np.float32)
-    rollouts.sampler_logprobs = [confidences] * 2
+    fill(rollouts, sampler_logprobs=[confidences] * 2)
     return method.advantage(rollouts, torch.tensor([[1.0, 0.0]], dtype=torch.float64))
 
 
@@ -93,12 +93,15 @@ def test_advantage_per_token():
 def test_rows_of_different_length_and_without_signal():
     method = sas()[0]
     rollouts = make_rows([1, 6, 3, 4], correct=[True, False, True, True])
-    rollouts.response_ids = [np.array([1]), np.array([1, 2, 3, 4, 5, 6]), np.array([1, 2, 3]), np.array([8, 9, 1, 2])]
+    fill(
+        rollouts,
+        response_ids=[np.array([1]), np.array([1, 2, 3, 4, 5, 6]), np.array([1, 2, 3]), np.array([8, 9, 1, 2])],
+    )
     got = method.advantage(rollouts, torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
     assert got.shape == (4, 6) and torch.isfinite(got).all()
     assert got[0, 0] == 0 and (got[2:] == 0).all()  # a right answer of one step loses it
-    rollouts.broken_B[1], rollouts.response_ids[1][0] = True, -1  # an id that no tokenizer can decode
-    rollouts.sampler_logprobs[1] = np.full(6, np.nan, dtype=np.float32)
+    rollouts.rows[1].broken, rollouts.response_ids[1][0] = True, -1  # an id that no tokenizer can decode
+    rollouts.rows[1].sampler_logprobs = np.full(6, np.nan, dtype=np.float32)
     assert torch.isfinite(method.advantage(rollouts, torch.tensor([[1.0, 0.0], [1.0, 1.0]]))).all()
 
 

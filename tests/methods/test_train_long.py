@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tiny import make_config, make_problems, make_rows
+from tiny import fill, make_config, make_problems, make_rows
 
 from nanolapo.methods.train_long import TrainLongThinkShort, format_score, triangle
 
@@ -65,7 +65,7 @@ def test_reward_is_the_weighted_sum_also_for_wrong_answers():
     method = make()
     rollouts = make_rows([100, 50, 100, 300], correct=[True, True, False, False], budgets=[100.0] * 4)
     good, bad = r"x </think> \boxed{1}", "x"
-    rollouts.texts = [good, good, good, bad]
+    fill(rollouts, text=[good, good, good, bad])
     parts = method.reward(rollouts)
     np.testing.assert_allclose(sum(parts.values()), [0.6 + 0.3 + 0.1, 0.6 + 0.15 + 0.1, 0.3 + 0.1, 0.0])
     assert parts["correct"].tolist() == [1, 1, 0, 0]
@@ -77,7 +77,7 @@ def test_default_weights_keep_right_above_wrong():
     method = make()
     lengths = [1, 50, 100, 150, 200, 4000] * 2
     rollouts = make_rows(lengths, group_size=12, correct=[True] * 6 + [False] * 6, budgets=[100.0] * 12)
-    rollouts.texts = ["x"] * 6 + [r"x </think> \boxed{1}"] * 6  # format on the side of the wrong ones
+    fill(rollouts, text=["x"] * 6 + [r"x </think> \boxed{1}"] * 6)  # format on the side of the wrong ones
     reward = sum(method.reward(rollouts).values())
     assert reward[:6].min() > reward[6:].max()
 
@@ -115,7 +115,7 @@ def test_answer_tags_count_where_the_prompt_names_them():
     tagged = make(prompt={"template": "Use <think> and <answer>. User: {question} Assistant:"})
     assert tagged.answer_tags and not make().answer_tags
     rollouts = make_rows([5, 5], budgets=[5.0, 5.0])
-    rollouts.texts = ["a </think> <answer>7</answer>", r"a </think> \boxed{7}"]
+    fill(rollouts, text=["a </think> <answer>7</answer>", r"a </think> \boxed{7}"])
     np.testing.assert_allclose(tagged.reward(rollouts)["format"], [0.1, 0.05])
 
 

@@ -6,14 +6,12 @@ Run: python -m pytest tests/model/test_packing.py
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
 from test_policy import packed_tokens, plain_logprobs, scored
 from test_update import ADVANTAGES, LENGTHS, assert_close, gradients, slow_gradients
-from tiny import CPU, VOCAB, make_config, make_rows, score_rows, tiny_llama, update
+from tiny import CPU, VOCAB, fill, make_config, make_rows, score_rows, tiny_llama, update
 from transformers import (
     AutoModelForCausalLM,
     Lfm2Config,
@@ -35,8 +33,9 @@ from nanolapo.ranks import Ranks
 def test_a_prompt_shared_by_neighbours_is_computed_once(tied_model):
     """Equal prompts in other rows' company, prompts that differ within a group, a prompt that comes back later."""
     rollouts = make_rows(LENGTHS, group_size=4)
-    rollouts.prompt_ids[1] = np.append(rollouts.prompt_ids[1], 7)  # as if this row carried another budget
-    rollouts.prompt_ids[4:] = [rollouts.prompt_ids[3][::-1].copy()] * 4  # another prompt of the same length
+    rollouts.rows[1].prompt_ids = np.append(rollouts.prompt_ids[1], 7)  # as if this row carried another budget
+    for row in rollouts.rows[4:]:
+        row.prompt_ids = rollouts.prompt_ids[3][::-1].copy()  # another prompt of the same length
     config = make_config(tied_model, train={"grad_clip": 1e9})
     want = slow_gradients(tied_model, rollouts, ADVANTAGES, "token_mean", list(range(8)))
     assert_close(gradients(Policy(config, CPU), rollouts, ADVANTAGES), want)
@@ -156,7 +155,7 @@ def test_the_bf16_copy_follows_the_masters(tied_model, tmp_path):
 
 
 def test_broken_rows_and_empty_answers_take_no_place():
-    rollouts = dataclasses.replace(make_rows([3, 2, 0, 4]), broken_B=np.array([False, True, False, False]))
+    rollouts = fill(make_rows([3, 2, 0, 4]), broken=[False, True, False, False])
     micro = make_microbatch(rollouts, range(4), CPU)
     prompts = len(rollouts.prompt_ids[0]) + len(rollouts.prompt_ids[2])
     assert len(micro.ids_S) == prompts + 3 + 4 and micro.lengths_B.tolist() == [3, 0, 0, 4]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from plan_helpers import BASE, ROOT, on, planning_config
-from tiny import make_rows, tiny_qwen, update
+from tiny import fill, make_rows, tiny_qwen, update
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -122,7 +122,7 @@ def test_a_real_update_takes_the_planned_flops(
     answer, prompt, share = 7, 5, 0.5
     rows = make_rows([answer] * 4)
     prompts = [np.full(prompt, group + 1) for group in range(2)]
-    rows.prompt_ids = [prompts[row // 2] for row in range(4)]
+    fill(rows, prompt_ids=[prompts[row // 2] for row in range(4)])
     policy = Policy(config, torch.device("cpu"))
     with Counter() as counted:
         update(policy, rows, [1.0, -1.0, 1.0, -1.0])
@@ -138,7 +138,7 @@ def test_prompts_are_shared_as_the_rows_are_dealt(tied_model: Path) -> None:
     lengths = np.random.default_rng(0).integers(50, 150, 512)
     rows = make_rows(lengths.tolist(), group_size=8)
     prompts = [np.full(5, group) for group in range(64)]
-    rows.prompt_ids = [prompts[row // 8] for row in range(512)]
+    fill(rows, prompt_ids=[prompts[row // 8] for row in range(512)])
     config = planning_config(tied_model, rollout={"group_size": 8})
     for ranks in (1, 2, 4, 8):
         dealt = plan_microbatches(rows, range(512), ranks, token_budget=10**9)

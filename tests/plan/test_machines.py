@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from plan_helpers import planning_config
-from tiny import make_config, make_rows, tiny_llama
+from tiny import fill, make_config, make_rows, tiny_llama
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.flop_counter import FlopCounterMode
@@ -94,7 +94,7 @@ def saved_bytes(folder: Path, dtype: str, group: int, checkpointing: bool = Fals
     policy = Policy(planning_config(folder, model=model), torch.device("cpu"))
     rollouts = make_rows([ANSWER] * 3 * group, group)
     prompts = [np.full(PROMPT, g + 1) for g in range(3)]
-    rollouts.prompt_ids = [prompts[row // group] for row in range(3 * group)]
+    fill(rollouts, prompt_ids=[prompts[row // group] for row in range(3 * group)])
     weights = {p.untyped_storage().data_ptr() for m in (policy.model, policy.scorer) for p in m.parameters()}
     kept: dict[int, torch.Tensor] = {}
 

@@ -225,11 +225,12 @@ def test_A8_the_sampled_tokens_logprob_not_the_likeliest(tied: tuple[VLLMSampler
 def test_A8_A21_unusable_rows_come_back_and_are_marked(tied: tuple[VLLMSampler, PreTrainedModel]) -> None:
     """NaN weights, and ids the tokenizer does not know (here: 100 and more): no exception, the caller drops the row."""
     sampler, model = tied
-    requests, problem = make_requests(8), Problem("demo:0", "q", "1", None, "demo")
+    problem = Problem("demo:0", "q", "1", None, "demo")
+    requests = [dataclasses.replace(request, problem=problem) for request in make_requests(8)]
 
     def broken(vocab_size: int) -> tuple[list[Sample], np.ndarray]:
         samples = sampler.generate(requests, Decoding())
-        return samples, make_rollouts([problem], 8, requests, [None] * 8, samples, vocab_size).broken_B
+        return samples, make_rollouts(requests, samples, 8, vocab_size).broken_B
 
     samples, marks = broken(VOCAB)
     assert not marks.any()
