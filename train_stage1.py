@@ -14,15 +14,17 @@ from nanolapo import cli
 
 def main() -> None:
     config, action = cli.parse(__doc__, can_explain=True)
-    # Imported here, so that --help and a mistake in the config do not wait for torch
-    from nanolapo.explain.explain import explain
-    from nanolapo.loop import train
-    from nanolapo.methods import load_method
+    from nanolapo.methods import load_method  # not above: --help and a mistake in the config do not wait for torch
     from nanolapo.methods.lapo import Discovery
-    from nanolapo.plan.dry_run import dry_run
 
     method = load_method(config, default=Discovery)  # method.name picks another one
-    {"run": train, "dry-run": dry_run, "explain": explain}[action](method.config, method)
+    if action == "dry-run":
+        from nanolapo.plan.dry_run import dry_run as act
+    elif action == "explain":
+        from nanolapo.explain.explain import explain as act
+    else:
+        from nanolapo.loop import train as act
+    act(method.config, method)
 
 
 if __name__ == "__main__":

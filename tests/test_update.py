@@ -168,7 +168,7 @@ def test_advantages_per_token(tied_model):
 def test_rank_imbalance_is_the_fullest_rank_over_the_mean():
     """Prompts count; of every optimizer batch the fullest rank; ranks without a row pull the mean down."""
     rollouts = make_rows([10, 20, 5, 5])
-    rollouts.prompt_ids = [ids[:2] for ids in rollouts.prompt_ids]  # 12, 22, 7 and 7 tokens
+    fill(rollouts, prompt_ids=[ids[:2] for ids in rollouts.prompt_ids])  # 12, 22, 7 and 7 tokens
     one, two = ([[[0]], [[1]]], [[[2], [3]], [[]]])  # fullest 22 of 34, then 14 of 14
     batches = [OptimizerBatch(BatchTotals(40, 4, 64), plan, plan[0], True) for plan in (one, two)]
     assert rank_imbalance(batches, rollouts) == pytest.approx((22 + 14) / (34 / 2 + 14 / 2))

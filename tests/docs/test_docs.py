@@ -371,13 +371,6 @@ def test_make_targets_exist(page):
 # -------------------------------------------------------------------------------------------------- the files themselves
 
 
-def test_the_readme_names_every_folder():
-    plan = sections(ROOT / "README.md")["The plan of the house"]
-    named = set(re.findall(r"^      (\w+)/ ", plan, re.MULTILINE))
-    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-    assert len(folders) > 8 and not folders - named, "folders missing from the README's plan"
-
-
 def test_the_walkthrough_shows_how_the_two_scripts_differ():
     """The real output of diff, and short enough for a screen."""
     page = (ROOT / "docs/WALKTHROUGH.md").read_text(encoding="utf-8")

@@ -91,6 +91,6 @@ def test_nothing_that_trains_imports_a_wing(name: str) -> None:
 def test_every_folder_is_in_the_plan() -> None:
     """README's plan names every folder of the package, so that `ls` shows nothing that the reader was not told of."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
     assert folders >= WINGS
     assert [name for name in sorted(folders) if f"{name}/" not in readme] == []

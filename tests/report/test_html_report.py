@@ -147,7 +147,8 @@ def test_logs_of_the_product_itself_are_read_whole(tmp_path):
     config = make_config(run={"dir": str(tmp_path), "name": "r", "log_rollouts": 3})
     rollouts = make_rows([3, 9, 5, 7], correct=[True, False, False, False], budgets=[math.nan, 5, 5, 5])
     log = RunLog(config, 0, None)
-    log.rollouts(0, rollouts, {"correct": rollouts.correct_B.astype(float), "length": np.array([0.5, 0, 0, np.nan])})
+    rollouts.set_rewards({"correct": rollouts.correct_B.astype(float), "length": np.array([0.5, 0, 0, np.nan])})
+    log.rollouts(0, rollouts)
     found = report(tmp_path / "r")
     assert [(r["length"], r["budget"], r["correct"], r["text"]) for r in found.rollouts()] == [
         (3, None, True, "text 0"), (9, 5.0, False, "text 1"), (5, 5.0, False, "text 2"),

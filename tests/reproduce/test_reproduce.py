@@ -98,6 +98,7 @@ def results(folder: Path) -> list[dict]:
     return list(json.loads((folder / "results.json").read_text())["rows"])
 
 
+@pytest.mark.slow
 def test_a_real_reproduction(done: Path) -> None:
     rows = {row["model"]: row for row in json.loads((done / "tables.json").read_text())["tables"][0]["rows"]}
     measured = {row["model"]: row for row in results(done / "seed0/main") if not row["guidance"]}
@@ -110,17 +111,20 @@ def test_a_real_reproduction(done: Path) -> None:
     assert exported == ["base", "D step 1", "D step 2"]
 
 
+@pytest.mark.slow
 def test_evaluations_share_their_samples(done: Path) -> None:
     """The base is in both evaluations and is sampled once."""
     base = [path.name for path in (done / "seed0/samples").glob("base--*")]
     assert len(base) == 1 and len((done / "seed0/samples" / base[0]).read_text().splitlines()) == 16
 
 
+@pytest.mark.slow
 def test_a_second_run_has_nothing_left_to_do(recipe: Path, done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_recipe(recipe / "reproduce.yaml", done)
     assert "4 of 4 steps are done already" in (out := capsys.readouterr().out) and "[" not in out, "a step ran again"
 
 
+@pytest.mark.slow
 def test_tables_are_made_from_the_files_alone(recipe: Path, done: Path) -> None:
     """Another number in a results.json is another number in the table."""
     path = done / "seed0/main/results.json"
