@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from nanolapo.config import UserError
 from nanolapo.data.problems import Problem
 from nanolapo.samplers.sampler import Request, Sample
 
@@ -112,7 +113,13 @@ class Rollouts:
         return self.by_group(sum(self.reward_parts.values(), np.zeros(len(self))))
 
     def set_rewards(self, parts: Mapping[str, np.ndarray]) -> None:
-        """Write the parts of the reward, [B] each, to the rows."""
+        """Write the parts of the reward, [B] each, to the rows. Raises UserError for a part that cannot be a reward."""
+        for name, values_B in parts.items():
+            if np.shape(values_B) != (len(self),) or not np.isfinite(values_B).all():
+                raise UserError(
+                    f"reward part {name!r}: the method must give {len(self)} finite numbers, one a rollout; it gave shape "
+                    f"{np.shape(values_B)}, {int((~np.isfinite(values_B)).sum())} of them not finite"
+                )
         for b, row in enumerate(self.rows):
             row.reward = {name: float(values_B[b]) for name, values_B in parts.items()}
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tiny import VOCAB, fill, make_config, make_problems, make_rows
 
+from nanolapo.config import UserError
 from nanolapo.data.order import batch_indices
 from nanolapo.grader import Grader
 from nanolapo.methods.base import Method
@@ -131,3 +132,11 @@ def test_D3_data_order_and_seeds_are_a_function_of_the_step():
         assert sorted(sum(parts, [])) == sorted(whole[7])
     epoch = [index for number in range(5) for index, _ in whole[number]]
     assert sorted(epoch) == sorted(list(range(10)) * 2)  # two whole epochs in five steps of four
+
+
+@pytest.mark.parametrize("length", [np.array([0.0, np.nan, 0.0, 1.0]), np.zeros(5), np.zeros((4, 1)), 0.5])
+def test_a_reward_that_is_none_is_refused(length):
+    """A nan would end as three bad gradients, five values for four rows as a reward of the wrong answer."""
+    with pytest.raises(UserError, match="reward part 'length': the method must give 4 finite numbers") as error:
+        make_rows([3, 4, 5, 6]).set_rewards({"correct": np.zeros(4), "length": length})
+    assert "\n" not in str(error.value)

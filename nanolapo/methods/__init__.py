@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from dataclasses import replace
 
 from nanolapo.config import Config, UserError
@@ -21,13 +21,13 @@ def load_method(config: Config, default: type[Method] | None = None) -> Method:
         name = f"{default.__module__.rpartition('.')[2]}:{default.__name__}"
         config = replace(config, method=replace(config.method, name=name))
     file, _, class_name = config.method.name.partition(":")
-    try:
-        if not file.isidentifier():
-            raise ImportError(file)
-        method_class = getattr(importlib.import_module(f"nanolapo.methods.{file}"), class_name)
-    except (ImportError, AttributeError):
+    module = f"nanolapo.methods.{file}"
+    exists = file.isidentifier() and importlib.util.find_spec(module) is not None
+    # If the file itself is wrong, the error and its traceback go to the user as they are.
+    method_class = getattr(importlib.import_module(module), class_name, None) if exists else None
+    if method_class is None:
         raise UserError(
             f"method.name={config.method.name!r}: write it as file:Class, a class of nanolapo/methods/file.py, "
             "for example base:Method (accuracy only) or lapo:Discovery"
-        ) from None
+        )
     return method_class(config)

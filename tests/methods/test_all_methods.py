@@ -11,7 +11,10 @@ import re
 from pathlib import Path
 
 import pytest
+from tiny import make_config
 
+import nanolapo.methods
+from nanolapo.config import UserError
 from nanolapo.config_file import load_config, read_yaml, validate
 from nanolapo.methods import load_method
 from nanolapo.methods.base import Method
@@ -90,3 +93,12 @@ def test_method_files_stay_small():
     """One sitting each. LAPO is two stages and their readings, base is the hooks."""
     lines = {file: len((ROOT / f"nanolapo/methods/{file}.py").read_text().splitlines()) for file in FILES}
     assert {file for file, count in lines.items() if count > 130} <= {"lapo", "base"}
+
+
+def test_an_error_inside_a_method_file_is_not_taken_for_a_wrong_name(tmp_path, monkeypatch):
+    (tmp_path / "half_written.py").write_text("from nanolapo.methods.tools import as_part\n")
+    monkeypatch.setattr(nanolapo.methods, "__path__", [*nanolapo.methods.__path__, str(tmp_path)])
+    with pytest.raises(ImportError, match="as_part"):
+        load_method(make_config(method={"name": "half_written:Mine"}))
+    with pytest.raises(UserError, match="write it as file:Class"):
+        load_method(make_config(method={"name": "half_writen:Mine"}))

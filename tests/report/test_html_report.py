@@ -19,7 +19,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import pytest
 from report_dirs import NASTY, answers, html, read_rows, rollout, two_stages, write_evaluation, write_run
 from tiny import make_config, make_rows
@@ -147,7 +146,8 @@ def test_logs_of_the_product_itself_are_read_whole(tmp_path):
     config = make_config(run={"dir": str(tmp_path), "name": "r", "log_rollouts": 3})
     rollouts = make_rows([3, 9, 5, 7], correct=[True, False, False, False], budgets=[math.nan, 5, 5, 5])
     log = RunLog(config, 0, None)
-    rollouts.set_rewards({"correct": rollouts.correct_B.astype(float), "length": np.array([0.5, 0, 0, np.nan])})
+    for row, length in zip(rollouts.rows, (0.5, 0.0, 0.0, math.nan), strict=True):
+        row.reward = {"correct": float(row.correct), "length": length}
     log.rollouts(0, rollouts)
     found = report(tmp_path / "r")
     assert [(r["length"], r["budget"], r["correct"], r["text"]) for r in found.rollouts()] == [
