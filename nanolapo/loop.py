@@ -98,19 +98,25 @@ def save(session: Session, stopping: bool) -> None:
         save_model_to(session, export_folder(config, step))
         ranks.wait()
     if stopping or session.progress >= 1 or step % config.run.checkpoint_every == 0:
-        state = {
-            "sampled_tokens": session.sampled_tokens,
-            "method": session.method.state_dict(),
-            "loss": session.method.loss.state,
-            "alarms": session.alarms.state_dict(),
-            "wandb_id": session.log.wandb_id if session.log else None,
-            "fingerprint": session.fingerprint,
-        }
-        folder = config.run_dir / "checkpoints"
-        save_checkpoint(folder, step, session.policy, state, config.run.keep_checkpoints, ranks.is_main)
-        if ranks.is_main:
-            session.method.export(config.run_dir)
-        ranks.wait()
+        checkpoint(session)
+
+
+def checkpoint(session: Session) -> None:
+    """Write everything that the next step depends on, and what outlives the run."""
+    config, ranks = session.config, session.ranks
+    state = {
+        "sampled_tokens": session.sampled_tokens,
+        "method": session.method.state_dict(),
+        "loss": session.method.loss.state,
+        "alarms": session.alarms.state_dict(),
+        "wandb_id": session.log.wandb_id if session.log else None,
+        "fingerprint": session.fingerprint,
+    }
+    folder, keep = config.run_dir / "checkpoints", config.run.keep_checkpoints
+    save_checkpoint(folder, session.step, session.policy, state, keep, ranks.is_main)
+    if ranks.is_main:
+        session.method.export(config.run_dir)
+    ranks.wait()
 
 
 def finish(session: Session, was_whole: bool) -> None:

@@ -6,7 +6,7 @@ round, and afterwards each holds all rows. Every seed is a pure function of its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 
 from tqdm import tqdm
@@ -62,7 +62,7 @@ def sample_and_grade(
     with watch("grade"):  # what is left of it
         for row, text in zip(mine.rows, texts, strict=True):
             row.text = text
-        mark(session, mine.rows, [verdict.result() for verdict in verdicts])
+        mark(session, mine.rows, (verdict.result() for verdict in verdicts))
         parts = session.ranks.gather(mine)
     rollouts = join(parts[:: session.config.rollout.tensor_parallel])  # an engine's ranks sampled the same
     session.sampled_tokens += int(rollouts.lengths_B.sum())  # as sampled: a method may shorten answers later
@@ -110,11 +110,11 @@ def sample(
     return samples, list(texts), list(verdicts)
 
 
-def mark(session: Session, rows: Sequence[Rollout], verdicts: Sequence[bool]) -> None:
+def mark(session: Session, rows: Sequence[Rollout], verdicts: Iterable[bool]) -> None:
     """Fill in `correct`. An answer that was cut off counts as wrong unless the method says otherwise."""
-    session.grader.stop_if_untrustworthy()
     for row, verdict in zip(rows, verdicts, strict=True):
         row.correct = verdict and (row.finished or session.method.cut_answers_count)
+    session.grader.stop_if_untrustworthy()
 
 
 def regrade(session: Session, edited: Sequence[Rollout]) -> None:

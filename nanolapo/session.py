@@ -91,9 +91,11 @@ def open_session(config: Config, method: Method) -> Iterator[Session]:
             session.sampler.load_weights(policy.named_weights())
             if ranks.is_main:
                 session.log = RunLog(config, session.step, saved.get("wandb_id"), session.progress)
-        yield session
-        if session.log:
-            session.log.close()
+        try:
+            yield session
+        finally:
+            if session.log:
+                session.log.close()
 
 
 def fingerprint_of(config: Config, method: Method, data: Data) -> dict[str, Any]:

@@ -148,7 +148,7 @@ def the_verdicts(v: View) -> Section:
     counts = "" if v.s.method.cut_answers_count else " and the answer ended by itself"
     return Section(
         "Each is graded",
-        "grader/__init__.py: Grader.reads, Grader.grade_all; sampling.py: mark",
+        "grader/__init__.py: Grader.reads, Grader.submit; sampling.py: mark",
         [f"c is 1 where the two agree{counts}, otherwise 0.", Table(head, rows, words=head[1:3])],
     )
 

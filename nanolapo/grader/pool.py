@@ -58,6 +58,11 @@ class Worker:
             self.process.kill()
 
 
+def failed(reply: Future[bool | None]) -> bool:
+    """True if the answer could not be graded. It is asked again, since the machine may have been at fault."""
+    return reply.done() and (reply.cancelled() or reply.exception() is not None or reply.result() is None)
+
+
 class Pool:
     """Up to `workers` processes. They start when they are first needed."""
 
@@ -75,7 +80,9 @@ class Pool:
         with self._lock:
             if self._closed:
                 raise RuntimeError("this grader is closed")
-            reply = self._asked.pop(question, None) or self._threads.submit(self._answer, question)
+            reply = self._asked.pop(question, None)
+            if reply is None or failed(reply):
+                reply = self._threads.submit(self._answer, question)
             self._asked[question] = reply
             if len(self._asked) > REMEMBERED:
                 del self._asked[next(iter(self._asked))]

@@ -113,7 +113,7 @@ def internalization_reward(
 def stated_length(target: float | None, limit: int, multiple: int = 1, rounded: bool = True) -> int:
     """n, the number of tokens that a stage-2 prompt states: M(q), or the generation limit for an unsolved problem (Eq. 3).
 
-    It is a multiple of `multiple`, the nearest one or (not rounded) the next one below, and at least 1.
+    It is the nearest multiple of `multiple`, or (not rounded) the next one below. Where that is 0 it is 1.
 
     >>> stated_length(1300.7, limit=4096), stated_length(1300.7, limit=4096, rounded=False), stated_length(None, limit=4096)
     (1301, 1300, 4096)

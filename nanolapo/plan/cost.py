@@ -24,9 +24,6 @@ from nanolapo.plan.machines import Machine, Shape, load_shape
 from nanolapo.samplers.torch_sampler import REPACK
 from nanolapo.session import token_limit
 
-PADDED = (
-    1.15  # measured: tokens of the micro-batches over real tokens, 1.10 to 1.21 in steps of the demo and of SmolLM2
-)
 LOG_PER_STEP, LOG_PER_ROW, LOG_PER_TOKEN = 1200, 350, 4  # bytes of metrics.jsonl; of rollouts.jsonl
 
 

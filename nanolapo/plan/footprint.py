@@ -103,7 +103,7 @@ def prompt_share(config: Config, ranks: int) -> float:
 def memory(config: Config, shape: Shape, machine: Machine, e: Expected) -> dict[str, dict[str, float]]:
     """Bytes per rank, phase -> part -> bytes. On a GPU the sampler sleeps during the update; on a CPU it stays.
 
-    copies: under ddp the bf16 working copy (model/precision.py); under fsdp2 embedding, head, two layers, whole.
+    copies: under ddp the bf16 copy (model/precision.py); under fsdp2 embedding, head, two layers, whole.
     activations: all layers' (with checkpointing only their inputs), and of one layer the gradients and, with checkpointing,
     the activations computed again. head: a block of logits, under fsdp2 also its gradient as summed and as handed over.
     """

@@ -21,6 +21,7 @@ from typing import Any
 from nanolapo.config import Config, SourceConfig, UserError
 from nanolapo.config_file import build, load_config, read_yaml
 from nanolapo.evaluation.scores import model_identity
+from nanolapo.losses import load_loss
 from nanolapo.reproduce.pipeline import Pipeline, Step
 
 ROOT = Path(__file__).parents[2]  # where the scripts are
@@ -68,7 +69,7 @@ class RecipeFile:
     seeds: tuple[int, ...] = (0,)
     prepare: str = ""  # a module, with its options, that makes the base model from base.yaml; empty: there is one
     hardware: str = ""  # what it needs; empty: any machine
-    tokens: int = 0  # above 0 this is a comparison: every method samples so many, in all its runs together
+    tokens: int | None = None  # given: a comparison, in which every method samples so many, in all its runs together
     overrides: tuple[str, ...] = ()  # for every training
 
 
@@ -89,11 +90,13 @@ class Recipe:
         self.runs: dict[str, Run] = self.parts(Run, "runs")
         self.evaluations: dict[str, Evaluation] = self.parts(Evaluation, "evaluations")
         self.tables: dict[str, Table] = self.parts(Table, "tables")
-        self.tokens, self.methods = self.file.tokens if tokens is None else tokens, list[str]()
-        if self.file.tokens:
+        self.tokens, self.methods = (self.file.tokens or 0) if tokens is None else tokens, list[str]()
+        if self.file.tokens is not None:
             self.compare(path, methods)
         elif methods or tokens is not None:
             raise UserError(f"{path} is no comparison: --methods and --tokens go with a compare.yaml")
+        elif not self.tables:
+            raise UserError(f"{path}: a recipe has tables, a comparison has tokens; this file has neither")
         for name, table in self.tables.items():
             if missing := [e for e in table.evaluations if e not in self.evaluations]:
                 raise UserError(f"tables.{name} of {path}: no evaluation is called {', '.join(missing)}")
@@ -224,6 +227,7 @@ def training_step(
 ) -> Step:
     """A training run. It is made anew when its config changes, and resumes when it was interrupted."""
     config = load_config(config_path, list(overrides))
+    load_loss(config)  # a mistake in loss.* shows here, before anything runs
     command = (*launcher, str(ROOT / script), str(config_path), *overrides)
     done = config.run_dir / "model" / "config.json"
     return Step(name, command, identity(script, config) + hashes_of_files(config), tuple(needs), done, config.run_dir)

@@ -88,7 +88,7 @@ def test_the_decision_table_names_real_methods_only():
 def example() -> dict[str, str]:
     """path -> text of the two files of the last section."""
     return dict(
-        re.findall(r"^`([\w./]+)`\n\n```\w+\n(.*?)```", section("Your own method in 20 lines"), re.M | re.DOTALL)
+        re.findall(r"^`([\w./]+)`\n\n```\w+\n(.*?)```", section("Your own method in one short file"), re.M | re.DOTALL)
     )
 
 

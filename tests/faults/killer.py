@@ -196,7 +196,7 @@ def install(moments: Moments) -> None:
     """Wrap the product. Names that no longer exist raise here: a fault that cannot strike must not go unnoticed."""
     import transformers.modeling_utils as modeling
 
-    from nanolapo import checkpoint, grader, lengths, loop, metrics
+    from nanolapo import checkpoint, lengths, loop, metrics, sampling
     from nanolapo.evaluation import evaluate as benchmarking
     from nanolapo.samplers import torch_sampler as sampler_torch
     from nanolapo.samplers import vllm_sampler as sampler_vllm
@@ -212,7 +212,7 @@ def install(moments: Moments) -> None:
     for owner, name, phase in (
         (sampler_torch.TorchSampler, "generate", "sampling"),
         (sampler_vllm.VLLMSampler, "generate", "sampling"),
-        (grader.Grader, "grade_all", "grading"),
+        (sampling, "mark", "grading"),
         (loop, "update_policy", "update"),
         (loop, "checkpoint", "checkpoint"),
         (loop, "save_model", "final model"),

@@ -142,7 +142,7 @@ def test_what_was_run_and_how_it_began_and_ended(tmp_path):
 
 
 def test_logs_of_the_product_itself_are_read_whole(tmp_path):
-    """RunLog writes, report_data reads: every key of a rollout line, nan as null, a budget of nan as none."""
+    """RunLog writes, report/runs.py reads: every key of a rollout line, nan as null, a budget of nan as none."""
     config = make_config(run={"dir": str(tmp_path), "name": "r", "log_rollouts": 3})
     rollouts = make_rows([3, 9, 5, 7], correct=[True, False, False, False], budgets=[math.nan, 5, 5, 5])
     log = RunLog(config, 0, None)
