@@ -23,16 +23,7 @@ from nanolapo.ranks import Ranks
 from nanolapo.rollouts import Rollouts
 
 LENGTHS = [3, 60, 5, 40, 17, 9, 50, 30]
-ADVANTAGES = [
-    1.0,
-    -1.0,
-    0.5,
-    -0.5,
-    2.0,
-    -2.0,
-    0.3,
-    0.0,
-]  # the last one has no signal: it is neither trained nor compared
+ADVANTAGES = [1.0, -1.0, 0.5, -0.5, 2.0, -2.0, 0.3, 0.0]  # the last row has no signal: it is not trained, not compared
 
 
 def answers() -> Rollouts:

@@ -40,9 +40,8 @@ class FirstFailure:
         crash = getattr(report.longrepr, "reprcrash", None)
         if crash is None:
             text = report.longreprtext
-        elif crash.message.startswith(
-            "AssertionError: "
-        ):  # written for the student; pytest's own comparison follows it
+        elif crash.message.startswith("AssertionError: "):
+            # Written for the student; pytest's own comparison follows it
             text = crash.message.removeprefix("AssertionError: ").partition("\nassert ")[0]
         else:
             text = f"{crash.message} (line {crash.lineno} of {crash.path})"
