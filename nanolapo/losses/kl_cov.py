@@ -43,7 +43,7 @@ def high_covariance(logprobs: Sequence[np.ndarray], advantages: Tensor, keep_B: 
 
 
 class KlCov(Loss):
-    """-r A for all tokens, plus coef |log p - log p_old| for the chosen ones, whose choice needs the whole batch."""
+    """-r A for all tokens, plus coef |log p - log p_old| for the chosen ones. The choice needs the whole batch."""
 
     Options = KlCovOptions
     aggregations = ("token_mean", "sequence_mean")
