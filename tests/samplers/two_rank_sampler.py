@@ -1,4 +1,4 @@
-"""Run by test_sampler_vllm.py under torchrun: two ranks with an engine each and different prompts, or with one engine
+"""Run by test_vllm_sampler.py under torchrun: two ranks with an engine each and different prompts, or with one engine
 between them (tensor parallel) and the same prompts; two weight updates.
 
 torchrun --standalone --nproc_per_node 2 tests/samplers/two_rank_sampler.py MODEL_FOLDER TENSOR_PARALLEL
