@@ -55,7 +55,7 @@ class Session:
         return progress(self.config, self.token_limit, self.step, self.sampled_tokens)
 
     def say(self, *lines: str) -> None:
-        """Print these lines once, whatever the number of ranks."""
+        """Print these lines once, on the main rank."""
         if self.ranks.is_main:
             print("\n".join(lines), flush=True)
 

@@ -22,7 +22,7 @@ def batch_indices(num_problems: int, step: int, prompts_per_step: int, seed: int
     if num_problems < 1 or prompts_per_step < 1:
         raise ValueError(f"{num_problems=} and {prompts_per_step=} must be positive")
     start = step * prompts_per_step
-    # Every few epochs an epoch begins with a batch, whatever came before: unroll from the last such epoch.
+    # Every few epochs an epoch starts together with a batch: unroll from the last such epoch.
     cycle = prompts_per_step // math.gcd(num_problems, prompts_per_step)
     epoch = start // num_problems // cycle * cycle
     start -= epoch * num_problems

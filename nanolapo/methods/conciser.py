@@ -33,7 +33,7 @@ class Options:
 
 
 def length_term(lengths_PG: np.ndarray, correct_PG: np.ndarray, limit: int) -> np.ndarray:
-    """1 - L / limit in groups that are right throughout, 0 elsewhere: float64 [P, G].
+    """1 - L / limit in groups that are all right, 0 elsewhere: float64 [P, G].
 
     >>> length_term(np.array([[100, 200], [100, 200]]), np.array([[True, True], [True, False]]), limit=400)
     array([[0.75, 0.5 ],

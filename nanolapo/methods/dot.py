@@ -2,7 +2,7 @@
 
 Length costs nothing, except where all answers of a group are right and one is far longer than the others:
 
-    T(q)      = floor(mean(L) + a * std(L))      groups that are right throughout; unbiased std over all G answers; a = 3
+    T(q)      = floor(mean(L) + a * std(L))      groups whose answers are all right; unbiased std over all G answers; a = 3
     cut       an answer with L_i - T >= m keeps its first T tokens     m = 32 tokens; below 1 a share of L_i, at least 16
     reward    the verdict on what is left. A cut answer has normally lost its box and gets 0, so a group that had
               nothing to teach pushes the overlong beginning down and the other answers a little up
@@ -15,12 +15,12 @@ With the unbiased std no answer lies more than (G - 1) / sqrt(G) of them above t
 published a = 3, with G = 32, would never cut anything for G <= 10 and is refused there. m and the 16 shrink with a limit
 below 4096, the smaller of the published ones.
 
-Deviations: problems are drawn anew in every step, each once within it; the order of epochs assumes steps of equal size and
+Deviations: every step draws from all problems, each once; the order of epochs assumes steps of equal size and
 could bring the same problems twice in a row. The last optimizer batch of a step may be small. KL-Cov's tokens are chosen
 once per step. Ours, not stated: the population std of p. As their verifier sees only text, an answer cut at the limit may
-be right. The upper bound that --dry-run prints assumes the first 1.5 throughout.
+be right. The upper bound that --dry-run prints assumes 1.5 in every step.
 
-Edge: no group right throughout: nothing is cut. Equal lengths: std 0, nothing is cut. State: the last 20 shares.
+Edge: no group is all right: nothing is cut. Equal lengths: std 0, nothing is cut. State: the last 20 shares.
 """
 
 from __future__ import annotations

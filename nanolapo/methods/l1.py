@@ -43,7 +43,7 @@ class Options:
     alpha: float | None = None  # price per token of length error; None: 0.0003 at the paper's limit
     min_budget: int | None = None  # tokens; None: 100 at the paper's limit
     max_budget: int | None = None  # tokens; None: 4000 at the paper's limit
-    redraw: bool = False  # draw a problem's budget anew at every visit
+    redraw: bool = False  # draw a new budget at every visit of a problem
 
 
 class L1Exact(Method):

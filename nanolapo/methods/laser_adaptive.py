@@ -1,4 +1,4 @@
-r"""LASER-D and LASER-DE: LASER's bonus with a target length for each difficulty, searched anew every few steps.
+r"""LASER-D and LASER-DE: LASER's bonus with a target length for each difficulty, updated every few steps.
 
 Source: as for laser.py, arXiv 2505.15612; paper text and code were both read. On top of LASER's base score:
 
@@ -11,7 +11,7 @@ the bucket can be expected, see `adaptive_targets`.
 
 Where paper and code differ: the least number of right answers of a bucket is rounded up, 6, 3, 1 of 8 (paper;
 `floor_counts` gives the code's 5, 2, 1); without a candidate, or a bucket, the limit (code: the longest answer of the
-batch); one difficulty rule throughout (code: borders one off in monitoring). The repetition rule is the code's alone.
+batch); one difficulty rule everywhere (code: borders one off in monitoring). Only the code has the repetition rule.
 
 Edge cases: no right answer -> bucket hard, and only DE still gives a length signal. State: L_A of each bucket.
 """
@@ -77,7 +77,7 @@ class Options(laser.Options):
 
 
 class LaserD(laser.Laser):
-    """A target per difficulty, searched anew every few steps."""
+    """A target per difficulty, updated every few steps."""
 
     Options: Any = Options
     paper_target = 4096

@@ -8,7 +8,7 @@ every problem subject to a pass rate of at least C, with a Lagrange multiplier t
 
 with R_q and L+ from the problem's previous visit. The form of the reward is not confirmed; OURS: R = c * [L <= L_q].
 
-Readings, ours too: "right" is right within the budget, in R_q (it is R(theta, L, q)) and in L+ alike. So the budget never
+Also our reading: "right" means right within the budget, both in R_q (it is R(theta, L, q)) and in L+. So the budget never
 falls below the quantile of lengths that did suffice. The budget is read only at the next visit, so it is moved at the end
 of this one, from this one's rollouts: the numbers are the same, and only L_q must be stored.
 

@@ -5,7 +5,7 @@ right answer within the limit and 0 otherwise, so an unfinished answer is wrong;
 ThinkPrune4k keeps one limit, 4000; ThinkPruneIterative goes 4000 -> 3000 -> 2000. Plain truncation is the same without the
 sentence (its default of half the limit is LASER's "truncation-8192" for a limit of 16,384).
 
-Deviations: the stages follow each other within one run, so the optimizer and the reference model go on; theirs start anew.
+Deviations: the stages follow each other within one run, so the optimizer and the reference model go on; theirs restart.
 They pick the model of a stage by validation (step 180 of the first); here stages take equal parts of the run (ours; option
 `first_steps`). Our sentence ends the question, theirs the system prompt.
 

@@ -14,7 +14,7 @@ from nanolapo.data.problems import Problem
 
 @dataclass(frozen=True)
 class Request:
-    """One completion to sample. `seed` alone decides its random numbers, whatever batch it travels in."""
+    """One completion to sample. Its random numbers depend on `seed` alone, not on its batch."""
 
     prompt_ids: list[int]
     seed: int
