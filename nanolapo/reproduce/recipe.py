@@ -1,7 +1,7 @@
 """A recipe: which base model, trainings and evaluations its tables need, and the pipeline steps that make them.
 
 There are two kinds of recipe. A configs/*/reproduce.yaml makes the paper's tables. A configs/*/compare.yaml has `tokens`:
-every method of configs/methods is trained from one base until it has sampled that many tokens; the evaluation is the same for all.
+every method of configs/methods is trained from one base until it has sampled that many tokens. All get the same evaluation.
 
 All configs are read while the steps are made, so a mistake in the last one shows in the first second.
 """
