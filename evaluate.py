@@ -1,10 +1,10 @@
-"""Evaluate models on problem sets: pass@1 over n samples, tokens, AES, by level, words, following a stated length.
+"""Evaluate models on problem sets: pass@1 over n samples, tokens, AES, levels, words, obedience to a stated length.
 
     python evaluate.py configs/demo/evaluate.yaml
     torchrun --nproc_per_node=8 evaluate.py configs/deepscaler-1.5b/evaluate.yaml
 
 Models are listed as name=folder under evaluate.models (the first is the base of the AES column), problem sets under
-data.sources. Samples are kept under the run directory; the same command goes on where it stopped. Writes results.json,
+data.sources. Samples are kept under the run directory; the same command continues where it stopped. Writes results.json,
 results.md and plots.
 """
 

@@ -5,8 +5,8 @@
     python train_stage1.py configs/demo/stage1.yaml method=configs/methods/laser-de.yaml run.name=laser-de
 
 Every problem is sampled without guidance. Right answers of typical length are rewarded most, and M(q), the median length
-of the right answers to problem q, is written down at every visit. Leaves model/ and length_map.json in the run directory:
-the two things stage 2 starts from. A config with method.name set trains that method instead.
+of the right answers to problem q, is written down at every visit. Writes model/ and length_map.json to the run
+directory; stage 2 starts from both. A config with method.name set trains that method instead.
 """
 
 from nanolapo import cli
@@ -14,7 +14,7 @@ from nanolapo import cli
 
 def main() -> None:
     config, action = cli.parse(__doc__, can_explain=True)
-    from nanolapo.methods import load_method  # not above: --help and a mistake in the config do not wait for torch
+    from nanolapo.methods import load_method  # here, so that --help and a mistake in the config do not wait for torch
     from nanolapo.methods.lapo import Discovery
 
     method = load_method(config, default=Discovery)  # method.name picks another one

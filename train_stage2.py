@@ -5,7 +5,7 @@
 
 Starts from stage 1's model (model.path) and map (lapo.length_map). Every prompt ends in the thought "I will answer the
 question with n tokens.", n = M(q); right answers are rewarded for keeping to n, and M(q) goes down when shorter ones
-suffice. Leaves model/ and the refined length_map.json. At test time no length is given.
+suffice. Writes model/ and the refined length_map.json. At test time no length is given.
 """
 
 from nanolapo import cli
@@ -13,7 +13,7 @@ from nanolapo import cli
 
 def main() -> None:
     config, action = cli.parse(__doc__, can_explain=True)
-    from nanolapo.methods import load_method  # not above: --help and a mistake in the config do not wait for torch
+    from nanolapo.methods import load_method  # here, so that --help and a mistake in the config do not wait for torch
     from nanolapo.methods.lapo import Internalization
 
     method = load_method(config, default=Internalization)  # method.name picks another one

@@ -1,7 +1,7 @@
 """Alarms for runs that go on but cannot be trusted, or cannot learn.
 
-The most silent failures of RL trainers are a sampler and a trainer that no longer hold the same policy, and a reward that
-no longer says anything. Both are watched at every step; the first stops the run, the others speak up in words.
+Two failures of RL trainers are easily missed: sampler and trainer no longer hold the same policy, or the reward no longer
+tells answers apart. Both are watched at every step. The first stops the run; the second prints a warning.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from nanolapo.config import Config, RunStopped
 
-FIRST_LIMIT = 0.2  # at step 0 in bf16, which gives 0.01 to 0.05; a stale tied head gives 0.4 to 1.5
+FIRST_LIMIT = 0.2  # at step 0 in bf16: 0.01 to 0.05 is normal, a stale tied head gives 0.4 to 1.5
 PATIENCE = {
     "truncated": 3,
     "flat": 5,
@@ -39,8 +39,8 @@ class Alarms:
         r = self.config.rollout
         if self.base_mismatch is None:
             self.base_mismatch = mean_mismatch
-            # A sampler that is wrong from the start must not become its own measure. In float32 nothing excuses 0.1: a mask
-            # without the end token gave 0.19 with the demo's sure model.
+            # A sampler that is wrong from the start must not become its own measure. In float32 even 0.1 is wrong: a mask
+            # without the end token gave 0.19 with the demo's confident model.
             in_float32 = self.config.model.dtype == "float32" and r.dtype in ("", "float32")
             limit = min(FIRST_LIMIT, r.mismatch_floor) if in_float32 else FIRST_LIMIT
         else:
@@ -53,7 +53,7 @@ class Alarms:
             )
 
     def check_learning(self, step: int, metrics: dict[str, float], examples: Sequence[str]) -> list[str]:
-        """Warnings, in words, for symptoms that have lasted; `examples` are completions to show with them."""
+        """Return a warning in words for each symptom that lasts; `examples` are completions to show with them."""
         symptoms = {
             "truncated": metrics["truncated"] == 1.0,
             "flat": metrics["no_signal"] == 1.0 and not metrics.get("updates"),  # SPO compares over time, not in groups

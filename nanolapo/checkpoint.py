@@ -114,7 +114,7 @@ def load_checkpoint(folder: Path, policy: Policy, fingerprint: dict[str, Any], r
     if path is None:
         if any(NAME.match(entry.name) for entry in folder.glob("step-*")):
             raise UserError(
-                f"{folder}: every checkpoint is damaged; put a whole one there, or delete the folder to start again "
+                f"{folder}: every checkpoint is damaged; put an undamaged one there, or delete the folder to start again "
                 "from the first step"
             )
         return None
@@ -130,7 +130,7 @@ def load_checkpoint(folder: Path, policy: Policy, fingerprint: dict[str, Any], r
         shapes = {(name, tuple(p.shape)) for name, p in policy.trained.items()}
         stored_shapes = {(name, tuple(stored.get_slice(name).get_shape())) for name in stored.keys()}  # noqa: SIM118
         if shapes != stored_shapes:
-            raise UserError(f"{path}: its weights are of another model ({sorted(shapes ^ stored_shapes)[:3]})")
+            raise UserError(f"{path}: its weights belong to another model ({sorted(shapes ^ stored_shapes)[:3]})")
         with torch.no_grad():
             for name, parameter in policy.trained.items():
                 parameter.copy_(shard_like(parameter, stored.get_tensor(name)))

@@ -1,4 +1,4 @@
-"""What the scripts share: their arguments, and one clear line with exit code 2 for a user's mistake.
+"""Reads the scripts' arguments, and ends a script with one clear line and exit code 2 after a user's mistake.
 
 A script imports torch only after `parse` has found the config good, so that --help and a misspelt key take no time."""
 
@@ -32,22 +32,22 @@ def parse(description: str, can_explain: bool = False) -> tuple[Config, str]:
                         help="check everything; print config, arithmetic, one prompt, cost; touch no weights")  # fmt: skip
     if can_explain:
         action.add_argument("--explain", dest="action", action="store_const", const="explain",
-                            help="do the first step only, and tell everything that happens to one problem in it, on the "
-                            "console and in explain.html; the run itself is left alone")  # fmt: skip
+                            help="do the first step only and show everything that happens to one problem in it, on the "
+                            "console and in explain.html; the run itself does not change")  # fmt: skip
     arguments = parser.parse_intermixed_args()  # overrides may also come after --dry-run
     return load_config(arguments.config, arguments.overrides), arguments.action
 
 
-# full, over quota or over the file size limit, or not ours to write
+# the disk is full, over quota or over the file size limit, or we may not write to it
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 ECHO_DELAY_S = 60
 
 
 def run(main: Callable[[], None], keeps_progress: bool = True) -> None:
-    """Call a script's main. A UserError or a disk that cannot be written is one line and exit code 2; a run that must not
-    go on one line and exit code 3; Ctrl-C one line and 130; any other error keeps its traceback.
+    """Call a script's main. A UserError or an unwritable disk ends it with one line and exit code 2, RunStopped with one
+    line and 3, Ctrl-C with one line and 130. Any other error keeps its traceback.
 
-    keeps_progress: does the script take up what it had done before it was interrupted, or start again?"""
+    keeps_progress: True if the script resumes after an interruption, False if it starts again."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
@@ -75,9 +75,9 @@ def end(line: str, code: int) -> NoReturn:
 
 
 def tell_torchrun(text: str, is_echo: bool = False) -> None:
-    """Hand an error to the launcher, which shows the earliest of all ranks' last, as the root cause. A collective call that
-    fails is mostly the echo of another rank's end: it is dated later, so that the real cause comes first."""
+    """Hand an error to the launcher. It shows the earliest of all ranks' last errors as the root cause. A collective call
+    that fails is mostly the echo of another rank's end, so it gets a later date and the real cause comes first."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         message = json.dumps({"message": text, "timestamp": int(time.time()) + ECHO_DELAY_S * is_echo})
-        with suppress(OSError):  # the full disk that is to be reported may be this one, too
+        with suppress(OSError):  # the full disk to report may be this one
             Path(path).write_text(message, encoding="utf-8")

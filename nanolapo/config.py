@@ -29,7 +29,7 @@ class RunStopped(Exception):
 
 
 class Must(NamedTuple):
-    """A condition that a value must meet beside its type, and the words of the message when it does not."""
+    """A condition that a value must meet in addition to its type, and the words of the message if it does not."""
 
     hold: Callable[[Any], bool]
     words: str
@@ -57,11 +57,11 @@ class RunConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     path: str = ""  # a local Hugging Face folder or a hub name
-    # Of the arithmetic; master weights and optimizer state are always float32
+    # Forward and backward compute in this; master weights and optimizer state are always float32
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     gradient_checkpointing: bool = False  # recompute activations layer by layer in the backward pass
     compile: bool = False  # torch.compile MLPs and norms: the first step takes longer, later ones less
-    # Over ranks. ddp: a whole copy on each; fsdp2: a slice of every weight and moment on each
+    # ddp: every rank holds a whole copy; fsdp2: every rank holds a slice of every weight and moment
     sharding: Literal["ddp", "fsdp2"] = "ddp"
     offload_reference: bool = False  # keep the reference model (loss.kl_coef) in host memory, not on the GPU
     lora_rank: NotNegative[int] = 0  # 0: all weights are trained; else LoRA beside every linear layer, merged on export
@@ -97,11 +97,11 @@ class DataConfig:
 class PromptConfig:
     style: Literal["raw", "chat"] = "raw"  # raw: one string with {question}; chat: the tokenizer's own chat template
     template: str = PAPER_TEMPLATE  # raw
-    # chat: what follows the question, or the whole user turn where it says {question}
+    # chat: what follows the question, or the whole user turn if it contains {question}
     instruction: str = "Please think step by step and output the final answer within \\boxed{}."
     system: str = ""  # chat; empty leaves the template's own default
-    think_prefix: str = ""  # chat: first words put into the assistant's mouth, e.g. "<think>"
-    length_multiple: Positive[int] = 1  # every length that a prompt states is printed as a multiple of this
+    think_prefix: str = ""  # chat: first words of the assistant's answer, e.g. "<think>"
+    length_multiple: Positive[int] = 1  # lengths stated in prompts are rounded to a multiple of this
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class TrainConfig:
     steps: Positive[int] = 240  # rollout steps
     batch_size: int = 128  # rollouts per optimizer step (whole groups); 0: all rollouts of the step
     inner_epochs: Positive[int] = 1  # passes over the rollouts of a step
-    microbatch_tokens: Positive[int] = 16384  # per forward/backward on one rank, prompts shared by a group counted once
+    microbatch_tokens: Positive[int] = 16384  # per forward/backward on one rank, a group's shared prompt counts once
     learning_rate: Positive[float] = 1e-6
     final_lr_fraction: float = 0.1  # cosine decay ends here
     warmup_fraction: float = 0.03
@@ -191,13 +191,13 @@ class WandbConfig:
 class EvaluateConfig:
     # "name=folder or hub name"; the first is the base of the AES column. A run's models/ stands for all that it exported.
     models: tuple[str, ...] = ()
-    prompts: dict[str, Any] = field(default_factory=dict)  # name: keys of `prompt` that are other for this model
+    prompts: dict[str, Any] = field(default_factory=dict)  # model name: keys of `prompt` that differ for this model
     samples: int = 4  # per problem
     temperatures: tuple[float, ...] = (0.6,)
     top_p: float = 0.95  # for temperatures below 1; temperature 1 is sampled without top-p
     max_new_tokens: int = 32768
-    guidance_factors: tuple[float, ...] = ()  # also the last model told to use this times its own mean length
-    # A length that has nothing to do with the problem, in the question ("outside:500") or in the thought ("inside:500")
+    guidance_factors: tuple[float, ...] = ()  # also run the last model, told to use this times its mean length
+    # A stated length unrelated to the problem: in the question ("outside:500") or in the thought ("inside:500")
     instructions: tuple[str, ...] = ()
     instructed: tuple[str, ...] = ()  # which models are given these instructions; empty: the last one
     bootstrap: int = 2000  # resamples of problems for the 95 % intervals
@@ -212,7 +212,7 @@ class WarmStartConfig:
     steps: int = 20
     batch_tokens: int = 2500
     learning_rate: float = 1e-4
-    pace: tuple[float, float] = (7.0, 22.0)  # tokens per operation of the written solutions, between these two
+    pace: tuple[float, float] = (7.0, 22.0)  # least and most tokens per operation in the written solutions
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ class Config:
         return self.rollouts_per_step // (self.train.batch_size or self.rollouts_per_step) * self.train.inner_epochs
 
     def arithmetic(self, world_size: int) -> str:
-        """The batch arithmetic of one step, in words, for one glance before a long run."""
+        """Return the batch arithmetic of one step in words, to check before a long run."""
         r, t = self.rollout, self.train
         return (
             f"{r.prompts_per_step} prompts x {r.group_size} = {self.rollouts_per_step} rollouts a step "

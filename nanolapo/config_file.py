@@ -1,9 +1,9 @@
-"""YAML in, frozen dataclasses out, strictly: an unknown key, a wrong value or a batch that does not divide is one line.
+"""Reads YAML into frozen dataclasses, strictly: an unknown key or a wrong value ends the program with one line.
 
 A config file may name a parent (`extends: base.yaml`, relative to itself); its own keys win. `${section.key}` in a string
 stands for that key's value. On the command line `section.key=value` overrides one value and `method=FILE.yaml` lays a
-whole file over the config, which is how a rival method is chosen. Nothing is filled in silently later: what a run used is
-what its `config.yaml` says.
+whole file over the config, which is how a rival method is chosen. Nothing is filled in silently later: a run's
+`config.yaml` says what it used.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def build(cls: type[T], values: Any, where: str) -> T:
 
 
 def convert(value: Any, hint: Any, key: str) -> Any:
-    """Check one YAML value against its annotation. YAML 1.1 reads 1e-6 as text; where a float is wanted it is one."""
+    """Check one YAML value against its annotation. YAML 1.1 reads 1e-6 as text; a float key accepts it."""
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, key)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -91,7 +91,7 @@ def convert(value: Any, hint: Any, key: str) -> Any:
 
 
 def read_yaml(path: Path, depth: int = 0) -> dict[str, Any]:
-    """One YAML file with its `extends` chain resolved: the parent's keys, overlaid by this file's."""
+    """Read one YAML file and its `extends` chain: the parent's keys, overlaid by this file's."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
@@ -144,7 +144,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 
 def validate(config: Config, world_size: int = 1) -> None:
-    """Check a config, also one made in Python: every value as if it came from a file, then those that must fit together."""
+    """Check every value as if it came from a file (the config may be made in Python), then those that must fit together."""
     build(Config, dataclasses.asdict(config), "")
     r = config.rollout
     if r.top_p != 1.0:
@@ -171,7 +171,7 @@ def validate(config: Config, world_size: int = 1) -> None:
     loss = config.loss
     if loss.tis_cap and loss.old_logprobs == "sampler":
         raise UserError(
-            f"loss.tis_cap={loss.tis_cap}: a positive cap on p_old / p_sampler, which is always 1 under loss.old_logprobs="
+            f"loss.tis_cap={loss.tis_cap}: it caps p_old / p_sampler, which is always 1 under loss.old_logprobs="
             "sampler; set loss.old_logprobs=trainer, or loss.tis_cap=0"
         )
     if not 0 <= config.lapo.percentiles[0] <= config.lapo.percentiles[1] <= 100:
@@ -205,7 +205,7 @@ def reference(match: re.Match[str], values: dict[str, Any], within: tuple[str, .
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved config as YAML that load_config reads back to an equal Config."""
+    """Return the resolved config as YAML that load_config reads back to an equal Config."""
     plain = yaml.safe_load(yaml.safe_dump(tuples_to_lists(dataclasses.asdict(config))))
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=110)
 

@@ -1,9 +1,9 @@
 """The length-statistics tracker: M(q), the number of tokens that sufficed for problem q, kept by stable problem id.
 
 Stage 1 overwrites an entry at every visit (Eq. 3; an unsolved visit resets it). Stage 2 refines it with the dual update of
-Eq. 8: unsolved problems take the new statistic, solved ones only ever move down to it. "Unsolved" is a flag, not the magic
-number 4096, so no target can be mistaken for it. The right lengths behind every entry are kept as well: from them come the
-range of Eq. 2 and, without another stage 1, the other statistics of the paper's Table 3. The map is plain JSON on disk.
+Eq. 8: unsolved problems take the new statistic, solved ones only move down to it. "Unsolved" is a flag, not the magic
+number 4096, so no target can be mistaken for it. The right lengths behind every entry are kept as well. They give the range
+of Eq. 2 and, without another stage 1, the other statistics of the paper's Table 3. The map is plain JSON on disk.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STATISTICS: dict[str, Callable[[np.ndarray], np.floating]] = {
 def typical_range(
     correct_lengths: Sequence[int] | np.ndarray, percentiles: tuple[float, float] = (30.0, 70.0)
 ) -> tuple[float, float]:
-    """[L_min, L_max] of Eq. 2 in tokens: P30 and P70 of the lengths of right answers (Eq. 1); there must be one.
+    """[L_min, L_max] of Eq. 2 in tokens: P30 and P70 of the lengths of right answers (Eq. 1), at least one.
 
     >>> typical_range([1000, 1200, 1300, 1500, 2000])
     (1220.0, 1460.0)
@@ -53,8 +53,8 @@ class LengthMap:
 
     def __init__(self, statistic: str = "median") -> None:
         self.statistic = statistic
-        self.entries: dict[str, float | None] = {}  # None: visited, never (or at its last visit not) solved
-        self.lengths: dict[str, list[int]] = {}  # of a solved entry: the right lengths that it is the statistic of
+        self.entries: dict[str, float | None] = {}  # None: visited but not solved (in stage 1: at the last visit)
+        self.lengths: dict[str, list[int]] = {}  # lengths of the right answers behind each solved entry
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -70,7 +70,7 @@ class LengthMap:
             self._write_down(problem_id, correct_lengths)
 
     def update_internalization(self, problem_id: str, correct_lengths: Sequence[int] | np.ndarray) -> None:
-        """Eq. 8, the dual update. No correct rollout leaves the entry as it is (the paper has no case for it)."""
+        """Eq. 8, the dual update. Without a correct rollout the entry stays (the paper has no case for it)."""
         if not len(correct_lengths):
             self.entries.setdefault(problem_id, None)
             return
@@ -96,7 +96,7 @@ class LengthMap:
         return typical_range(self.lengths[problem_id], percentiles) if problem_id in self.lengths else None
 
     def measured_by(self, statistic: str, path: str) -> LengthMap:
-        """The map that stage 1 would have written with another statistic: what it rewards does not depend on it.
+        """Return the map that stage 1 would have written with another statistic (its rewards do not depend on it).
 
         Raises UserError when the lengths behind an entry are not known (a map of an older version).
         """

@@ -72,4 +72,4 @@ def make_once(folder: Path, make: Callable[[], None]) -> None:
         with locked(lock_of(folder), f"another process is making {folder} already: waiting for it", wait=True):
             if not done.exists():
                 return make()
-    tell(f"{folder} is there already and is used as it is; delete the folder to have it made anew")
+    tell(f"{folder} exists already and is used as it is; delete the folder to make it again")

@@ -1,8 +1,8 @@
 """The GRPO loop: sample -> grade -> reward -> advantage -> statistics -> update -> sync -> record.
 
-What is not here, compared with the usual: no critic, no reward model, no trainer class, no callbacks. A method changes the
-step only through the hooks of methods/base.py. Rollouts are global on every rank; a rank samples its share of the prompts
-and trains its share of the tokens, and everything in between is computed alike on all.
+There is no critic, no reward model, no trainer class and no callback. A method changes the step only through the hooks of
+methods/base.py. A rank samples its share of the prompts and trains on its share of the tokens. In between, every rank holds
+all rollouts and computes the same numbers.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def run_step(session: Session) -> None:
     sampled = join(rounds)
     batch = sampled.kept(plan.num_prompts)  # only the groups to train on
     advantages = method.advantage(batch, torch.from_numpy(batch.rewards_PG))  # advantage: [B], or [B, T] by token
-    statistics = method.after_step(sampled)  # M(q) and its like change only after the rewards of the step
+    statistics = method.after_step(sampled)  # M(q) and other state change only after the step's rewards
 
-    session.sampler.sleep()  # its memory belongs to the trainer now
+    session.sampler.sleep()  # it frees its memory for the trainer
     with watch("update"):  # loss, backward, optimizer step
         trained = update_policy(policy, method, batch, advantages, batch.keep_B & ~batch.broken_B, session.ranks)
     with watch("sync"):  # weight sync
@@ -55,7 +55,7 @@ def run_step(session: Session) -> None:
 
 
 def record(session: Session, sampled: Rollouts, metrics: dict[str, float], watch: Stopwatch, tokens: int) -> None:
-    """Write the step to the logs, and say in words what looks wrong. `tokens` is what the step sampled."""
+    """Write the step to the logs and print warnings. `tokens`: how many the step sampled."""
     step, config = session.step, session.config
     warnings = session.alarms.check_learning(step, metrics, sampled.texts)
     if session.log is not None:
@@ -72,7 +72,7 @@ def record(session: Session, sampled: Rollouts, metrics: dict[str, float], watch
             session.log.show_examples(step, sampled)
         for warning in warnings:
             print(warning, flush=True)
-    if metrics["compared_tokens"]:  # none when only rows of a monitor pass were trained on
+    if metrics["compared_tokens"]:  # 0 if only rows of a monitor pass were trained on
         session.alarms.check_mismatch(step, metrics["mismatch"])
 
 
@@ -91,7 +91,7 @@ def train(config: Config, method: Method) -> None:
 
 
 def save(session: Session, stopping: bool) -> None:
-    """What is due after this step: the model as it is (run.export_every), and a checkpoint."""
+    """Save what is due after this step: the current model (run.export_every) and a checkpoint."""
     config, ranks, step = session.config, session.ranks, session.step
     if config.run.export_every and step % config.run.export_every == 0:
         # Before the checkpoint: a kill in between repeats the steps, and with them the export.
@@ -120,7 +120,7 @@ def checkpoint(session: Session) -> None:
 
 
 def finish(session: Session, was_whole: bool) -> None:
-    """Write the final model and say where it is. `was_whole`: the run was complete before this process."""
+    """Write the final model and say where it is. `was_whole`: True if it was complete before this process."""
     config = session.config
     save_model_to(session, final_model(config))
     if session.ranks.is_main:

@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics.jsonl (one line a step), rollouts.jsonl (samples with text), console lines, wandb.
+"""Writes the logs of a run: metrics.jsonl (one line a step), rollouts.jsonl (samples with text), console lines, wandb.
 
 Every logged name is explained in docs/METRICS.md. Files are only ever appended to; after a crash they are cut back to the
 step that the run resumes from, so a step never appears twice and none is missing.
@@ -43,7 +43,7 @@ class Stopwatch:
 
 
 def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
-    """Step statistics of the samples themselves. Accuracy is the grader's verdict, never the shaped reward."""
+    """Compute statistics of the step's samples. Accuracy is the grader's verdict, never the shaped reward."""
     lengths, correct, rewards_PG = rollouts.lengths_B, rollouts.correct_B, rollouts.rewards_PG
     group_range = rewards_PG.max(axis=1) - rewards_PG.min(axis=1)
     unique = [len(set(map(bytes, group))) for group in batched(rollouts.response_ids, rollouts.group_size)]
@@ -80,7 +80,7 @@ def repetition(ids: np.ndarray, n: int = 4) -> float:
 
 
 def memory_gb() -> float:
-    """Peak memory of this process in GB: of the GPU where there is one, else resident memory."""
+    """Return the peak memory of this process in GB: GPU memory if there is a GPU, else resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
@@ -88,16 +88,16 @@ def memory_gb() -> float:
 
 
 def write_config(config: Config) -> None:
-    """config.yaml in the run directory: where the run came from as comments, then every key with its value."""
+    """Write config.yaml in the run directory: commit and package versions as comments, then every key with its value."""
     head = "".join(f"# {key}: {value}\n" for key, value in provenance().items())
     (config.run_dir / "config.yaml").write_text(head + to_yaml(config), encoding="utf-8")
 
 
 class RunLog:
-    """Writes the files of a run directory; on ranks other than 0 it is never made."""
+    """Writes the files of a run directory. Only rank 0 has a log."""
 
     def __init__(self, config: Config, start_step: int, wandb_id: str | None, start_share: float = 0.0) -> None:
-        """start_share: what of the run was done before this process, see session.progress."""
+        """start_share: the share of the run done before this process, see Session.progress."""
         self.config, self.started, self.start_share = config, time.time(), start_share
         self.dir = config.run_dir
         self.dir.mkdir(parents=True, exist_ok=True)
@@ -149,7 +149,9 @@ class RunLog:
             row = describe(step, rollouts.rows[b])
             named = ", ".join(f"{k} {v:.2f}" for k, v in row["reward"].items())
             budget = "none" if row["budget"] is None else f"{row['budget']:.0f}"
-            print(f"  {label} rollout: {named} | length {row['length']} | budget {budget} | gold {row['gold']}")
+            print(
+                f"  {label} rollout: {named} | length {row['length']} | budget {budget} | reference answer {row['gold']}"
+            )
             print(f"    Q: {shorten(row['question'])}\n    A: {shorten(row['text'])}", flush=True)
 
     def close(self) -> None:
@@ -158,7 +160,7 @@ class RunLog:
 
 
 def describe(step: int, row: Rollout) -> dict[str, Any]:
-    """A rollout as a line of rollouts.jsonl."""
+    """Return a rollout as a line of rollouts.jsonl. The key `gold` holds the reference answer."""
     return {
         "step": step,
         "problem": row.problem.id,
@@ -175,7 +177,7 @@ def describe(step: int, row: Rollout) -> dict[str, Any]:
 
 
 def shorten(text: str, limit: int = 400) -> str:
-    """One line; the middle of a long text is left out.
+    """Put a text on one line and leave out the middle of a long one.
 
     >>> shorten("a\\n" * 300, limit=20)
     'a a a a a  ...  a a a a a'
@@ -186,7 +188,7 @@ def shorten(text: str, limit: int = 400) -> str:
 
 
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Add JSON lines to a file. A half-written last line (a kill) is closed first, so that it spoils no other.
+    """Add JSON lines to a file. A half-written last line (after a kill) is ended first, so new lines stay whole.
 
     Two evaluations may share a sample file: the lock keeps their lines apart.
     """

@@ -1,7 +1,7 @@
-"""The processes of one run. Started plainly there is one; under torchrun there are many, and this is all they say.
+"""The processes of one run, and how they exchange data. There is one process, or several under torchrun.
 
-Data of a step crosses ranks in one place only (`gather`, once a step); afterwards every rank holds the same global batch
-and computes the same numbers from it. accelerate finds out where we are and starts the process group.
+Data of a step crosses ranks only through `gather`; afterwards every rank holds the same global batch and computes the same
+numbers from it. accelerate reads the launcher's variables and starts the process group.
 
 Ranks talk in two groups. The default one moves tensors of ranks that are in step; it gives up after TENSOR_PATIENCE, so
 that a real hang ends. Waiting for a rank that samples, grades or writes longer than the others is not a hang: `gather`
@@ -36,7 +36,7 @@ def stay_on_loopback() -> None:
 
 
 class Ranks:
-    """index of this process, count of all, the device it owns."""
+    """The index of this process, the number of processes, and the device of this one."""
 
     def __init__(self) -> None:
         end_with_launcher()
@@ -51,11 +51,11 @@ class Ranks:
         self.patient = dist.new_group(backend="gloo", timeout=PATIENCE) if self.count > 1 else None
 
     def engine(self, tensor_parallel: int) -> tuple[int, int]:
-        """(which engine this rank belongs to, how many there are): neighbouring ranks share one."""
+        """Return (the engine of this rank, the number of engines). Neighbouring ranks share an engine."""
         return self.index // tensor_parallel, self.count // tensor_parallel
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, in rank order, on every rank."""
+        """Return the values of all ranks, in rank order, on every rank."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
@@ -73,7 +73,7 @@ class Ranks:
 
 
 def end_with_launcher() -> None:
-    """Let the kernel kill this rank when torchrun is killed. Ranks that train on unseen would write to the same files as
-    the run that the same command starts anew. (Linux only; elsewhere look for them before you start again.)"""
+    """Let the kernel kill this rank when torchrun is killed. Otherwise ranks would train on unseen and write to the
+    files of the run that is started again. (Linux only; elsewhere look for such ranks before you start again.)"""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""One step's samples, one row each, and the one place where length is defined.
+"""The rollouts of one step, one row each. Length is defined here and nowhere else.
 
 Legend of shape suffixes, used everywhere: P prompts of the step, G rollouts per prompt, B = P * G rows (row b belongs to
 group b // G), T tokens of a response, V vocabulary.
@@ -30,12 +30,10 @@ class Rollout:
     response_ids: np.ndarray  # int64 [T]
     sampler_logprobs: np.ndarray  # float32 [T]
     finished: bool  # it ended with an end token; False: the limit cut it off
-    budget: float = math.nan  # the target length that the prompt carried; nan, not 0, where it carried none
+    budget: float = math.nan  # the target length given with the prompt; nan, not 0, if there was none
     place: int = 0  # the place of its prompt among the prompts of the step
     broken: bool = False  # cannot be trained on (see make_rollouts): it is masked out and counted
-    unmatched: bool = (
-        False  # sampled at another temperature than the trainer scores at: says nothing about the mismatch
-    )
+    unmatched: bool = False  # sampled at another temperature than the trainer scores at: left out of the mismatch
     text: str = ""  # the decoded response, for the grader and for people
     correct: bool = False  # the grader's verdict, never a shaped reward
     reward: dict[str, float] = field(default_factory=dict)  # named parts; the reward is their sum
@@ -43,7 +41,7 @@ class Rollout:
 
 
 def column(read: Callable[[Rollout], Any], dtype: type) -> property:
-    """A property of Rollouts: what `read` says of every row, as an array [B] that cannot be written to."""
+    """Return a property of Rollouts: `read` of every row, as a read-only array [B]."""
 
     def of_rows(rollouts: Rollouts) -> np.ndarray:
         values_B: np.ndarray = np.array([read(row) for row in rollouts.rows], dtype=dtype)
@@ -93,7 +91,7 @@ class Rollouts:
     def lengths_B(self) -> np.ndarray:
         """Length of each response = number of sampled tokens, the end token included. Nothing else is called length.
 
-        No prompt, no guidance, no padding, no re-encoding of text enters it.
+        Prompt, guidance and padding do not count, and text is never encoded again.
         """
         return np.array([len(row.response_ids) for row in self.rows], dtype=np.int64)
 
@@ -128,7 +126,7 @@ class Rollouts:
         self.rows[b] = replace(other, problem=self.rows[b].problem, place=self.rows[b].place)
 
     def take(self, groups: Iterable[int]) -> Rollouts:
-        """A batch of these groups only. The rows are the same objects."""
+        """Return a batch of these groups only. The rows are the same objects."""
         size = self.group_size
         return Rollouts([row for g in groups for row in self.rows[g * size : (g + 1) * size]], size)
 
@@ -138,7 +136,7 @@ class Rollouts:
             row.keep = bool(keep)
 
     def kept(self, most: int) -> Rollouts:
-        """The groups that are trained on, at most this many. If none is kept: all, for the update to skip and count."""
+        """Return the groups to train on, at most `most`. If none is kept, return all: the update skips and counts them."""
         groups = np.flatnonzero(self.keep_B[:: self.group_size])[:most].tolist()
         return self.take(groups) if groups else self
 
@@ -170,7 +168,7 @@ def make_rollouts(requests: Sequence[Request], samples: Sequence[Sample], group_
 
 
 def join(parts: Sequence[Rollouts]) -> Rollouts:
-    """All groups of these batches, in the order of their places in the step, whichever rank sampled them."""
+    """Join batches: all their groups, sorted by their places in the step, whichever rank sampled them."""
     rows = [row for part in parts for row in part.rows]
     return Rollouts(sorted(rows, key=lambda row: row.place), parts[0].group_size)
 

@@ -1,6 +1,6 @@
 """From a plan to graded rollouts: draw problems, sample this rank's share of them, grade, bring all ranks together.
 
-The step's own rounds and a method's monitor pass go the same way. Every rank samples whole groups; ranks meet once per
+The step's rounds and a method's monitor pass use the same code. Every rank samples whole groups; ranks meet once per
 round, and afterwards each holds all rows. Every seed is a pure function of its place in the step.
 """
 
@@ -19,12 +19,12 @@ from nanolapo.rollouts import Rollout, Rollouts, join, make_rollouts, row_seed
 from nanolapo.samplers.sampler import Decoding, Request, Sample
 from nanolapo.session import Session
 
-MONITOR_PLACE = 2**30  # the first place of a monitor pass: beyond those of all rounds, so that its seeds are others
+MONITOR_PLACE = 2**30  # the first place of a monitor pass: beyond the places of all rounds, so its seeds differ
 
 
 def next_draw(session: Session, plan: SamplingPlan, rounds: Sequence[Rollouts]) -> dict[int, Problem]:
-    """The problems of the step's next round, by their places in the step. Empty when enough groups are kept, or when no
-    round or no problem is left."""
+    """Choose the problems of the step's next round, by their places in the step. Empty if enough groups are kept, or if
+    no round or no problem is left."""
     config, number = session.config, len(rounds)
     kept = sum(int(done.keep_B.sum()) for done in rounds) // plan.group_size
     if number and (number >= plan.max_rounds or kept >= plan.num_prompts):
@@ -40,7 +40,7 @@ def next_draw(session: Session, plan: SamplingPlan, rounds: Sequence[Rollouts]) 
 
 
 def monitor_pass(session: Session, watch: Stopwatch) -> dict[str, float]:
-    """What a method wants sampled and graded before the step's own rollouts; returns what it logs. Mostly nothing."""
+    """Sample and grade what a method asks for before the step's own rollouts (mostly nothing); returns what it logs."""
     plan = session.method.monitor(session.step)
     if plan is None:
         return {}
@@ -59,19 +59,19 @@ def sample_and_grade(
         requests = make_requests(session, plan, draw)
         samples, texts, verdicts = sample(session, requests, plan.temperature)
         mine = make_rollouts(requests, samples, plan.group_size, session.policy.vocab_size)
-    with watch("grade"):  # what is left of it
+    with watch("grade"):  # wait for the answers still being graded
         for row, text in zip(mine.rows, texts, strict=True):
             row.text = text
         mark(session, mine.rows, (verdict.result() for verdict in verdicts))
         parts = session.ranks.gather(mine)
-    rollouts = join(parts[:: session.config.rollout.tensor_parallel])  # an engine's ranks sampled the same
+    rollouts = join(parts[:: session.config.rollout.tensor_parallel])  # ranks of one engine sampled the same
     session.sampled_tokens += int(rollouts.lengths_B.sum())  # as sampled: a method may shorten answers later
     return rollouts
 
 
 def make_requests(session: Session, plan: SamplingPlan | MonitorPlan, draw: Mapping[int, Problem]) -> list[Request]:
-    """This engine's share of the problems, a group for each, with the method's guidance. Engine e of N takes the prompts e,
-    e + N, e + 2N, ..."""
+    """Make a group of requests for each problem of this engine, with the method's guidance. Engine e of N takes the prompts
+    e, e + N, e + 2N, ..."""
     engine, engines = session.ranks.engine(session.config.rollout.tensor_parallel)
     requests = []
     for place, problem in list(draw.items())[engine::engines]:
@@ -118,8 +118,8 @@ def mark(session: Session, rows: Sequence[Rollout], verdicts: Iterable[bool]) ->
 
 
 def regrade(session: Session, edited: Sequence[Rollout]) -> None:
-    """Grade what these rows say now: their ids may have been cut. One rank grades for all, since a grader's time-out must
-    not make ranks disagree."""
+    """Grade these rows again, because their ids may have been cut. One rank grades for all, so that a grader's time-out
+    cannot make ranks disagree."""
     if not edited:
         return
     for row in edited:

@@ -1,6 +1,6 @@
-"""Set-up of a run: everything the loop needs is built and checked once, in the order in which mistakes are cheapest.
+"""Sets up a run: builds and checks everything the loop needs, the cheapest checks first.
 
-Config and data are checked before any weight is loaded, so that a misspelt file costs a second and not a model load.
+Config and data are checked before any weight is loaded, so a misspelt file name costs a second and not a model load.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from nanolapo.samplers.sampler import Sampler
 
 @dataclass
 class Session:
-    """What one step works with. `step` is the next step to do; it and `sampled_tokens` are part of a checkpoint."""
+    """Everything that one step works with. A checkpoint holds `step` (the next to do) and `sampled_tokens`."""
 
     config: Config
     method: Method
@@ -55,16 +55,16 @@ class Session:
         return progress(self.config, self.token_limit, self.step, self.sampled_tokens)
 
     def say(self, *lines: str) -> None:
-        """Print these lines once, whatever the number of ranks."""
+        """Print these lines once, on the main rank."""
         if self.ranks.is_main:
             print("\n".join(lines), flush=True)
 
 
 @contextmanager
 def open_session(config: Config, method: Method) -> Iterator[Session]:
-    """A session for this run: checked, resumed from its newest checkpoint, with a sampler that holds the trained weights.
+    """Open a session: checked, resumed from its newest checkpoint, with a sampler that holds the trained weights.
 
-    A run that is complete needs no sampler and no log, so its session has none. Nobody else can open this run meanwhile.
+    A run that is complete needs no sampler and no log, so it has none. No other process can open this run meanwhile.
     """
     ranks, limit = set_up_process(config), token_limit(config)
     with alone_in(config.run_dir, ranks.is_main), Grader(rule=method.grader_rule) as grader:
@@ -99,7 +99,7 @@ def open_session(config: Config, method: Method) -> Iterator[Session]:
 
 
 def fingerprint_of(config: Config, method: Method, data: Data) -> dict[str, Any]:
-    """What a resumed run must share with the run that wrote the checkpoint."""
+    """Return what a resumed run must share with the run that wrote the checkpoint."""
     ids = "\n".join(p.id for p in data.problems)
     return {
         "model.path": config.model.path,
@@ -117,7 +117,7 @@ def fingerprint_of(config: Config, method: Method, data: Data) -> dict[str, Any]
 
 
 def set_up_process(config: Config) -> Ranks:
-    """Threads, process group, and the checks that need the number of ranks."""
+    """Set threads and process group, and do the checks that need the number of ranks."""
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     ranks = Ranks()
@@ -127,7 +127,7 @@ def set_up_process(config: Config) -> Ranks:
 
 
 def token_limit(config: Config) -> int:
-    """How many tokens the run may sample: train.sampled_tokens, or what train.match_runs sampled together; 0: any."""
+    """Return the token budget of the run: train.sampled_tokens plus what train.match_runs sampled; 0: no limit."""
     total = config.train.sampled_tokens
     for run in config.train.match_runs:
         try:
@@ -139,14 +139,14 @@ def token_limit(config: Config) -> int:
 
 
 def progress(config: Config, token_limit: int, steps_done: int, sampled_tokens: int) -> float:
-    """Share of the run that is done, by steps or by tokens, whichever is further; 1 or more: it is complete."""
+    """Return the share of the run that is done, by steps or by tokens, whichever is larger; at 1 it is complete."""
     return max(steps_done / config.train.steps, sampled_tokens / token_limit if token_limit else 0.0)
 
 
 class StopRequest:
-    """Turns the first Ctrl-C into a wish to stop after this step; the second stops at once.
+    """The first Ctrl-C stops the run after this step; the second stops it at once.
 
-    SIGTERM is the same wish, but never the second one: launchers send it beside the Ctrl-C that the terminal sends to all.
+    SIGTERM only ever counts as the first: launchers send it in addition to the terminal's Ctrl-C.
     """
 
     def __init__(self) -> None:
@@ -164,10 +164,10 @@ class StopRequest:
 
 
 def final_model(config: Config) -> Path:
-    """Where the trained model is written, and what the next stage's model.path points to."""
+    """Return the folder of the trained model; the next stage's model.path points to it."""
     return config.run_dir / "model"
 
 
 def export_folder(config: Config, step: int) -> Path:
-    """Where run.export_every writes the model as it is after `step` steps."""
+    """Return the folder in which run.export_every writes the model after `step` steps."""
     return config.run_dir / "models" / f"step-{step:06d}"

@@ -27,12 +27,12 @@ from nanolapo.rollouts import Rollouts
 
 @dataclass(frozen=True)
 class OptimizerBatch:
-    """The rows of one optimizer step: counts over all of them, and who trains which."""
+    """The rows of one optimizer step: counts over all of them, and which rank trains which rows."""
 
     totals: BatchTotals
     plan: list[list[list[int]]]  # plan[rank] is that rank's micro-batches, each a list of rows
-    microbatches: list[list[int]]  # this rank's; of a sharded model all ranks have equally many, some without rows
-    has_signal: bool  # some token has an advantage; without one, KL alone would move the weights, so it is skipped
+    microbatches: list[list[int]]  # this rank's; with a sharded model all ranks have equally many, some empty
+    has_signal: bool  # some advantage is not 0; else the batch is skipped: KL alone would move the weights
 
 
 class Tally:
@@ -49,7 +49,7 @@ class Tally:
         self.counts[name] += mask_BT.sum().double()
 
     def over_ranks(self, ranks: Ranks) -> Tally:
-        """The same over all ranks, as plain numbers."""
+        """Return the tally of all ranks together, as plain numbers."""
         total = Tally()
         mine = [{name: float(x) for name, x in part.items()} for part in (self.sums, self.counts, self.maxima)]
         for sums, counts, maxima in ranks.gather(mine):
@@ -66,7 +66,7 @@ def update_policy(
 ) -> dict[str, float]:
     """Train on the kept rows of one step and return what to log.
 
-    advantages: [B], or [B, T] per token; keep_B: rows that count, the others leave loss and denominators alike.
+    advantages: [B], or [B, T] per token; keep_B: rows that count; loss and denominators leave out the others.
     """
     config = policy.config
     batches = plan_batches(policy, method.loss, rollouts, advantages, keep_B, ranks)
@@ -95,7 +95,7 @@ def update_policy(
         micro = make_microbatch(rollouts, range(rollouts.group_size), policy.device)
         with torch.no_grad():
             inputs = loss_inputs(policy, rollouts, advantages, micro, None)
-        if ranks.is_main:  # the same rows on all
+        if ranks.is_main:  # all ranks compare the same rows
             tally_mismatch(tally, inputs)
     trained = summarize(tally.over_ranks(ranks), norms, len(batches) * config.train.inner_epochs, learning_rate)
     return trained | method.loss.after_update(trained) | {"rank_imbalance": rank_imbalance(batches, rollouts)}
@@ -106,8 +106,8 @@ def plan_batches(
 ) -> list[OptimizerBatch]:
     """Cut the step's rows into optimizer batches, and each into micro-batches.
 
-    A row whose advantage is zero gets no gradient unless the loss has a term without the advantage, so without one its
-    forward pass is skipped; it still counts in the denominators.
+    A row whose advantage is zero has no gradient, so its forward pass is skipped, unless the loss acts without advantage.
+    The row still counts in the denominators.
     """
     config, lengths_B = policy.config, rollouts.lengths_B
     signal_B = (advantages.reshape(len(rollouts), -1) != 0).any(dim=1).numpy()
@@ -125,7 +125,7 @@ def plan_batches(
 
 
 def rank_imbalance(batches: list[OptimizerBatch], rollouts: Rollouts) -> float:
-    """Tokens of the fullest rank over the mean rank's, 1 being perfect: the rest is time in which the other ranks wait."""
+    """Return tokens of the fullest rank / mean tokens per rank. 1 is perfect; above 1 the other ranks wait."""
     sizes = [len(prompt) + int(length) for prompt, length in zip(rollouts.prompt_ids, rollouts.lengths_B, strict=True)]
     fullest, mean = 0.0, 0.0
     for batch in batches:
@@ -137,10 +137,10 @@ def rank_imbalance(batches: list[OptimizerBatch], rollouts: Rollouts) -> float:
 def old_logprobs(
     policy: Policy, loss: Loss, rollouts: Rollouts, batches: list[OptimizerBatch], ranks: Ranks
 ) -> Sequence[np.ndarray] | None:
-    """Log-probs [T] of every row under the policy before the updates of this step.
+    """Return log-probs [T] of every row under the policy before the updates of this step.
 
-    The sampler has recorded them (loss.old_logprobs=sampler), or the trainer scores its rows now. With a single update its
-    own forward pass gives them, so nothing is done: None. Fills rollouts.old_entropies, too, if the loss needs them.
+    The sampler has recorded them (loss.old_logprobs=sampler), or the trainer scores its rows now. With a single update the
+    update's forward pass gives them, so the result is None. Also fills rollouts.old_entropies if the loss needs them.
     """
     from_sampler = policy.config.loss.old_logprobs == "sampler"
     several = len(batches) * policy.config.train.inner_epochs > 1
@@ -199,7 +199,7 @@ def score(
 
 def tally_mismatch(tally: Tally, x: LossInputs) -> None:
     """d = |logp_trainer - logp_sampler| on the sampled tokens: the same weights must give the same numbers. Rows sampled at
-    another temperature say nothing about that and are left out."""
+    another temperature are left out."""
     matched_B = torch.from_numpy(~x.rollouts.unmatched_B[x.rows]).to(x.mask_BT.device)
     mask_BT = x.mask_BT * matched_B[:, None]
     difference_BT = (x.logprobs_BT.detach() - x.sampler_logprobs_BT).abs() * mask_BT

@@ -113,11 +113,11 @@ def test_a_key_that_an_older_version_did_not_write_is_no_difference(tmp_path, po
 
 def test_D13_another_architecture_is_refused(tmp_path, policy, untied_model):
     save(tmp_path, 3, policy)
-    with pytest.raises(UserError, match="weights are of another model"):
+    with pytest.raises(UserError, match="weights belong to another model"):
         load_checkpoint(tmp_path, Policy(make_config(untied_model), CPU), FINGERPRINT, Ranks())
     tiny_llama(vocab=80).save_pretrained(tmp_path / "larger")
     save(tmp_path / "saved", 3, Policy(make_config(untied_model), CPU))
-    with pytest.raises(UserError, match="weights are of another model"):
+    with pytest.raises(UserError, match="weights belong to another model"):
         load_checkpoint(tmp_path / "saved", Policy(make_config(tmp_path / "larger"), CPU), FINGERPRINT, Ranks())
 
 

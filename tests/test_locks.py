@@ -71,7 +71,7 @@ def test_the_second_waits_and_uses_what_the_first_has_made(two_makers, tmp_path)
     (tmp_path / "go").touch()
     assert first.communicate(timeout=30)[0] == "" and first.returncode == 0
     out, _ = second.communicate(timeout=30)
-    assert out == f"{tmp_path / 'base'} is there already and is used as it is; delete the folder to have it made anew\n"
+    assert out == f"{tmp_path / 'base'} exists already and is used as it is; delete the folder to make it again\n"
 
 
 @pytest.mark.slow
@@ -88,7 +88,7 @@ def test_a_model_that_is_there_needs_no_lock(tmp_path, capsys):
     (tmp_path / "base").mkdir()
     (tmp_path / "base/config.json").write_text("{}")
     make_once(tmp_path / "base", lambda: pytest.fail("made again"))
-    assert "is there already" in capsys.readouterr().out and not lock_of(tmp_path / "base").exists()
+    assert "exists already" in capsys.readouterr().out and not lock_of(tmp_path / "base").exists()
 
 
 def test_one_process_writes_to_a_run_also_by_another_path(tmp_path, monkeypatch):

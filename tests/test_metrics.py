@@ -19,7 +19,7 @@ import yaml
 from small_run import write_config as write_explain_config
 from tiny import CPU, make_config, make_rows, score_rows, update
 
-from nanolapo import loop
+from nanolapo import loop, session
 from nanolapo.checkpoint import save_checkpoint
 from nanolapo.config import Config
 from nanolapo.config_file import load_config
@@ -156,7 +156,7 @@ def test_a_run_that_ends_by_its_tokens_counts_them_for_the_time_left(tmp_path, m
             told.append((step, self.start_share, share))
             super().step(step, metrics, share)
 
-    monkeypatch.setattr(loop, "RunLog", Told)
+    monkeypatch.setattr(session, "RunLog", Told)
     for steps in (2, 400):  # the first time its steps end the run
         overrides = [
             f"train.steps={steps}",

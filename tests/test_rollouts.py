@@ -82,7 +82,7 @@ def test_A16_cut_answers_are_wrong_and_counted(tied_model):
     """Right number in a box, but cut by the limit: reward 0, in `truncated`, not in `accuracy`; by the real grader."""
     method = Method(make_config(tied_model))
     rollouts = make_rows([9, 9, 9, 9], finished=[True, False, True, False])
-    fill(rollouts, text=[r"so \boxed{0}", r"so \boxed{0}", r"so \boxed{1}", "so 1"])  # golds are 0, 0, 1, 1
+    fill(rollouts, text=[r"so \boxed{0}", r"so \boxed{0}", r"so \boxed{1}", "so 1"])  # reference answers: 0, 0, 1, 1
     with Grader() as grader:
         verdicts = grader.grade_all(rollouts.texts, [row.problem.answer for row in rollouts.rows])
         mark(SimpleNamespace(grader=grader, method=method), rollouts.rows, verdicts)  # type: ignore[arg-type]

@@ -36,24 +36,24 @@ def test_a_missing_local_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypat
 
 
 class CountingGrader(Grader):
-    """A real grader that knows how many golds it was asked to check."""
+    """A real grader that knows how many reference answers it was asked to check."""
 
-    num_golds = 0
+    num_references = 0
 
-    def references_that_fail(self, golds: Sequence[str]) -> list[int]:
-        self.num_golds += len(golds)
-        return super().references_that_fail(golds)
+    def references_that_fail(self, references: Sequence[str]) -> list[int]:
+        self.num_references += len(references)
+        return super().references_that_fail(references)
 
 
 def write_problems(folder: Path) -> Path:
-    """Three problems: a short one, one with a gold that cannot be graded, a long one."""
+    """Three problems: a short one, one with a reference answer that cannot be graded, a long one."""
     rows = [("Start with 1.", "1"), ("Start with 2.", r"\frac{1}{2"), ("Start with 3." * 10, "3")]
     path = folder / "rows.jsonl"
     path.write_text("\n".join(json.dumps({"problem": q, "answer": a}) for q, a in rows))
     return path
 
 
-def test_golds_are_checked_once_and_prompts_for_every_model(tmp_path):
+def test_reference_answers_are_checked_once_and_prompts_for_every_model(tmp_path):
     tokenizer, path = make_tokenizer(), write_problems(tmp_path)
     tokenizer.save_pretrained(tmp_path / "model")
     config = make_config(tmp_path / "model", data={"sources": [{"name": "d", "path": str(path)}]},
@@ -65,7 +65,7 @@ def test_golds_are_checked_once_and_prompts_for_every_model(tmp_path):
     ]
     with CountingGrader() as grader:
         found = load_sets(config, models, grader)
-        assert grader.num_golds == 3
+        assert grader.num_references == 3
         alone = load_data(replace(config, prompt=short), grader)
     assert [[p.question for p in data.problems] for data in found] == [["Start with 1."]] * 3
     assert found[0].problems == alone.problems and found[0].report == alone.report

@@ -1,4 +1,4 @@
-"""The procedural problems of the CPU demo: a chain of small operations, of which only the last digit is asked.
+"""The procedural problems of the CPU demo: chains of small operations that ask for the last digit only.
 
 A problem of level k has k operations. Adding and multiplying by 3, 7 or 9 are one-to-one on last digits, so the answer
 depends on every step and cannot be guessed from some of them. Pure Python, no torch; the same (count, seed, levels)
@@ -61,7 +61,7 @@ def random_chain(rng: random.Random, level: int) -> Chain:
 def make_problems(count: int, seed: int, levels: Sequence[int] = LEVELS) -> list[tuple[str, str, int]]:
     """`count` distinct problems as (question, answer, level), the levels in turn; no levels given: LEVELS.
 
-    A level runs dry when all its questions are used (level 1 has 120); the others then share the rest.
+    A level is empty when all its questions are used (level 1 has 120); the others then share the rest.
 
     >>> make_problems(2, seed=0, levels=(1, 2))[0]
     ('Start with 6. A: times 7. Last digit?', '2', 1)
@@ -74,7 +74,7 @@ def make_problems(count: int, seed: int, levels: Sequence[int] = LEVELS) -> list
         if not remaining:
             raise ValueError(f"there are only {len(made)} distinct demo problems of levels {list(levels)}, not {count}")
         level = remaining[position % len(remaining)]
-        for _ in range(1000):  # a level that gives nothing new a thousand times is as good as empty
+        for _ in range(1000):  # a level without a new question in a thousand tries counts as empty
             chain = random_chain(rng, level)
             if chain.question() not in made:
                 made[chain.question()] = (str(chain.digits()[-1]), level)

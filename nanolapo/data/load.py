@@ -17,7 +17,7 @@ from nanolapo.model.folder import load_tokenizer
 
 @dataclass
 class Data:
-    """Training problems with their prompter and tokenizer, checked, and what had to be left out."""
+    """Checked training problems, their prompter and tokenizer, and a report of what was left out."""
 
     problems: list[Problem]
     prompter: Prompter
@@ -31,13 +31,13 @@ class Data:
 
 
 def load_data(config: Config, grader: Grader) -> Data:
-    """Problems whose gold answer can be graded and whose prompt fits; the rest is counted in the report."""
+    """Load the problems whose reference answer can be graded and whose prompt fits; the report counts the rest."""
     prompter = Prompter(load_tokenizer(config.model.path), config.prompt)
     return fit_prompts(config, prompter, *gradable_problems(config, grader))
 
 
 def gradable_problems(config: Config, grader: Grader) -> tuple[list[Problem], list[str]]:
-    """Problems whose gold answer can be graded, and the report of what came and what was left out."""
+    """Load the problems whose reference answer can be graded, with a report of what came and what was left out."""
     if not config.data.sources:
         raise UserError("data.sources is empty: name at least one source of problems in the YAML file")
     problems, report = load_problems(config.data.sources)
@@ -47,12 +47,14 @@ def gradable_problems(config: Config, grader: Grader) -> tuple[list[Problem], li
         report.append(f"{len(problems) - len(kept)} problems left out because they are in data.exclude")
         problems = kept
     failing = set(grader.references_that_fail([p.answer for p in problems]))
-    report += [f"dropped {problems[i].id}: gold {problems[i].answer!r} cannot be graded" for i in sorted(failing)]
+    report += [
+        f"dropped {problems[i].id}: reference answer {problems[i].answer!r} cannot be graded" for i in sorted(failing)
+    ]
     return [p for i, p in enumerate(problems) if i not in failing], report
 
 
 def fit_prompts(config: Config, prompter: Prompter, problems: Sequence[Problem], report: Sequence[str]) -> Data:
-    """The problems whose prompt is short enough; `report` with a line about the others."""
+    """Keep the problems whose prompt is short enough, and add a line about the others to `report`."""
     limit, report = config.rollout.max_prompt_tokens, list(report)
     short, skipped = split_by_length([prompter.ids(p.question) for p in problems], limit)
     if skipped:

@@ -1,4 +1,4 @@
-"""The whole data order: which problems a step samples. Pure functions of (seed, step), so that ranks agree and resuming
+"""Chooses which problems a step samples. Pure functions of (seed, step), so that ranks agree and resuming
 needs no saved position.
 """
 
@@ -11,10 +11,10 @@ import numpy as np
 
 
 def batch_indices(num_problems: int, step: int, prompts_per_step: int, seed: int) -> list[int]:
-    """The problems of one step, as indices: a pure function, so any rank or resumed run finds the same ones.
+    """Return the problems of one step, as indices. It is a pure function, so any rank or resumed run finds the same.
 
-    Every epoch is a seeded permutation of all problems and may end inside a batch. What the open batch
-    already holds moves behind its end in the next permutation, so that no batch has a problem twice.
+    Every epoch is a seeded permutation of all problems and may end inside a batch. Problems that the
+    open batch already holds are moved behind its end in the next permutation, so no batch has a problem twice.
 
     >>> [batch_indices(5, step, prompts_per_step=2, seed=0) for step in range(5)]
     [[0, 1], [4, 3], [2, 0], [1, 2], [3, 4]]
@@ -22,7 +22,7 @@ def batch_indices(num_problems: int, step: int, prompts_per_step: int, seed: int
     if num_problems < 1 or prompts_per_step < 1:
         raise ValueError(f"{num_problems=} and {prompts_per_step=} must be positive")
     start = step * prompts_per_step
-    # Every few epochs an epoch begins with a batch, whatever came before: unroll from the last such epoch.
+    # Every few epochs an epoch starts together with a batch: unroll from the last such epoch.
     cycle = prompts_per_step // math.gcd(num_problems, prompts_per_step)
     epoch = start // num_problems // cycle * cycle
     start -= epoch * num_problems
@@ -30,7 +30,7 @@ def batch_indices(num_problems: int, step: int, prompts_per_step: int, seed: int
     while len(stream) < start + prompts_per_step:
         order = list(range(num_problems))
         random.Random(f"{seed}/{epoch}").shuffle(order)
-        num_open = len(stream) % prompts_per_step  # problems in the batch this epoch begins inside
+        num_open = len(stream) % prompts_per_step  # problems already in the batch in which this epoch begins
         if num_open:
             held = set(stream[-num_open:])
             head = [index for index in order if index not in held][: prompts_per_step - num_open]
@@ -44,11 +44,11 @@ def batch_indices(num_problems: int, step: int, prompts_per_step: int, seed: int
 def round_indices(
     num_problems: int, step: int, round_number: int, prompts: int, seed: int, weights: np.ndarray | None = None
 ) -> list[int]:
-    """The problems of one round of a step. Round 0 is the step's batch; dynamic sampling goes on with rounds 1, 2, ...
+    """Return the problems of one round. Round 0 is the step's batch; dynamic sampling goes on with rounds 1, 2, ...
 
-    Epochs (no weights): round 0 follows batch_indices, whatever earlier steps needed; the further rounds of a step take
-    the problems outside its batch in an order of their own. Weights [problems]: all rounds draw by them. In both cases no
-    problem comes twice within a step, and a round is short, in the end empty, where the problems run out.
+    Without weights, round 0 follows batch_indices, however many rounds earlier steps needed; further rounds take the
+    problems outside the batch in a shuffled order. With weights [problems], all rounds draw by them. In both cases a step
+    has no problem twice, and rounds get short, then empty, when the problems run out.
 
     >>> [round_indices(5, step, round_number, prompts=2, seed=0) for step in (0, 1) for round_number in range(4)]
     [[0, 1], [4, 3], [2], [], [4, 3], [1, 0], [2], []]
@@ -66,9 +66,9 @@ def round_indices(
 
 
 def weighted_order(weights: np.ndarray, seed: str) -> list[int]:
-    """All problems of positive weight in the order of drawing one after the other, each time by the weights of those left.
+    """Draw all problems of positive weight one after the other, each time by the weights of those left; return the order.
 
-    Whoever waits an exponential time of rate w comes first with probability w / sum(w), and so on with the rest.
+    Each waits an exponential time of rate w: it comes first with probability w / sum(w), and so on with the rest.
     """
     weights = np.asarray(weights, dtype=np.float64)
     if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):

@@ -20,7 +20,7 @@ def source_key(source: SourceConfig) -> str:
 
 
 def read_rows(source: SourceConfig) -> Iterator[tuple[int, Any]]:
-    """(line number, row) for each row of a source. In place of a line that is not JSON comes a BadRow that says why."""
+    """Yield (line number, row) for each row of a source. A line that is not JSON gives a BadRow that says why."""
     if source.path.endswith(".jsonl"):
         yield from _jsonl_rows(source)
         return

@@ -35,7 +35,7 @@ class Problem:
 
 
 def load_problems(sources: Sequence[SourceConfig]) -> tuple[list[Problem], list[str]]:
-    """The problems of all sources in a fixed order, and a report to print: what was loaded and what was dropped."""
+    """Load the problems of all sources in a fixed order; also return a report of what was loaded and dropped."""
     problems: dict[str, Problem] = {}
     report: list[str] = []
     for source in sources:
@@ -186,7 +186,7 @@ def _text(row: dict[str, Any], name: str) -> str:
 
 
 def _multiple_choice(question: str, options: list[str], seed: int) -> tuple[str, str]:
-    """The question with its options in a seeded order, and the letter of the right one (options[0]).
+    """Return the question with its options in a seeded order, and the letter of the right one (options[0]).
 
     >>> text, answer = _multiple_choice("Which is even?", ["4", "3", "5"], seed=0)
     >>> text.splitlines(), answer
@@ -206,7 +206,7 @@ def _multiple_choice(question: str, options: list[str], seed: int) -> tuple[str,
 
 
 def _answer(value: Any, field: str) -> str:
-    """The reference answer as plain text, from the forms that published sets use.
+    """Return the reference answer as plain text, from the forms that published sets use.
 
     >>> [_answer(v, "answer") for v in (36.0, 0.25, "6 * 7 = 42\\n#### 1,042", ["$2$"], ["1", "3"])]
     ['36', '0.25', '1042', '2', '1, 3']
@@ -247,7 +247,7 @@ def _answer_text(text: str) -> str:
 
 
 def _last_box(text: str) -> str:
-    r"""The content of the last \boxed (in MATH also \fbox and \boxed 2), or the whole text if it has none."""
+    r"""Return the content of the last \boxed (in MATH also \fbox and \boxed 2), or the whole text if it has none."""
     _, box, tail = re.sub(r"\\fbox\b", r"\\boxed", text).rpartition("\\boxed")
     if not box:
         return text

@@ -1,8 +1,8 @@
-"""Every word the model is shown: the paper's template, chat templates, guidance forms, rivals' sentences.
+"""Builds every prompt of the model: the paper's template, chat templates, guidance forms, rivals' sentences.
 
 One `Prompter`, built from (tokenizer, config.prompt), serves training, both samplers and evaluation, so that
-they cannot disagree on a system prompt, a <think> tag or a start token. It makes token ids once; no
-completion ever passes through it, and no prompt is ever cut.
+they cannot disagree on a system prompt, a <think> tag or a start token. It makes token ids once.
+Completions never pass through it, and prompts are never cut.
 
 Where guidance goes:      raw style                                chat style
   outside (before <think>)  at the end of the question               at the end of the user turn
@@ -55,17 +55,17 @@ def exact_guidance(n: float) -> Guidance:
 
 
 def range_guidance(low: float, high: float, n: float) -> Guidance:
-    """An interval in the thought; the reward still aims at n. Wording ours, the paper prints none."""
+    """An interval in the thought; the reward still aims at n. The wording is ours: the paper prints none."""
     return Guidance(inside=f" I will answer the question with {low:.0f} to {high:.0f} tokens.", budget=n)
 
 
 def outside_guidance(n: float) -> Guidance:
-    """The length asked for in the question. L1-Exact's sentence; as LAPO's Outside form, ours."""
+    """Ask for the length in the question. The sentence is L1-Exact's; to use it as LAPO's Outside form is ours."""
     return Guidance(outside=f" Think for {n:.0f} tokens.", budget=n)
 
 
 def implicit_guidance(n: float) -> Guidance:
-    """Nothing said, only rewarded."""
+    """State no length; only the reward uses it."""
     return Guidance(budget=n)
 
 
@@ -78,7 +78,7 @@ def l1_max_guidance(n: float) -> Guidance:
 
 
 def thinkprune_guidance(n: float) -> Guidance:
-    """ThinkPrune: the generation limit, in words. Simplified: ends the question, theirs the system prompt."""
+    """ThinkPrune: the generation limit, in words. Simplified: it ends the question; theirs ends the system prompt."""
     return Guidance(outside=f" The output of the assistant should be within {n:.0f} tokens.", budget=n)
 
 
@@ -93,7 +93,7 @@ def hbpo_guidance(n: float) -> Guidance:
 
 
 class Prompter:
-    """Questions to prompts: `render` for eyes and `ids` for models."""
+    """Turns questions into prompts: `render` gives text for people, `ids` token ids for models."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> None:
         self.tokenizer = tokenizer
@@ -106,20 +106,20 @@ class Prompter:
         elif not tokenizer.chat_template:
             name = tokenizer.name_or_path
             raise UserError(f"prompt.style=chat: {name!r} has no chat template; use prompt.style=raw")
-        # Does this tokenizer start every text with a BOS token? (Owning one is not enough: ChatML models name
+        # The BOS token, if this tokenizer starts every text with it. (Having one is not enough: ChatML models name
         # <|im_start|> their BOS and put it before every turn, never at the start of plain text.)
         bos, first = tokenizer.bos_token_id, tokenizer("a")["input_ids"][:1]
         self.bos_id: int | None = bos if bos is not None and first == [bos] else None
         self.prefix = self._think_prefix() if config.style == "chat" else ""
 
     def render(self, question: str, guidance: Guidance = NO_GUIDANCE) -> str:
-        """The prompt as text, for showing; `ids` is what models get."""
+        """Return the prompt as text, to show it; models get `ids`."""
         guidance = self.printed(guidance)
         head = (self._raw if self.config.style == "raw" else self._chat)(question, guidance)
         return head + self._opening(head, guidance)
 
     def ids(self, question: str, guidance: Guidance = NO_GUIDANCE) -> list[int]:
-        """The prompt's token ids, with exactly one BOS in front where the tokenizer starts texts with one."""
+        """Return the prompt's token ids, with exactly one BOS in front where the tokenizer starts texts with one."""
         guidance = self.printed(guidance)
         if self.config.style == "raw":
             ids = self._encode(self.render(question, guidance))
@@ -133,7 +133,7 @@ class Prompter:
         return [self.bos_id, *ids[num_bos:]]
 
     def printed(self, guidance: Guidance) -> Guidance:
-        """The guidance with its lengths as multiples of prompt.length_multiple; the budget stays as it is."""
+        """Return the guidance with its lengths as multiples of prompt.length_multiple; the budget stays as it is."""
         m = self.config.length_multiple
 
         def nearest(match: re.Match[str]) -> str:
@@ -167,11 +167,11 @@ class Prompter:
         return ids
 
     def _opening(self, head: str, guidance: Guidance) -> str:
-        """What follows the template: the think prefix and the guidance."""
+        """Return what follows the template: the think prefix and the guidance."""
         return self.prefix + _after(head + self.prefix, guidance.inside)
 
     def _think_prefix(self) -> str:
-        """config.think_prefix, less what the chat template itself writes."""
+        """Return config.think_prefix without what the chat template itself writes."""
         try:
             head = self._chat("", NO_GUIDANCE)
         except TemplateError as error:
@@ -191,7 +191,7 @@ class Prompter:
 
 
 def _after(before: str, text: str) -> str:
-    """`text` without its leading gap where `before` already ends in one ("<think>\\n" + " I will ...")."""
+    """Return `text` without its leading gap if `before` already ends in one ("<think>\\n" + " I will ...")."""
     return text.lstrip() if before[-1:].isspace() else text
 
 

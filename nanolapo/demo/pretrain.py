@@ -72,7 +72,7 @@ ALL_SENTENCES = DemoConfig(steps=3000, guided=0.33, guided_otherwise=0.22)
 def make_tokenizer(all_sentences: bool = False) -> PreTrainedTokenizerFast:
     """Words with their leading space, digits, step labels, budgets; any other ASCII text falls apart into characters.
 
-    A budget is one token with the "with" before it; with `all_sentences` a token of its own, after any of their words.
+    A budget is one token with the "with" before it; with `all_sentences` a separate token, after any of their words.
 
     >>> tokenizer = make_tokenizer()
     >>> tokenizer.tokenize("B: times 7. Last digit? <think> I will answer the question with 60 tokens. Wait,")[5:]
@@ -232,7 +232,7 @@ def learning_rate_factor(step: int, steps: int, warmup: int = 50) -> float:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, settings: DemoConfig) -> LlamaForCausalLM:
-    # Llama, not Qwen2: transformers replaces the tokenizer of a qwen2 folder by Qwen2's own, whatever the folder says.
+    # Llama, not Qwen2: transformers always replaces the tokenizer of a qwen2 folder by Qwen2's.
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=settings.hidden_size, intermediate_size=3 * settings.hidden_size,
         num_hidden_layers=settings.layers, num_attention_heads=4, num_key_value_heads=2,

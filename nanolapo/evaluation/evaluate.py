@@ -72,7 +72,7 @@ class Benchmark:
         self.folder = Path(config.evaluate.samples_dir or config.run_dir / "samples")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.identity = model_identity(model.path)
-        self.golds = sha256("\n".join(f"{p.id} {p.answer}" for p in data.problems).encode()).hexdigest()[:16]
+        self.references = sha256("\n".join(f"{p.id} {p.answer}" for p in data.problems).encode()).hexdigest()[:16]
         self.sampler: Sampler | None = None
 
     def close(self) -> None:
@@ -87,7 +87,7 @@ class Benchmark:
         decoding = Decoding(temperature, e.top_p if temperature < 1 else 1.0)
         settings = {"model": self.identity, "prompt": asdict(self.config.prompt), "decoding": asdict(decoding),
                     "max_new_tokens": e.max_new_tokens, "seed": self.config.run.seed, "budgets": budgets,
-                    "dtype": self.config.rollout.dtype or self.config.model.dtype, "golds": self.golds}  # fmt: skip
+                    "dtype": self.config.rollout.dtype or self.config.model.dtype, "golds": self.references}  # fmt: skip
         if asked.place == "outside":
             settings["place"] = asked.place
         files = {

@@ -244,7 +244,7 @@ def sample_file(folder: Path, model: str, source: str, temperature: float, setti
 
 
 def model_identity(path: str) -> str:
-    """The hub name, or a hash of a local folder's weights, so that a model trained anew is sampled anew."""
+    """The hub name, or a hash of a local folder's weights, so that a retrained model is sampled again."""
     files = sorted(Path(path).glob("*.safetensors"))
     digest = sha256()
     for file in files:

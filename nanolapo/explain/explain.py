@@ -3,7 +3,7 @@
 The step is loop.run_step on an ordinary session whose parts are listened to (trace.py). So the prompts, rewards,
 advantages, ratios and losses of the story are values that the trainer computed and used, or what its own functions say of
 them; nothing is computed a second way. Not here, compared with a run: no checkpoint is read or
-written, and no model; everything goes to a directory of its own, explain-NAME beside the run's.
+written, and no model; everything goes to the directory explain-NAME beside the run's.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def explain(config: Config, method: Method) -> None:
 
 
 def beside(config: Config) -> Config:
-    """The same run in a directory of its own, without a tracker and without examples between the lines."""
+    """Change the config to a separate directory, no tracker and no printed examples."""
     run = dataclasses.replace(config.run, name=f"explain-{config.run.name}", print_every=0)
     train = dataclasses.replace(config.train, match_runs=())  # they may not have been run yet
     return dataclasses.replace(config, run=run, train=train, wandb=dataclasses.replace(config.wandb, mode="disabled"))
 
 
 def watched_step(session: Session) -> Trace:
-    """Do one step, and return what passed by in it."""
+    """Do one step, and return the records of it."""
     trace = Trace(weights_before={name: tensor.clone() for name, tensor in session.policy.named_weights()})
     with trace.observed(session):
         run_step(session)

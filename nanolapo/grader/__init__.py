@@ -1,4 +1,4 @@
-r"""Is this answer right? Boxed answers, compared exactly, or by math-verify in worker processes with deadlines.
+r"""Grades answers: boxed answers are compared exactly, or by math-verify in worker processes with deadlines.
 
 What counts. Only the text after the last `</think>` counts. Without one the whole completion does, or nothing with
 `require_think_close`. The answer is the last \boxed{...} in it. An empty or unterminated last box scores 0, and so does

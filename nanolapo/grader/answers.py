@@ -137,7 +137,7 @@ def hostile(answer: str, reference: str) -> bool:
 
 
 def equal(answer: str, reference: str, leaf: Leaf) -> bool:
-    """Do two normalised answers say the same? Numbers exactly, words as text, lists in any order, tuples in order."""
+    """True if two normalised answers are equal: numbers exactly, words as text, lists in any order, tuples in order."""
     if answer == reference:
         return True
     left, right = number(answer), number(reference)

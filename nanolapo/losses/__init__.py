@@ -1,11 +1,11 @@
-"""The published policy losses. grpo.py has GRPO's and all that the others share; each family of rivals has one more file.
+"""The published policy losses. grpo.py has GRPO's loss and the parts that all share; each rival family has a file.
 
 `loss.kind` names one of LOSSES, and `loss.options` holds the settings that only this loss has. A new loss is a subclass of
-`Loss` and one line here. With one update per rollout every ratio is 1, and all losses but the divisor are the same policy
-gradient.
+`Loss` and one line here. With one update per rollout every ratio is 1, and all losses give the same policy
+gradient up to the divisor.
 
 Where they come from: GRPO, CISPO and KL-Cov from the maintained code of verl and of the authors; GSPO from the authors'
-code; LUSPO from a third-party library, its paper was not read. UNVERIFIED are R2VPO (two third-party codes), DHPO and
+code; LUSPO from a third-party library (its paper was not read). UNVERIFIED are R2VPO (two third-party codes), DHPO and
 MinPRO (abstracts only, our readings of them).
 """
 

@@ -32,7 +32,7 @@ class BatchTotals:
 
 
 def row_weights(lengths_B: Tensor, aggregation: str, totals: BatchTotals) -> Tensor:
-    """What each token of row b is multiplied by, so that the weighted sum over all tokens of all ranks is the loss.
+    """Return the factor of each token of row b, so that the weighted sum over all tokens of all ranks is the loss.
 
     token_mean     1 / (all tokens)            every token counts the same: long answers weigh more
     sequence_mean  1 / (L_b * all rows)        every answer counts the same: a short answer's tokens weigh more,
@@ -142,7 +142,7 @@ class Loss:
 
     Options: type = NoOptions  # a frozen dataclass; loss.options in the YAML fills it, strictly
     aggregations: tuple[str, ...] = ("token_mean", "sequence_mean", "constant")  # those that the loss is defined with
-    dual_clips = True  # may loss.dual_clip be set?
+    dual_clips = True  # True if loss.dual_clip may be set
     acts_without_advantage = False  # True if the loss also acts where the advantage is 0
     needs_entropy = False  # True: rollouts.old_entropies is filled before `prepare`, at the cost of a forward pass
 
@@ -163,18 +163,18 @@ class Loss:
             )
 
     def prepare(self, rollouts: Rollouts, advantages: Tensor, keep_B: np.ndarray) -> None:
-        """Compute what the loss must know about the whole batch, on every rank alike.
+        """Compute what the loss must know about the whole batch. Every rank computes the same.
 
-        Log-probs of the old policy that all ranks hold are those recorded while sampling, rollouts.sampler_logprobs.
+        All ranks hold the old policy's log-probs as recorded while sampling: rollouts.sampler_logprobs.
         """
 
     def policy_term(self, x: LossInputs) -> tuple[Tensor, Tensor]:
-        """(loss_BT, touched_BT): touched marks tokens that the loss treats otherwise than -r A (clipped, capped, ...)."""
+        """(loss_BT, touched_BT): touched marks tokens whose loss is not -r A (clipped, capped, ...)."""
         c = self.config
         return policy_loss(x.logprobs_BT, x.old_logprobs_BT, x.advantages_BT, c.clip_low, c.clip_high, c.dual_clip)
 
     def __call__(self, x: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """Per-token loss [B, T] and per-token quantities to log (each averaged over the trained tokens)."""
+        """Return the per-token loss [B, T] and per-token quantities to log (each averaged over the trained tokens)."""
         c = self.config
         loss_BT, touched_BT = self.policy_term(x)
         ratio_BT = torch.exp(x.logprobs_BT - x.old_logprobs_BT).detach()

@@ -24,8 +24,8 @@ def high_covariance(logprobs: Sequence[np.ndarray], advantages: Tensor, keep_B: 
     """Choose the `share` of tokens with the largest (A - mean A) (log p - mean log p), bool [B, T].
 
     logprobs: [T_b] per row, of the policy that sampled; advantages [B] or [B, T]; means and choice run over all tokens of
-    the rows in keep_B, at least one token is chosen. Of equal values the earlier one wins. verl chooses anew in every
-    micro-batch, from the current log-probs; this choice is made once, so no split of the batch can change it.
+    the rows in keep_B, at least one token is chosen. Of equal values the earlier one wins. verl chooses again in
+    every micro-batch, from the current log-probs; this choice is made once, so no split of the batch can change it.
     """
     width = max((len(row) for row in logprobs), default=0)
     values_BT = np.full((len(logprobs), width), np.nan)  # nan: no token there
@@ -43,7 +43,7 @@ def high_covariance(logprobs: Sequence[np.ndarray], advantages: Tensor, keep_B: 
 
 
 class KlCov(Loss):
-    """-r A for all tokens, plus coef |log p - log p_old| for the chosen ones, whose choice needs the whole batch."""
+    """-r A for all tokens, plus coef |log p - log p_old| for the chosen ones. The choice needs the whole batch."""
 
     Options = KlCovOptions
     aggregations = ("token_mean", "sequence_mean")

@@ -1,7 +1,7 @@
-"""R2VPO (arXiv 2601.03320; UNVERIFIED): no clip, but a price lam on the variance of the ratio.
+"""R2VPO (arXiv 2601.03320; UNVERIFIED): the loss has a penalty lam on the variance of the ratio instead of a clip.
 
 The form is that of two third-party implementations. The paper adapts lam as a dual variable; the rule here, its rate and
-its target are ours, the paper's are not available.
+its target are ours, because the paper's are not available.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from nanolapo.losses.grpo import Loss, LossInputs, clipped_surrogate
 def sequence_ratio(x: LossInputs) -> Tensor:
     """GSPO's s_i = exp(mean over t of log r_t), repeated for every token of its row.
 
-    The value is s_i everywhere. The gradient at token t is s_i * grad log p_t, so the mean over the row's tokens has value
-    and gradient of the sequence form, and advantages may still differ between tokens.
+    The value is s_i everywhere. The gradient at token t is s_i * grad log p_t, so the mean over the row's tokens has the
+    value and gradient of the sequence form, and advantages may still differ between tokens.
     """
     log_ratio = (x.logprobs_BT - x.old_logprobs_BT) * x.mask_BT
     mean_B1 = log_ratio.sum(dim=1, keepdim=True) / x.mask_BT.sum(dim=1, keepdim=True).clamp(min=1)
@@ -35,8 +35,8 @@ class Gspo(Loss):
 class Luspo(Gspo):
     """LUSPO (arXiv 2602.05261): GSPO's term times the length L_i, so that sequence_mean adds up tokens per sequence.
 
-    It takes back GSPO's 1 / L_i, under which long wrong answers are pushed down more softly per token than short ones.
-    Makes answers longer by itself; combine it with a length reward knowingly.
+    It cancels GSPO's 1 / L_i, under which a long wrong answer is pushed down less per token than a short one. It makes
+    answers longer by itself, which matters if you combine it with a length reward.
     """
 
     def policy_term(self, x: LossInputs) -> tuple[Tensor, Tensor]:
@@ -55,7 +55,7 @@ class DhpoOptions:
 
 class Dhpo(Loss):
     """DHPO (January 2026, id not confirmed; UNVERIFIED, abstract only): token ratio r and sequence ratio s, each clipped in
-    its own range before they are mixed. The mix is ours: m = w r + (1 - w) s, clipped m likewise, -min(m A, clipped m A).
+    its own range before they are mixed. The mix is ours: -min(m A, m' A) with m = w r + (1 - w) s, and m' of clipped r, s.
     """
 
     Options = DhpoOptions

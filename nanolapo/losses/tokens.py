@@ -20,7 +20,7 @@ class CispoOptions:
 class Cispo(Loss):
     """CISPO (MiniMax-M1, arXiv 2506.13585): -sg(min(r, cap)) A log p. No token loses its gradient.
 
-    Sources differ on the bound (verl: both sides, around 1); here an upper one, absolute, as in ScaleRL's setting of 5.
+    Sources differ on the bound (verl: both sides, around 1); here it is an absolute upper bound, as in ScaleRL (5).
     """
 
     Options = CispoOptions

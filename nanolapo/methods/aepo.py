@@ -1,17 +1,17 @@
 """AEPO: keep the entropy near a target (arXiv 2510.08141; read-me and code of 597358816/AEPO).
 
-Read-me: grad = grad_GRPO + alpha * E_{o ~ pi at T}[grad logp * R]. Followed is the code, which has no alpha: every step a
+Read-me: grad = grad_GRPO + alpha * E_{o ~ pi at T}[grad logp * R]. We follow the code, which has no alpha: every step a
 quarter of the prompts is also sampled at T, 1.2 while the entropy is below the target of 0.5 nats (the read-me's result:
 0.75), else 0.8; of these, answers with a group advantage above 0.05 are kept, their advantage is set to 1, and they replace
 K answers of the batch: K = 60 of 2560, half of it while the entropy is above the target.
 
-Deviations: theirs overwrites the first K rows of the batch, here an extra answer replaces one of its own prompt's (first
-come, first served), so that every row still belongs to its problem. Last step's mean entropy is estimated by -mean(logp) of
+Deviations: theirs overwrites the first K rows of the batch, here an extra answer replaces one of the same prompt (first
+come, first served), so every row still belongs to its problem. Last step's mean entropy is estimated by -mean(logp) of
 its samples, unbiased and free. At step 0 there is no last entropy and no extra pass.
 
 A replaced row keeps the verdict of the answer it replaced as reward, since its group was measured by it; its own is always
-"right", so the logged accuracy is up to K/B too high. Its log-probs are of another temperature: the trainer scores anew.
-Edge: no kept extra answer: plain GRPO. State: last entropy.
+"right", so the logged accuracy is up to K/B too high. Its log-probs are of another temperature: the trainer rescores it.
+Edge: without a kept extra answer it is plain GRPO. State: last entropy.
 """
 
 from __future__ import annotations

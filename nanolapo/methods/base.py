@@ -3,11 +3,11 @@
 The loop calls the hooks in this order, once a step: sampling, monitor, on_monitor; guidance (per rollout), edit_rollouts,
 reward, keep_groups (once per round of dynamic sampling, so mostly once); advantage, after_step. A subclass overrides only
 what it changes. The policy loss is an object, `method.loss`; loss.kind chooses it, and a subclass may replace it. Every
-rank sees the rollouts of all ranks and computes the same rewards, advantages and state, so a method needs no word about
-ranks.
+rank sees the rollouts of all ranks and computes the same rewards, advantages and state, so a method need not know
+about ranks.
 
-advantage and the loss see the groups that keep_groups kept, after_step all that were sampled: so nothing may be carried
-from one to the other by row number. State is read before and written after the rewards of a step.
+advantage and the loss see the groups that keep_groups kept; after_step sees all that were sampled. So row numbers must not
+be carried from one to the other. State is read before and written after the rewards of a step.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class SamplingPlan:
 
     num_prompts: int
     group_size: int
-    temperature: float  # rollout.temperature: the trainer scores at that one, and the loop refuses another
-    max_new_tokens: int  # at most rollout.max_new_tokens, and so in MonitorPlan
+    temperature: float  # must be rollout.temperature, at which the trainer scores
+    max_new_tokens: int  # at most rollout.max_new_tokens, also in MonitorPlan
     weights: np.ndarray | None = (
         None  # [problems], >= 0: draw by these, without replacement within a step; None: epochs
     )
@@ -57,8 +57,8 @@ class Method:
 
     Options: type = NoOptions  # a frozen dataclass; method.options in the YAML fills it, strictly
     grader_rule = "math"
-    cut_answers_count = False  # may an answer that hit the length limit be right (its box already printed)?
-    # Share of the run that is done, by steps or by sampled tokens, in [0, 1): at the start of the step that a hook is for.
+    cut_answers_count = False  # True: an answer cut at the limit may be right (its box was already printed)
+    # Share of the run that is done, by steps or by sampled tokens, in [0, 1), at the start of the current step.
     progress = 0.0
 
     def __init__(self, config: Config) -> None:
@@ -79,16 +79,16 @@ class Method:
         return Guidance()
 
     def monitor(self, step: int) -> MonitorPlan | None:
-        """A second sampling before the step's own, with the same weights; None (mostly): there is none in this step."""
+        """A second sampling before the step's own, with the same weights; None (mostly): no monitor pass in this step."""
         return None
 
     def possible_monitor(self, step: int) -> MonitorPlan | None:
-        """The largest monitor pass of this step, for --dry-run. To be overridden where `monitor` depends on past steps."""
+        """The largest monitor pass of this step, for --dry-run. Override it where `monitor` depends on past steps."""
         return self.monitor(step)
 
     def on_monitor(self, rollouts: Rollouts) -> dict[str, float]:
-        """The graded rollouts of the monitor plan; returns numbers to log. To train on some of them, keep them and put them
-        into the batch in edit_rollouts (rollouts.put)."""
+        """Receive the graded rollouts of the monitor pass; returns numbers to log. To train on some of them, keep them and
+        put them into the batch in edit_rollouts (rollouts.put)."""
         return {}
 
     def edit_rollouts(self, rollouts: Rollouts) -> list[Rollout]:
@@ -100,7 +100,7 @@ class Method:
         return {"correct": rollouts.correct_B.astype(np.float64)}
 
     def keep_groups(self, rollouts: Rollouts, rewards_PG: np.ndarray) -> np.ndarray:
-        """Boolean [P]: which groups are trained on; none: the step is skipped. Dropped ones leave every denominator."""
+        """Boolean [P]: which groups are trained on. If none is, the step is skipped. Denominators leave out the others."""
         return np.ones(len(rollouts.problems), dtype=bool)
 
     def advantage(self, rollouts: Rollouts, rewards_PG: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
 """ConciseR: accuracy first, then L-GRPO (Song & Zheng, "Walk Before You Run!", arXiv 2505.21178; nick7nlp/ConciseR).
 
-UNVERIFIED: from the abstract and the read-me; no training code is public. Established is only the shape: a long first stage
+UNVERIFIED: from the abstract and the read-me; no training code is public. Only the shape is known: a long first stage
 of GRPO with clip-higher and dynamic sampling, then a short one in which length enters the reward of a group only if all of
 its answers are right. The length term itself could not be found, so it is OURS, and so is the split of the steps:
 
     second stage, every answer of the group right:  R_i = 1 + weight * (1 - L_i / L_max),  L_max = rollout.max_new_tokens
     everything else:                                R_i = c_i
 
-Groups are filtered by this reward, not by accuracy, or the all-right groups would be dropped just where they count. Within
+Groups are filtered by this reward, not by accuracy, or the all-right groups, which matter here, would be dropped. Within
 such a group the advantage is divided by the group's std (loss.normalize_std), so `weight` changes what is logged, not what
 is learned.
 
@@ -33,7 +33,7 @@ class Options:
 
 
 def length_term(lengths_PG: np.ndarray, correct_PG: np.ndarray, limit: int) -> np.ndarray:
-    """1 - L / limit in groups that are right throughout, 0 elsewhere: float64 [P, G].
+    """1 - L / limit in groups that are all right, 0 elsewhere: float64 [P, G].
 
     >>> length_term(np.array([[100, 200], [100, 200]]), np.array([[True, True], [True, False]]), limit=400)
     array([[0.75, 0.5 ],

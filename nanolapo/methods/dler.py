@@ -1,16 +1,16 @@
 """DLER and DA-DLER (Liu et al., "Doing Length pEnalty Right", arXiv 2510.15110; code NVlabs/DLER, built on DAPO's recipe).
 
-The length penalty is the plainest there is, R = c if finished within the target, else 0; what counts is the optimisation:
+The length penalty is the simplest possible: R = c if finished within the target, else 0. The optimisation matters more:
 
     advantage   A'_i = R_i - mean_group(R);  A_i = (A'_i - mean_batch(A')) / std_batch(A')   over the groups that are kept
     sampling    groups whose rewards are all equal are dropped and the batch is refilled (`max_rounds`, number ours)
     clip        0.2 / 0.28, in configs/methods/dler.yaml
 
-DA-DLER goes on from a DLER model with a limit per group: pass rate >= 0.5 gets half the limit, else the whole one. The
-paper does not say when the pass rate is measured; read as METHODS.md does: at the whole limit, then every answer above its
+DA-DLER continues from a DLER model with a limit per group: half of it if pass rate >= 0.5, else all of it. The
+paper does not say when the pass rate is measured; here it is measured at the whole limit; then every answer above its
 group's limit is cut there and graded again, so it gets 0.
 
-Code against paper, both as options: the code gives an answer that was cut 0.1 if it is right already (`cut_reward`), and
+Code and paper differ, both are options: the code gives a cut answer 0.1 if it is right already (`cut_reward`), and
 takes mean_batch and std_batch over tokens, every answer weighted by its length (`whiten: tokens`). The defaults are the
 paper's. Left out: update-selective merging (needs no training).
 

@@ -1,10 +1,10 @@
 """DOT: Dynamic Outlier Truncation (Wu et al., "Anti-Length Shift", arXiv 2601.03969; official code read).
 
-Length costs nothing, unless a problem is solved throughout and an answer to it is far longer than the others:
+Length costs nothing, except where all answers of a group are right and one is far longer than the others:
 
-    T(q)      = floor(mean(L) + a * std(L))      groups that are right throughout; unbiased std over all G answers; a = 3
+    T(q)      = floor(mean(L) + a * std(L))      groups whose answers are all right; unbiased std over all G answers; a = 3
     cut       an answer with L_i - T >= m keeps its first T tokens     m = 32 tokens; below 1 a share of L_i, at least 16
-    reward    the verifier's word on what is left. A cut answer has normally lost its box and gets 0, so a group that had
+    reward    the verdict on what is left. A cut answer has normally lost its box and gets 0, so a group that had
               nothing to teach pushes the overlong beginning down and the other answers a little up
     groups    whose rewards are all equal are dropped
     sampling  prompts_per_step * clip((1 + std(p)) / mean(p), 1.2, 5.0) prompts in one round, 1.5 times at first; p: the
@@ -15,12 +15,12 @@ With the unbiased std no answer lies more than (G - 1) / sqrt(G) of them above t
 published a = 3, with G = 32, would never cut anything for G <= 10 and is refused there. m and the 16 shrink with a limit
 below 4096, the smaller of the published ones.
 
-Deviations: problems are drawn anew in every step, each once within it; the order of epochs takes steps to be of equal size
-and could bring the same problems twice running. The last optimizer batch of a step may be small. KL-Cov's tokens are chosen
+Deviations: every step draws from all problems, each once; the order of epochs assumes steps of equal size and
+could bring the same problems twice in a row. The last optimizer batch of a step may be small. KL-Cov's tokens are chosen
 once per step. Ours, not stated: the population std of p. As their verifier sees only text, an answer cut at the limit may
-be right. The upper bound that --dry-run prints assumes the first 1.5 throughout.
+be right. The upper bound that --dry-run prints assumes 1.5 in every step.
 
-Edge: no group right throughout: nothing is cut. Equal lengths: std 0, nothing is cut. State: the last 20 shares.
+Edge: no group is all right: nothing is cut. Equal lengths: std 0, nothing is cut. State: the last 20 shares.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Options:
 def outlier_limits(
     lengths_PG: np.ndarray, correct_PG: np.ndarray, spread: float, min_cut: float, min_tokens: float = 16.0
 ) -> np.ndarray:
-    """What each answer is to be cut to: int64 [P, G], its own length where nothing is cut.
+    """Return the length to which each answer is cut, int64 [P, G]: its full length where nothing is cut.
 
     >>> lengths = np.array([[10, 10, 10, 90], [10, 10, 10, 90]])   # mean 30, std 40: T = 70 for a = 1
     >>> outlier_limits(lengths, np.array([[1, 1, 1, 1], [0, 1, 1, 1]]), spread=1.0, min_cut=16)
@@ -67,7 +67,7 @@ def outlier_limits(
 
 
 def oversampling(kept_shares: Sequence[float]) -> float:
-    """How many times the prompts to sample, so that about prompts_per_step groups are kept.
+    """Return the factor on the number of sampled prompts with which about prompts_per_step groups are kept.
 
     >>> oversampling([]), oversampling([0.5, 0.5]), round(oversampling([0.4, 0.6]), 3), oversampling([0.0])
     (1.5, 2.0, 2.2, 5.0)

@@ -10,10 +10,10 @@ and the length reward r_i = 1 - L_i / C of right answers only (C = rollout.max_n
 A prompt of one class adds 0 but counts in n_prompts. No clipping, no reference KL.
 
 Micro-batches here do not hold whole groups and need not: the gradient of the log-mean-exp is sum_N softmax(s_j / tau) ds_j,
-so with constant softmax weights every row is on its own, and dJ_q / ds_i takes the place of the advantage. The weights come
+so with constant softmax weights rows are independent, and dJ_q / ds_i takes the place of the advantage. The weights come
 from the old log-probs of the whole batch, as recorded while sampling. With one update per rollout step that is exact (up to
 the engine's rounding, here divided by tau = 10); with more, the later ones keep the first's weights where theirs follow
-s_j. The value of the loss means nothing (nor does theirs).
+s_j. The value of the loss has no meaning (nor has theirs).
 
 The penalty K uses the micro-batch's own mean (as theirs), and its token mean the step's mean length. It is 0 while logp is
 logp_old, so with one update per rollout step it never acts. The paper's penalty has the same gradient.
@@ -90,7 +90,7 @@ class Drpo(Method):
         c = config.loss
         if c.aggregation != "sequence_mean" or c.kind != "grpo" or c.kl_coef or c.tis_cap:
             raise UserError(
-                "drpo:Drpo has a loss of its own: needs loss.kind=grpo, loss.aggregation=sequence_mean, loss.kl_coef=0, "
+                "drpo:Drpo has its own policy loss: needs loss.kind=grpo, loss.aggregation=sequence_mean, loss.kl_coef=0, "
                 "and loss.tis_cap=0 (configs/methods/drpo.yaml)"
             )
         self.loss = DrpoLoss(config, self.options.beta, self.options.delta)

@@ -33,7 +33,7 @@ def sigmoid_reward(lengths: np.ndarray, correct: np.ndarray, weight: float) -> n
         return np.zeros(len(lengths))
     mean, std = lengths[right].mean(), lengths[right].std()
     z = (lengths - mean) / std if std > 1e-6 else np.zeros(len(lengths))
-    z = np.where(right, z, 0.0)  # wrong answers may lie anywhere, and get nothing
+    z = np.where(right, z, 0.0)  # wrong answers may have any length, and get nothing
     return right * (1.0 - weight / (1.0 + np.exp(-z)))
 
 

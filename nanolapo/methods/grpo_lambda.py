@@ -7,7 +7,7 @@ The step's groups are ranked by pass rate. The best share lambda (0.2: at least 
 
     R = c * (1 - a * sigmoid((L - mean(L+)) / std(L+)))         a = 0.6 (third party)
 
-and the others plain 0/1. Not copied from the third party: wrong answers of a best group are paid there; here they get
+and the others plain 0/1. One thing differs from the third party: it rewards wrong answers of a best group, here they get
 0.
 
 Edge cases: ties in pass rate keep the order of the batch. A best group without a right answer -> zeros; one right

@@ -1,6 +1,6 @@
 r"""HAPO, history-aware: be shorter than the shortest right answer to this problem so far.
 
-Source: Huang, Zhang, Cardie, arXiv 2505.11225; code HCY123902/HAPO. The code was read, of the paper only the abstract.
+Source: Huang, Zhang, Cardie, arXiv 2505.11225; code HCY123902/HAPO. We read the code, and of the paper the abstract.
 (Another method of the same name, token-aware, is arXiv 2509.16591.)
 
 h is the least length of a right answer to the problem in earlier steps; none at first. f(L) = cos(pi/2 * min(L / h,
@@ -57,7 +57,7 @@ SHAPES = {"cosine": cosine_shape, "linear": linear_shape}
 class Options:
     weight: float = 1.0  # w
     shape: str = "cosine"  # cosine | linear
-    mode: str = "min"  # min | mean: what h is of the right lengths so far
+    mode: str = "min"  # min | mean: h is this of the right lengths so far
 
 
 class Hapo(Method):

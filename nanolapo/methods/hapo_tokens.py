@@ -1,6 +1,6 @@
 """HAPO, the token-aware one ("From Uniform to Heterogeneous", arXiv 2509.16591; code starriver030515/HAPO).
 
-Not the history-aware HAPO. Everything is driven by how unsure the policy was at a token: entropies H of the old policy over
+This is not the history-aware HAPO. All depends on how unsure the policy was at a token: entropies H of the old policy over
 the batch give u = log(max(H, 1e-8)), a pivot (the 0.8 quantile of u, nearest), h = (u - pivot) / sqrt(mean((u - pivot)^2)),
 then positive h are divided by their maximum and negative ones by the size of their minimum: h in [-1, 1].
 
@@ -11,7 +11,7 @@ then positive h are divided by their maximum and negative ones by the size of th
     4. clip            low (1 - h) where h < 0, high (1 + h) where h > 0; token mean, dual clip at 10
 
 NOT here: part 1, another temperature for every token while sampling, T (1 + 0.05 h). The engines take one temperature per
-request. So this is three quarters of the method. The rest of the recipe is DAPO's: overlong shaping over the last 4096 of
+request, so this is three quarters of the method. The rest of the recipe is DAPO's: overlong shaping over the last 4096 of
 10,240 tokens, dynamic sampling, reward +1 / -1.
 
 Edge: equal rewards: A 0. Equal entropies: h 0, which leaves plain clipping. With one update per step r is 1, so every token
@@ -116,7 +116,7 @@ class TokenHapo(dapo.Dapo):
         super().__init__(config)
         if config.loss.kind != "grpo" or config.loss.kl_coef or config.loss.tis_cap:
             raise UserError(
-                "hapo_tokens:TokenHapo has a loss of its own: needs loss.kind=grpo, loss.kl_coef=0 and loss.tis_cap=0 "
+                "hapo_tokens:TokenHapo has its own policy loss: needs loss.kind=grpo, loss.kl_coef=0 and loss.tis_cap=0 "
                 "(configs/methods/hapo-tokens.yaml)"
             )
         self.loss = TokenHapoLoss(config, self.options.quantile)

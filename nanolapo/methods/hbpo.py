@@ -39,7 +39,7 @@ WORDINGS = {"within": hbpo_guidance, "with": exact_guidance}
 
 
 def budget_reward(budgets: np.ndarray, limit: int, beta: float = 4.0) -> np.ndarray:
-    """f2: the most a right answer with this budget can get; small budgets pay better.
+    """Return f2, the most that a right answer with this budget can get; small budgets pay better.
 
     >>> budget_reward(np.array([512, 1024, 2048, 2560]), limit=4096).round(4)
     array([3.9231, 3.6955, 2.8284, 2.2223])
@@ -61,7 +61,7 @@ def hierarchical_reward(
 
 
 def intra_advantages(rewards_PG: np.ndarray, budgets_PG: np.ndarray, limit: int, beta: float = 4.0) -> np.ndarray:
-    """A_intra of every rollout, [P, G]: the mean reward of its budget in its group, less the most that budget can pay."""
+    """A_intra of every rollout, [P, G]: the mean reward of its budget in its group, minus the most that budget can pay."""
     intra = np.zeros(rewards_PG.shape)
     for g, budgets in enumerate(budgets_PG):
         for budget in np.unique(budgets[~np.isnan(budgets)]):
@@ -76,7 +76,7 @@ class Options:
     beta: float = 4.0
     intra_weight: float = 1.0  # of A_intra; the code has 2
     wording: str = "within"  # within (paper) | with (code)
-    think_tags: bool | None = None  # must an answer end its thought? None: where the config's prompt names <think>
+    think_tags: bool | None = None  # True: an answer must end its thought; None: if the config's prompt names <think>
 
 
 class Hbpo(Method):

@@ -7,8 +7,8 @@ re-implementation (code).
     R = c + weight * (lam if right, min(0, lam) if wrong)
 
 A badly formed answer (no box, or no end of the thought) has no length term, but its length counts in min and max. The
-weight was not published: 0.4 is LASER's. Training begins without the term; for how long was not published either: 10 %
-of the steps (ours).
+weight was not published: 0.4 is LASER's. Training begins without the term, for 10 % of the steps (ours; the number was
+not published either).
 
 Edge cases: all lengths equal -> no length term. A short wrong answer gains nothing.
 """
@@ -42,7 +42,7 @@ def kimi_length_reward(lengths: np.ndarray, correct: np.ndarray) -> np.ndarray:
 class Options:
     weight: float = 0.4
     warmup_fraction: float = 0.1  # of the run without the length term
-    think_tags: bool | None = None  # must an answer end its thought? None: where the config's prompt names <think>
+    think_tags: bool | None = None  # True: an answer must end its thought; None: if the config's prompt names <think>
 
 
 class KimiLength(Method):

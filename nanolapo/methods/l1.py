@@ -1,16 +1,16 @@
-r"""L1-Exact: a length asked for in the question, and kept (LCPO). L1-Max, an upper limit, is in l1_max.py.
+r"""L1-Exact: the question asks for a length, the reward is for keeping it (LCPO). L1-Max (upper limit) is in l1_max.py.
 
 Source: Aggarwal & Welleck, arXiv 2503.04697; code cmu-l3/l1. Paper text and code were both read.
 
     prompt        "{question} ... Think for {n} tokens."
     R (Eq. 1)     c - alpha * |n - L|                 alpha 0.0003; wrong answers pay for the length error as well
 
-n is drawn uniformly from [100, 4000], once per problem as in the paper, or at every visit (`redraw`); where prompts state
-multiples only (prompt.length_multiple), n is one. Tokens scale with the limit (4096), and alpha, a price per token, with
-its inverse. The sentence stands at the end of the question; the rest of the prompt is the recipe's own.
+n is drawn uniformly from [100, 4000], once per problem as in the paper, or at every visit (`redraw`); if prompts state
+only multiples (prompt.length_multiple), n is rounded to one. Tokens scale with the limit (4096), and alpha, a price per
+token, with its inverse. The sentence stands at the end of the question; the rest of the prompt is the recipe's own.
 
-Edge cases: no right answer -> the group is still ranked by length error. Nothing is clipped, so that a right answer far
-off its length can score below a wrong one on target. A prompt without a budget has no length term. No state.
+Edge cases: no right answer -> the group is still ranked by length error. Nothing is clipped, so a right answer far
+from its length can score below a wrong one on target. A prompt without a budget has no length term. No state.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Options:
     alpha: float | None = None  # price per token of length error; None: 0.0003 at the paper's limit
     min_budget: int | None = None  # tokens; None: 100 at the paper's limit
     max_budget: int | None = None  # tokens; None: 4000 at the paper's limit
-    redraw: bool = False  # draw a problem's budget anew at every visit
+    redraw: bool = False  # draw a new budget at every visit of a problem
 
 
 class L1Exact(Method):
@@ -62,11 +62,11 @@ class L1Exact(Method):
         self.alpha = 0.0003 / self.scale if o.alpha is None else o.alpha
 
     def chance(self, problem_id: str, step: int) -> random.Random:
-        """Random numbers of a problem, or of a visit to it: a pure function and the seed, so nothing is remembered."""
+        """Return random numbers for a problem, or for a visit to it. They depend on the seed only; nothing is stored."""
         return random.Random(f"{self.config.run.seed}/{problem_id}/{step if self.options.redraw else 'once'}")
 
     def budget(self, problem_id: str, step: int) -> int:
-        """n, as the prompt prints it."""
+        """Return n as the prompt prints it."""
         return stated(self.config, self.chance(problem_id, step).randint(self.low, self.high))
 
     def guidance(self, problem: Problem, rollout_index: int, step: int) -> Guidance:
@@ -80,7 +80,7 @@ class L1Exact(Method):
         return exact_reward(rollouts.lengths_B, verdict_B, rollouts.budgets_B, self.alpha)
 
     def off_budget(self, rollouts: Rollouts) -> np.ndarray:
-        """Tokens that count as disobedience, [B]."""
+        """Return the tokens that count as disobedience, [B]."""
         return np.abs(rollouts.lengths_B - rollouts.budgets_B)
 
     def after_step(self, rollouts: Rollouts) -> dict[str, float]:

@@ -1,4 +1,4 @@
-r"""L1-Max: L1-Exact, and for half of the problems an upper limit in place of an exact length (LCPO-Max).
+r"""L1-Max: L1-Exact, but half of the problems get an upper limit in place of an exact length (LCPO-Max).
 
 Source: as for l1.py, arXiv 2503.04697; paper text and code were both read.
 
@@ -8,8 +8,8 @@ Source: as for l1.py, arXiv 2503.04697; paper text and code were both read.
 A problem is Max with probability 0.5, else Exact, each with its own sentence and reward. Tokens scale with the published
 limit of 4500, alpha with its inverse.
 
-Not followed, because the released code is at odds with the paper: its Max halves the slope, and its published Max script
-sets none of the reward switches.
+The released code contradicts the paper and is not followed: its Max halves the slope, and its published Max script sets
+none of the reward switches.
 
 Edge case: in a group of Max prompts without a right answer all rewards are 0. No state.
 """

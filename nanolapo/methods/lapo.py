@@ -1,12 +1,12 @@
 """LAPO's two stages side by side (Wu et al., arXiv 2507.15758; released code ZJU-REAL/LAPO).
 
-Discovery (stage 1) rewards right answers whose length is typical of the group's right answers, and writes down for every
-problem the length that sufficed, M(q). Internalization (stage 2) states that length in the model's own thought and rewards
+Discovery (stage 1) rewards right answers whose length is typical of the group's right answers, and records M(q), the
+length that sufficed for problem q. Internalization (stage 2) states that length in the model's own thought and rewards
 keeping to it. Policy loss and advantage are plain GRPO.
 
-Where the paper and its code disagree, `lapo.fidelity` chooses; the rows of READINGS are all the differences there are. Not
-copied from the code, because they are slips: two rewards per rollout in its last stage-1 file, and a stage-2 length that
-counts the tail of the prompt.
+Where the paper and its code disagree, `lapo.fidelity` chooses; the rows of READINGS are all the differences. Two
+slips of the code are not copied: two rewards per rollout in its last stage-1 file, and a stage-2 length that counts the
+tail of the prompt.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Readings:
     """One way to read the paper where text and code differ. The defaults are the recommended one."""
 
     beta: float = 0.8  # weight of the length reward in stage 2
-    strict_range: bool = False  # stage 1: a range that is a single point gives no length reward at all
+    strict_range: bool = False  # stage 1: a range that is a single point gives no length reward
     unsolved_center: str = "group_median"  # stage 2, unsolved problem: Gaussian around that, or around the "limit"
-    live_map: bool = True  # stage 2: prompts are rebuilt from the current M(q), or keep stage 1's numbers
-    round_target: bool = True  # printed n is round(M), or M cut to an integer
+    live_map: bool = True  # stage 2: prompts state the current M(q); False: stage 1's numbers
+    round_target: bool = True  # the prompt states round(M); False: M cut to an integer
     half_limit: bool = False  # stage 2 samples at most half of max_new_tokens (2048 of 4096)
-    cut_answers_count: bool = False  # an answer cut at the limit with its box already printed may be right
+    cut_answers_count: bool = False  # an answer cut at the limit may be right if its box was already printed
     grader_rule: str = "math"  # or "exact_first_boxed": the code's first box up to the first brace, compared as text
 
 
@@ -58,7 +58,7 @@ READINGS = {
 
 
 def tokens_outside(lengths: Sequence[int] | np.ndarray, low: float, high: float) -> np.ndarray:
-    """d of Eq. 5: by how many tokens each length misses the closed range, float64 [G].
+    """Return d of Eq. 5: by how many tokens each length misses the closed range, float64 [G].
 
     >>> tokens_outside([1000, 1220, 1500], 1220, 1460)
     array([220.,   0.,  40.])
@@ -111,7 +111,7 @@ def internalization_reward(
 
 
 def stated_length(target: float | None, limit: int, multiple: int = 1, rounded: bool = True) -> int:
-    """n, the number of tokens that a stage-2 prompt states: M(q), or the generation limit for an unsolved problem (Eq. 3).
+    """Return n, the tokens that a stage-2 prompt states: M(q), or the generation limit for an unsolved problem (Eq. 3).
 
     It is the nearest multiple of `multiple`, or (not rounded) the next one below. Where that is 0 it is 1.
 
@@ -152,13 +152,13 @@ class Lapo(Method):
         self.length_map.save(run_dir / "length_map.json")
 
     def lengths_by_problem(self, rollouts: Rollouts) -> list[tuple[Problem, np.ndarray]]:
-        """Per group, the lengths of right answers that ended by themselves: a cut-off answer never enters the map."""
+        """Return per group the lengths of right answers that ended by themselves: a cut answer never enters the map."""
         usable = rollouts.by_group(rollouts.correct_B & rollouts.finished_B & ~rollouts.broken_B)
         lengths = rollouts.by_group(rollouts.lengths_B)
         return [(p, lengths[g][usable[g]]) for g, p in enumerate(rollouts.problems)]
 
     def map_metrics(self, problems: Sequence[Problem], before: Sequence[float | None]) -> dict[str, float]:
-        """How far the map has come: solved share, mean target, mean change on this step's problems; nan: of nothing."""
+        """Measure the map: solved share, mean target, mean change on this step's problems; nan where there is none."""
         known = [t for t in self.length_map.entries.values() if t is not None]
         pairs = [(self.length_map.target(p.id), b) for p, b in zip(problems, before, strict=True)]
         moved = [t - b for t, b in pairs if t is not None and b is not None]
@@ -217,13 +217,13 @@ class Internalization(Lapo):
         n = stated_length(target, c.rollout.max_new_tokens, multiple, self.readings.round_target)
         if c.lapo.guidance == "range":
             known = self.length_map.typical_range(problem.id, c.lapo.percentiles)
-            # An unsolved problem has no range: then the band in which the reward is above exp(-1/2)
+            # An unsolved problem has no range; it gets the band in which the reward is above exp(-1/2)
             low, high = known or (max(1.0, n - self.sigma), n + self.sigma)
             return range_guidance(low, high, n)
         return {"exact": exact_guidance, "outside": outside_guidance, "implicit": implicit_guidance}[c.lapo.guidance](n)
 
     def center(self, problem: Problem, lengths_G: np.ndarray, correct_G: np.ndarray, budget: float) -> float:
-        """n of Eq. 7 for one group: the number in its prompt, M(q) before this step's update; nan: there is none."""
+        """Return n of Eq. 7 for one group: the number in its prompt (M(q) before this step's update), or nan for none."""
         if self.length_map.target(problem.id) is None and self.readings.unsolved_center == "group_median":
             return self.length_map.measure(lengths_G[correct_G]) if correct_G.any() else math.nan
         return float(budget)

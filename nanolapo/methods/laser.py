@@ -30,7 +30,7 @@ PAPER_LIMIT = 16384
 class Options:
     alpha: float = 0.5  # the bonus
     target: int | None = None  # L_T in tokens; None: 8192 (D, DE: 4096) at a limit of 16,384
-    think_tags: bool | None = None  # must an answer end its thought? None: where the config's prompt names <think>
+    think_tags: bool | None = None  # True: an answer must end its thought; None: if the config's prompt names <think>
 
 
 class Laser(Method):
@@ -50,7 +50,7 @@ class Laser(Method):
         return np.full(len(rollouts), self.target)
 
     def bonus(self, rollouts: Rollouts, formed: np.ndarray) -> np.ndarray:
-        """Boolean [B]: who gets alpha."""
+        """Boolean [B]: the rows that get alpha."""
         return formed & rollouts.correct_B & (rollouts.lengths_B <= self.targets(rollouts))
 
     def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:

@@ -1,17 +1,17 @@
-r"""LASER-D and LASER-DE: LASER's bonus with a target length for each difficulty, searched anew every few steps.
+r"""LASER-D and LASER-DE: LASER's bonus with a target length for each difficulty, updated every few steps.
 
 Source: as for laser.py, arXiv 2505.15612; paper text and code were both read. On top of LASER's base score:
 
     LASER-D   + alpha if right and L <= L_A(d)                   d: easy, medium, hard by the group's pass rate
-    LASER-DE  as D, and + alpha if wrong, well formed, L > L_A(d) and not repetitive: to search longer costs nothing
+    LASER-DE  as D, and + alpha if wrong, well formed, L > L_A(d) and not repetitive: a longer search costs nothing
 
 L_A(d) is searched every 20 steps, first before step 0, on 500 training problems (at 128 prompts a step) sampled with the
 run's own settings: the smallest of L_T, L_T + I, ... (4096, 1024; scaled with the limit) within which one right answer of
-the bucket is to be expected, see `adaptive_targets`.
+the bucket can be expected, see `adaptive_targets`.
 
 Where paper and code differ: the least number of right answers of a bucket is rounded up, 6, 3, 1 of 8 (paper;
 `floor_counts` gives the code's 5, 2, 1); without a candidate, or a bucket, the limit (code: the longest answer of the
-batch); one difficulty rule throughout (code: borders one off in monitoring). The repetition rule is the code's alone.
+batch); one difficulty rule everywhere (code: borders one off in monitoring). Only the code has the repetition rule.
 
 Edge cases: no right answer -> bucket hard, and only DE still gives a length signal. State: L_A of each bucket.
 """
@@ -51,7 +51,7 @@ def adaptive_targets(
     """L_A of each bucket: the smallest candidate l with (share of the bucket's answers with L <= l) * |C| >= 1.
 
     |C|, the least number of right answers of K in the bucket, is 2K/3, K/3, 1, rounded up. All answers count, wrong ones
-    too. None: no candidate does, or the bucket is empty. With K = 3 all right, one answer in two must fit within l:
+    too. None: no candidate is enough, or the bucket is empty. With K = 3 all right, one answer in two must fit within l:
 
     >>> adaptive_targets(np.array([[10, 25, 40]]), np.ones((1, 3), dtype=bool), [20, 30, 50])
     {'easy': 30, 'medium': None, 'hard': None}
@@ -77,7 +77,7 @@ class Options(laser.Options):
 
 
 class LaserD(laser.Laser):
-    """A target per difficulty, searched anew every few steps."""
+    """A target per difficulty, updated every few steps."""
 
     Options: Any = Options
     paper_target = 4096
@@ -119,7 +119,7 @@ class LaserD(laser.Laser):
 
 
 class LaserDE(LaserD):
-    """Also: a wrong answer that went on searching beyond the target loses nothing."""
+    """LASER-D, and a wrong answer that searched beyond the target loses nothing."""
 
     def bonus(self, rollouts: Rollouts, formed: np.ndarray) -> np.ndarray:
         longer = formed & ~rollouts.correct_B & (rollouts.lengths_B > self.targets(rollouts))

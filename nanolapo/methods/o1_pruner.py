@@ -4,14 +4,14 @@ Source: Luo et al., arXiv 2501.12570; code StarDewXXX/O1-Pruner. Paper text and 
 
     R_LH = Lbar_ref / L - 1 + lambda * (c - Abar_ref)          lambda = 2
 
-Lbar_ref and Abar_ref are mean length and accuracy of the reference model on the problem. R_LH is the advantage itself,
-no group mean is taken off. As in the code it is cut to [-2, 4], because Lbar_ref / L is huge for very short answers,
+Lbar_ref and Abar_ref are mean length and accuracy of the reference model on the problem. R_LH is the advantage itself;
+no group mean is subtracted. As in the code it is cut to [-2, 4], because Lbar_ref / L is huge for very short answers,
 and then standardised; `standardize: false` gives the paper's text.
 
-Ours is online: the paper trains off-policy on samples of the reference model and standardises over the whole set, here
-it is the step's rollouts. `reference_samples: 8` measures the reference before step 0, every problem in one sampling
-(the paper: 16 for the 7B model, 12 for the 32B). 0 saves that: the group of a problem's first visit becomes its
-reference, which is the model of that step rather than the first one.
+Ours is online: the paper trains off-policy on samples of the reference model and standardises over the whole set; ours
+uses the step's rollouts. `reference_samples: 8` measures the reference before step 0, every problem in one sampling
+(the paper: 16 for the 7B model, 12 for the 32B). With 0 the group of a problem's first visit becomes its reference:
+it comes from the model of that step, not from the first one.
 
 Edge cases: an answer of length 1 meets the cut at 4; a problem never solved has Abar_ref 0, so length alone decides;
 all R_LH of a step equal -> advantage 0. Cut answers count in Lbar_ref at the limit.

@@ -8,9 +8,9 @@ every problem subject to a pass rate of at least C, with a Lagrange multiplier t
 
 with R_q and L+ from the problem's previous visit. The form of the reward is not confirmed; OURS: R = c * [L <= L_q].
 
-Readings, ours too: "right" is right within the budget, in R_q (it is R(theta, L, q)) and in L+ alike. So the budget never
-falls below the quantile of lengths that did suffice. The budget is read at the next visit only, so it is moved at the end
-of this one, from this one's rollouts: the same numbers, and L_q is all there is to remember.
+Also our reading: "right" means right within the budget, both in R_q (it is R(theta, L, q)) and in L+. So the budget never
+falls below the quantile of lengths that did suffice. The budget is read only at the next visit, so it is moved at the end
+of this one, from this one's rollouts: the numbers are the same, and only L_q must be stored.
 
 Edge: nothing right: reset. One right answer, or equal lengths: step 0. A problem that never reaches C stays at L_max.
 State: L_q by problem id.
@@ -77,7 +77,7 @@ class Palu(Method):
         o, lengths_PG = self.options, rollouts.by_group(rollouts.lengths_B)
         solved_PG, before = rollouts.by_group(self.within_budget(rollouts)), dict(self.budgets)
         for problem, lengths, solved in zip(rollouts.problems, lengths_PG, solved_PG, strict=True):
-            budget = before.get(problem.id, self.limit)  # not moved twice where few problems come twice in a step
+            budget = before.get(problem.id, self.limit)  # moved once even if a problem comes twice in a step
             self.budgets[problem.id] = next_budget(budget, lengths, solved, self.limit, o.pass_rate, o.tau)
         values = np.array(list(self.budgets.values()))
         return {

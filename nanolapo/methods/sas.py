@@ -1,18 +1,18 @@
-"""SAS: Step-level Advantage Selection (arXiv 2604.24003; code HanNight/SAS). Right or wrong as reward, under a tight limit.
+"""SAS: Step-level Advantage Selection (arXiv 2604.24003; code HanNight/SAS). The reward is 1 or 0, under a tight limit.
 
 The thought (up to </think>, else the whole answer) is cut into steps after every token whose text contains a blank line. A
 step's confidence is the mean old log-prob of its tokens; n steps, r = 0.3. Advantage 0 goes to
 
-    right answers   the ceil(r n) least confident steps: what a right answer was unsure of is not reinforced
-    wrong answers   the most confident steps; the ceil((1 - r) n) least confident ones keep theirs
+    right answers   the ceil(r n) least confident steps, so they are not reinforced
+    wrong answers   the most confident steps; the ceil((1 - r) n) least confident ones keep their advantage
 
 Tokens from </think> on keep their advantage. This is the paper's description. The released code computes ceil(n_splits +
 1 * r), a slip of operator precedence, which is n: every right answer loses its whole thought and no wrong one is protected.
 
 Old log-probs are those recorded while sampling: the same policy, up to the rounding of the engine, and only their order
-counts. Equally confident steps: the earlier counts as the less confident. A step without a token (a blank line at the very
-end) does not count. Edge: no blank line: one step, so a right answer loses its whole thought and a wrong one nothing; for
-models that write no blank lines (the demo's) set `separator`. No state.
+counts. Of equally confident steps the earlier counts as less confident. A step without a token (a blank line at the very
+end) does not count. Edge: without a blank line there is one step, so a right answer loses its whole thought and a wrong one
+nothing; for models that write no blank lines (the demo's) set `separator`. No state.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def kept_steps(confidences: np.ndarray, correct: bool, share: float = 0.3) -> np
     """
     n = len(confidences)
     part = share if correct else 1.0 - share
-    # 0.1 * 30 is 3.0000000000000004: the small number keeps ceil from making 4 of it.
+    # 0.1 * 30 is 3.0000000000000004; without the small number ceil would give 4.
     least_confident = np.zeros(n, dtype=bool)
     least_confident[np.argsort(confidences, kind="stable")[: math.ceil(n * part - 1e-9)]] = True
     return ~least_confident if correct else least_confident

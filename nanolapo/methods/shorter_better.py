@@ -1,12 +1,12 @@
 r"""ShorterBetter: aim at the length of the group's own shortest right answer.
 
-Source: Yi, Wang, Li, arXiv 2504.21370; code JingyangYi/ShorterBetter. The code was read, of the paper only the
+Source: Yi, Wang, Li, arXiv 2504.21370; code JingyangYi/ShorterBetter. We read the code, and of the paper the
 abstract.
 
     R = 2 * c - 0.001 * |L - SOL|          SOL = min(L+); no right answer: SOL = mean(L)
 
 Wrong answers pay for their distance as well. The price per token is the paper's at 6000 tokens and scales with the
-inverse of the limit, so that a whole limit off target costs 6 in any run.
+inverse of the limit, so an answer that is off by the whole limit costs 6 in any run.
 
 Edge cases: no right answer -> the group is pulled to its mean length. A right answer more than a third of the limit
 longer than SOL scores below a wrong answer at SOL.

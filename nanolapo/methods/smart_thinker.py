@@ -3,19 +3,19 @@ r"""SmartThinker: the length at which an answer is most likely right, from the g
 Source: "SmartThinker: Progressive Chain-of-Thought Length Calibration ...", arXiv 2603.08000; code
 SJTU-RTEAS/SmartThinker. The code was read, the paper through secondary sources.
 
-All lengths of a group are taken as normal with mean m1, variance v1, the right ones with m2, v2 (population variances).
+All lengths of a group are modelled as normal with mean m1, variance v1; the right ones with m2, v2 (population).
 Their ratio is largest at the calibrated length l*, see `calibrated_length`. With s = -max(0, L - l*) for right and 0
 for wrong answers:
 
     R = c + Lam * s          Lam = p_err / (mean(s) - min(s) + 1e-6)        mean over the group, min over right answers
 
-Lam is just so large that no right answer falls below the group's mean reward: after normalisation right answers have
+Lam is as large as possible while no right answer falls below the group's mean reward: normalised, right answers have
 advantage >= 0 (the longest exactly 0) and wrong ones <= 0. Groups that are all right give no signal: easy problems are
 not compressed by this method.
 
 Deviation from the code: where v1 = v2 it has min L and max L swapped; here the model's own consequence is used.
 
-Edge cases: none or all right -> Lam = 0. One right answer: v2 = 0, so l* = m2, its own length. v1 = v2 and m1 = m2: the
+Edge cases: none or all right -> Lam = 0. One right answer: v2 = 0, so l* = m2, its length. v1 = v2 and m1 = m2: the
 lengths say nothing, l* = max L (ours).
 """
 

@@ -1,7 +1,7 @@
 """SPO: Single-stream Policy Optimization (Xu & Ding, arXiv 2509.13232; code of its recipe read, paper second-hand).
 
-One rollout per problem. What a group told GRPO, a memory of the problem tells SPO: a Beta counter (a, b) with value
-v = a / (a + b), read before this step's answer is counted:
+One rollout per problem. GRPO compares answers of a group; SPO compares with a memory of the problem, a Beta counter (a, b)
+with value v = a / (a + b), read before this step's answer is counted:
 
     advantage   A = r - v, then (A - mean(A)) / (std(A) + 1e-8) over the step's answers (not over tokens); r is 0 or 1
     update      a <- rho a + r,   b <- rho b + (1 - r)
@@ -9,10 +9,10 @@ v = a / (a + b), read before this step's answer is counted:
     start       a = b = 0.5; or n0 answers to every problem before step 0, k of them right, N0 = 1 / (1 - rho):
                 a = N0 (k + 0.5) / (n0 + 1),   b = N0 (n0 - k + 0.5) / (n0 + 1)
 
-Deviations: rho is a constant, the published lower bound 0.875; theirs goes up to 0.96 the less the policy moved since the
-problem's last visit, which needs that visit's answer and its log-probs per problem. The paper divides the root in the
-sampling weight by a power of a + b; the code does not, nor do we. The paper's start has no + 0.5.
-The draw of step 0 comes before its first samples, so it is an even one.
+Deviations: rho is a constant, the published lower bound 0.875; theirs rises up to 0.96 the less the policy moved since the
+problem's last visit, which needs that visit's answer and log-probs. The paper divides the root in the sampling weight by a
+power of a + b; the code does not, nor do we. The paper's start has no + 0.5.
+Step 0 draws its problems before the first samples, so with equal weights.
 
 A step samples prompts_per_step x group_size problems once each, so that it costs what a step of a group method costs.
 Edge: all A equal: no gradient. An answer marked broken is not counted. State: (a, b) by problem id.

@@ -1,15 +1,15 @@
 """Tighter limits as the only pressure: plain truncation, and ThinkPrune.
 
 ThinkPrune: Hou et al., arXiv 2504.01296; code UCSB-NLP-Chang/ThinkPrune (code read, paper text not). The reward is 1 for a
-right answer within the limit and 0 otherwise, so what is not finished is wrong; the prompt says the limit as well.
+right answer within the limit and 0 otherwise, so an unfinished answer is wrong; the prompt also states the limit.
 ThinkPrune4k keeps one limit, 4000; ThinkPruneIterative goes 4000 -> 3000 -> 2000. Plain truncation is the same without the
-sentence (for its default, half the limit, see LASER's "truncation-8192" beside a limit of 16,384).
+sentence (its default of half the limit is LASER's "truncation-8192" for a limit of 16,384).
 
-Deviations: the stages follow each other within one run, so the optimizer and the reference model go on where theirs start
-anew; they pick the model of a stage by validation (step 180 of the first), here stages take equal parts of the run
-(ours; option `first_steps`). The sentence ends the question, theirs the system prompt.
+Deviations: the stages follow each other within one run, so the optimizer and the reference model go on; theirs restart.
+They pick the model of a stage by validation (step 180 of the first); here stages take equal parts of the run (ours; option
+`first_steps`). Our sentence ends the question, theirs the system prompt.
 
-Edge: a group that is wholly over the limit is all zeros and teaches nothing, the known weakness early in a stage.
+Edge: if all answers of a group exceed the limit, all rewards are 0 and teach nothing, a known weakness early in a stage.
 No state: the stage is a function of the step.
 """
 
@@ -69,7 +69,7 @@ class Truncation(Method):
 
 
 class ThinkPrune4k(Truncation):
-    """One limit throughout, said in the prompt."""
+    """One limit throughout, stated in the prompt."""
 
     shares: tuple[float, ...] = (1.0,)
 

@@ -1,4 +1,4 @@
-"""What several methods need: the scale of lengths, rewards group by group, shorter answers, the form of an answer."""
+"""Functions that several methods share: the scale of lengths, rewards by group, cut answers, the form of an answer."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from nanolapo.rollouts import Rollout, Rollouts
 
 
 def scale(config: Config, paper_limit: int) -> float:
-    """What a length in tokens is multiplied by when the run's generation limit is not the paper's."""
+    """Return the factor for lengths in tokens when the run's generation limit is not the paper's."""
     return config.rollout.max_new_tokens / paper_limit
 
 
 def stated(config: Config, length: float) -> int:
-    """A budget as the prompt will print it (prompt.length_multiple): a reward for another number could not be learned."""
+    """Round a budget as the prompt prints it (prompt.length_multiple): a reward for another number could not be learned."""
     multiple = config.prompt.length_multiple
     return max(multiple, round(length / multiple) * multiple)
 
 
 def each_group(rollouts: Rollouts, reward: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
-    """reward(lengths_G, correct_G) of every group, float64 [B]."""
+    """Call reward(lengths_G, correct_G) for every group; returns float64 [B]."""
     lengths_PG, correct_PG = rollouts.by_group(rollouts.lengths_B), rollouts.by_group(rollouts.correct_B)
     return np.concatenate([reward(n, c) for n, c in zip(lengths_PG.astype(np.float64), correct_PG, strict=True)])
 
 
 def as_parts(rollouts: Rollouts, total_B: np.ndarray) -> dict[str, np.ndarray]:
-    """A total reward as the plain verdict and what the length added to it."""
+    """Split a total reward into the plain verdict and what the length added to it."""
     verdict_B = rollouts.correct_B.astype(np.float64)
     return {"correct": verdict_B, "length": total_B - verdict_B}
 
@@ -47,7 +47,7 @@ def shorten(rollouts: Rollouts, limits_B: np.ndarray) -> list[Rollout]:
 
 
 def speaks_of_thought(config: Config) -> bool:
-    """Do the config's own prompt words name a <think> tag? (One that only a chat template writes is not seen here.)"""
+    """True if the config's prompt names a <think> tag. (A tag that only a chat template writes is not seen.)"""
     p = config.prompt
     return "<think>" in (p.template if p.style == "raw" else p.system + p.instruction + p.think_prefix)
 
@@ -60,10 +60,10 @@ def well_formed(rollouts: Rollouts, think_tags: bool) -> np.ndarray:
 
 
 def repetitive(ids: np.ndarray) -> bool:
-    """LASER's detector (its code): some n-gram comes back often and close by, or some 2n-gram comes back at all.
+    """LASER's detector (its code): True if some n-gram repeats often and close by, or some 2n-gram repeats at all.
 
     n is 2 below 30 tokens, 3 below 100, else 4. Often: 3 times (2 below 200 tokens); close: two of them less than a third
-    of the length apart. An n-gram of one and the same token does not count, a 2n-gram of it does.
+    of the length apart. An n-gram of a single repeated token does not count, such a 2n-gram does.
 
     >>> repetitive(np.array([1, 2, 9, 1, 2, 8, 7, 6, 5])), repetitive(np.array([1, 2, 9, 1, 2, 8, 7, 6, 5, 4]))
     (False, True)

@@ -6,14 +6,14 @@ Source: Hammoud et al., arXiv 2508.08940. Paper text read.
     B(t) = max(1, B0 * gamma^floor(t / T))            256, 179, 125, 87 in four equal parts of the run
     R_len = L / B up to B, 1 - (L - B) / B up to 2B, 0 beyond; for wrong answers as well
 
-The prompt ends in "IMPORTANT: You should use exactly {B} tokens in your response." The tokens are absolute: they belong
-to the problems, and the limit they were used with is not stated. `final_budget` gives the paper's general form, gamma =
+The prompt ends in "IMPORTANT: You should use exactly {B} tokens in your response." The tokens are not scaled: they fit
+the problems, and the paper does not state its limit. `final_budget` gives the paper's general form, gamma =
 (S_f / S_0)^(1/n). Its linear schedule and flat-band reward (ablations) are left out.
 
 The paper studies the weights (l_c, l_l) = (0.3, 0.6) and (0.6, 0.3); the default is the second, in which no wrong
-answer can outscore a right one. Implied, not read: l_f = 0.1, a largest R_len of 1, 0.5 for each half of R_fmt. R_fmt
-asks for one closed thought and one answer after it. The paper's template has <answer> tags; where the prompt names
-none, the box is the answer (ours), and a <think> that stands in the prompt counts.
+answer can outscore a right one. The paper implies l_f = 0.1, a largest R_len of 1, 0.5 for each half of R_fmt. R_fmt
+asks for one closed thought and one answer after it. The paper's template has <answer> tags; if the prompt names
+none, the box is the answer (ours), and a <think> in the prompt counts.
 
 Edge cases: a prompt without a budget has no length term. An empty answer of length 1 gets 1 / B.
 """
@@ -68,7 +68,7 @@ class Options:
     gamma: float = 0.7
     decays: int = 3  # how often the budget shrinks, at equal distances
     interval: int | None = None  # T, steps between two decays; None: equal parts of the run
-    final_budget: int | None = None  # given: gamma is chosen so that the last part of the run has this budget
+    final_budget: int | None = None  # if given, gamma is chosen so that the last part of the run has this budget
 
 
 class TrainLongThinkShort(Method):

@@ -1,4 +1,4 @@
-"""What will a run need? Memory per GPU, seconds per step, hours and disk, printed without loading the run's weights.
+"""Forecast what a run needs: memory per GPU, seconds per step, hours and disk, without loading the run's weights.
 
     python -m nanolapo.plan CONFIG.yaml [section.key=value ...] --machine 4xA100-80GB|8xH100-80GB|8xH200-141GB|cpu
         [--mean-tokens N] [--prompt-tokens N] [--calibrate]

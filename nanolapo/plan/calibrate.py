@@ -1,7 +1,7 @@
 """Measures the speeds that cost.py otherwise assumes, with the run's own model, trainer and sampler, on this machine.
 
 It times a micro-batch forward and backward, and some decode steps, on random ids, and writes nothing. This takes about a
-minute for a 135 M model on a CPU. Each time is the fastest of a few tries, because other work on the machine only adds.
+minute for a 135 M model on a CPU. Each time is the fastest of a few tries, because other work only adds time.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from nanolapo.samplers.sampler import Decoding, Request, Sample
 from nanolapo.session import set_up_process
 
 TRIES = 2
-SHORT, LONG = 4, 24  # new tokens of two timed samplings: their difference is free of prompts and set-up
+SHORT, LONG = 4, 24  # new tokens of two timed samplings; prompts and set-up cancel in the difference
 
 
 def calibrate(config: Config, machine: Machine, e: Expected) -> Machine:
-    """`machine` with the rates of this process. Raises UserError where model.path has no weights."""
+    """Return `machine` with the rates measured in this process. Raises UserError where model.path has no weights."""
     shape, ranks = load_shape(config.model.path), set_up_process(config)
     flops = training_rate(config, shape, machine, e, ranks)
     prompt = round(e.prompt + e.answer / 2)  # the mean context of a decode step
@@ -49,12 +49,12 @@ def calibrate(config: Config, machine: Machine, e: Expected) -> Machine:
 
 
 def training_rate(config: Config, shape: Shape, machine: Machine, e: Expected, ranks: Ranks) -> float:
-    """FLOP/s of a forward and backward pass of one full micro-batch."""
+    """Measure FLOP/s of a forward and backward pass of one full micro-batch."""
     config = changed(changed(changed(config, "loss.kl_coef", 0.0), "train.batch_size", 0), "train.inner_epochs", 1)
     policy = Policy(config, ranks.device)
     prompt, answer = round(e.prompt), round(e.answer)
     rows = max(1, int(microbatch_tokens(config, machine, e) // (prompt + answer)))
-    rng = np.random.default_rng(0)  # every row with a prompt of its own: nothing is shared
+    rng = np.random.default_rng(0)  # every row has another prompt: nothing is shared
     problem = Problem("0", "", "", None, "")
     requests = [Request(rng.integers(shape.vocab, size=prompt).tolist(), 0, answer, problem) for _ in range(rows)]
     samples = [Sample(rng.integers(shape.vocab, size=answer), np.zeros(answer, np.float32), True) for _ in range(rows)]
@@ -69,7 +69,7 @@ def training_rate(config: Config, shape: Shape, machine: Machine, e: Expected, r
 
 
 def decode_seconds(sampler: Any, vocab: int, prompt: int, rows: int) -> float:
-    """Seconds of a decode step of this many rows, each after `prompt` tokens."""
+    """Measure the seconds of a decode step of this many rows, each after `prompt` tokens."""
     seconds: dict[int, list[float]] = {SHORT: [], LONG: []}
     for number in range(TRIES):
         for new in seconds:

@@ -1,4 +1,4 @@
-"""What will a run need? Memory per GPU, seconds per step, hours and disk from a config and a machine, without weights.
+"""Forecasts what a run needs: memory per GPU, seconds per step, hours and disk from a config and a machine.
 
     python -m nanolapo.plan CONFIG.yaml ...   (__main__.py)
 
@@ -7,9 +7,9 @@ Kaplan et al., arXiv 2001.08361, section 2.1), and attention. Sampling: every de
 keys and values of its rows, once (Pope et al., arXiv 2211.05102, section 2).
 
 GPU rates (machines.py) are data-sheet figures times an assumed efficiency: ESTIMATES, not measured here, and printed as
-such. CPU rates are measured: ours, or with --calibrate this machine's with the very model (calibrate.py). Left out, each a
-few percent: grading, weight sync, all-reduce, optimizer step, checkpoints, skewed lengths. Of dynamic sampling the first
-round is counted.
+such. CPU rates are measured: on our machine, or with --calibrate on this one (calibrate.py). Left out, each a few percent:
+grading, weight sync, all-reduce, optimizer step, checkpoints, skewed lengths. Of dynamic sampling only the first round is
+counted.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class Forecast:
     expected: Expected
     memory_gb: dict[str, dict[str, float]]  # phase (update, sampling) -> part -> GB per rank
     fits: bool
-    cache_rows: float  # answers of mean length, with their prompts, that an engine's cache holds at once
+    cache_rows: float  # answers of mean length with their prompts that fit into an engine's cache
     tokens_per_step: float  # sampled
-    trained_tokens: float  # per step, prompts that a group shares once
+    trained_tokens: float  # per step; a prompt that a group shares counts once
     sample_seconds: float  # per step
     train_seconds: float  # per step
     steps: int
     disk_gb: dict[str, float]
-    notes: tuple[str, ...]  # what to change if it does not fit; what is only a bound
+    notes: tuple[str, ...]  # what to change if it does not fit, and which numbers are only bounds
 
     @property
     def hours(self) -> float:
@@ -53,7 +53,7 @@ class Forecast:
         return self.hours * self.machine.count
 
     def lines(self) -> list[str]:
-        """For people, one line a fact."""
+        """Return the forecast for people, one line a fact."""
         m, e = self.machine, self.expected
         prompts = f"prompts of {e.prompt:,.0f} ({e.prompt_source})"
         lines = [f"forecast for {m.name}: answers of {e.answer:,.0f} tokens ({e.source}), {prompts}"]
@@ -83,7 +83,7 @@ def forecast(
     prompt_tokens: float | None = None,
     extra_rows: float = 0.0,
 ) -> Forecast:
-    """extra_rows: sampled in a mean step beyond config.rollouts_per_step (a method's monitor pass). Raises UserError."""
+    """Forecast a run. extra_rows: sampled in a mean step by a method's monitor pass. Raises UserError."""
     validate(config, machine.count)
     shape, e = load_shape(config.model.path), expect(config, mean_tokens, prompt_tokens, extra_rows)
     steps, tokens, notes = config.train.steps, e.rows * e.answer, []
@@ -113,12 +113,12 @@ def forecast(
 
 
 def training_flops(config: Config, shape: Shape, e: Expected, share: float) -> float:
-    """Of one step on all ranks, counted in forward passes; a backward pass is two (one under LoRA: frozen weights have no
-    gradient). share: of the prompts that are computed, see prompt_share.
+    """Count the FLOPs of one step on all ranks, in forward passes; a backward pass is two (one under LoRA: frozen weights
+    have no gradient). share: of the prompts that are computed, see prompt_share.
 
-    Forward passes more: of the reference of a KL term; once per step of the old log-probs of several optimizer steps; of
-    the head, which only meets the answers, in every backward pass (model/logprobs.py); under gradient checkpointing of the
-    layers, but for their last product (the recomputation stops before it, nobody needs its result).
+    Further forward passes: the reference model for a KL term; once per step the old log-probs, with several optimizer
+    steps; the head, on answers only, again in every backward pass (model/logprobs.py); the layers again under gradient
+    checkpointing, except their last product (the recomputation stops before it, because its result is not needed).
     """
     several = config.optimizer_steps_per_step > 1 and config.loss.old_logprobs == "trainer"
     passes, epochs = (2 if config.model.lora_rank else 3) + bool(config.loss.kl_coef), config.train.inner_epochs
@@ -129,9 +129,9 @@ def training_flops(config: Config, shape: Shape, e: Expected, share: float) -> f
 
 
 def sampling_seconds(config: Config, shape: Shape, machine: Machine, e: Expected) -> float:
-    """Of one step: all decode steps of an engine, and its prompts, each read once for its group.
+    """Estimate the seconds of one step: all decode steps of an engine, and its prompts, each read once for its group.
 
-    C rows are decoded at once, a waiting row takes the place of one that ends. So R rows of mean length n take R n / C
+    C rows are decoded at once; a waiting row takes the place of one that ends. So R rows of mean length n take R n / C
     decode steps, and while the last ones finish, as many more as the longest answer exceeds the mean.
     """
     r = config.rollout
@@ -151,7 +151,7 @@ def sampling_seconds(config: Config, shape: Shape, machine: Machine, e: Expected
 
 
 def disk(config: Config, shape: Shape, e: Expected, steps: int) -> dict[str, float]:
-    """GB: float32 weights and Adam's two moments in each checkpoint, one more than are kept while it is written."""
+    """Estimate GB by part: float32 weights and Adam's two moments in each kept checkpoint and the one being written."""
     trained = shape.lora_params(config.model.lora_rank) or shape.num_params
     rows = min(config.run.log_rollouts, config.rollouts_per_step)
     logs = steps * (LOG_PER_STEP + rows * (LOG_PER_ROW + LOG_PER_TOKEN * e.answer))

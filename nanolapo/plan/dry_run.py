@@ -1,4 +1,4 @@
-"""`python train_stage1.py CONFIG.yaml --dry-run`: everything that can be known about a run without loading any weights."""
+"""`python train_stage1.py CONFIG.yaml --dry-run`: shows what can be known about a run without weights."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def dry_run(config: Config, method: Method) -> None:
 
 
 def most_tokens(method: Method, step: int) -> int:
-    """Upper bound of what a step samples: every round of dynamic sampling and a monitor pass, every answer at the limit."""
+    """Return the most tokens of a step: every round of dynamic sampling and a monitor pass, every answer at the limit."""
     rounds, monitor = method.sampling(step), method.possible_monitor(step)
     tokens = rounds.num_prompts * rounds.max_rounds * rounds.group_size * rounds.max_new_tokens
     if monitor:

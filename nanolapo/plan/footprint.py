@@ -19,11 +19,11 @@ from nanolapo.plan.machines import Machine, Shape
 from nanolapo.samplers.choose import GUIDANCE_ROOM, pick_engine
 from nanolapo.samplers.vllm_sampler import cpu_cache
 
-LOGIT_COPIES = 4  # live float32 copies of a block of logits: as they come, tempered, softmax or gradient, its cast
+LOGIT_COPIES = 4  # live float32 copies of a block of logits: raw, tempered, softmax or gradient, its cast
 GPU_RUNTIME, VLLM_RUNTIME = 3e9, 2e9  # ESTIMATES, bytes: CUDA, NCCL, fragmentation; vLLM's activations and graphs
 CPU_RUNTIME, CPU_VLLM = 0.5e9, 1e9  # measured, bytes: a process before it has a model, and what vLLM adds
 LONGEST = 2.5  # the longest answer of a step over the mean: 1.3 to 3.2 on average in 14 runs of the demo and of SmolLM2
-PROMPT_TOKENS = 200  # ESTIMATE where the prompts are not at hand
+PROMPT_TOKENS = 200  # ESTIMATE, for unknown prompts
 # Table 1 of LAPO's paper (paper.yaml), MATH-500: midway between the base, where training starts, and LAPO-D, where it ends
 PAPER_TOKENS = {"DeepSeek-R1-Distill-Qwen-1.5B": (4031 + 2566) / 2, "DeepScaleR-1.5B-Preview": (3280 + 2365) / 2}
 
@@ -36,7 +36,7 @@ class Expected:
     prompt: float
     longest: float  # answer of a step
     rows: float  # sampled in a step, on all ranks
-    trained: float  # of config.rollouts_per_step those whose group gives a signal
+    trained: float  # the rows of config.rollouts_per_step whose group gives a signal
     source: str  # of `answer` and `trained`
     prompt_source: str = "given"
 
@@ -48,8 +48,8 @@ class Expected:
 def expect(
     config: Config, mean_tokens: float | None = None, prompt_tokens: float | None = None, extra_rows: float = 0
 ) -> Expected:
-    """The lengths to expect: those given, else of earlier steps of this run and train.match_runs, else the paper's, else
-    the limit.
+    """Return the expected lengths: those given, else of earlier steps of this run and train.match_runs, else the paper's,
+    else the limit.
 
     Raises UserError for numbers that are not positive.
     """
@@ -90,8 +90,8 @@ def bytes_of(dtype: str) -> int:
 
 
 def prompt_share(config: Config, ranks: int) -> float:
-    """Computed prompts per row. A rank computes a prompt once for all its rows of the group (microbatches.py). If G rows
-    are dealt to N ranks, a rank gets at least one with probability 1 - (1 - 1/N)^G.
+    """Return computed prompts per row. A rank computes a prompt once for all its rows of the group (microbatches.py). If G
+    rows are dealt to N ranks, a rank gets at least one with probability 1 - (1 - 1/N)^G.
 
     >>> prompt_share(Config(), 1), round(prompt_share(Config(), 8), 2)
     (0.125, 0.66)
@@ -172,7 +172,7 @@ def cache_bytes(config: Config, shape: Shape) -> float:
 
 
 def cache_rows(config: Config, shape: Shape, machine: Machine, e: Expected) -> float:
-    """How many answers of mean length, with their prompts, an engine's cache holds at once."""
+    """Return how many answers of mean length, with their prompts, fit into an engine's cache."""
     cache = sampler_memory(config, shape, machine, e)["cache"]
     return max(0.0, cache) / (cache_bytes(config, shape) * e.width)
 
@@ -196,7 +196,7 @@ def longest(config: Config) -> int:
 
 
 def remedy(config: Config, shape: Shape, machine: Machine, e: Expected) -> str:
-    """The one key that makes the run fit, or else the first few keys that do so together."""
+    """Name the one key that makes the run fit, or else the first few keys that do so together."""
     candidates = list(changes(config, shape, machine, e))
     for key, value in candidates:
         if fit(changed(config, key, value), shape, machine, e):
@@ -210,7 +210,7 @@ def remedy(config: Config, shape: Shape, machine: Machine, e: Expected) -> str:
 
 
 def changes(config: Config, shape: Shape, machine: Machine, e: Expected) -> Iterator[tuple[str, Any]]:
-    """Keys that may help, each with a value. Those that cost the least time come first."""
+    """Yield keys that may help, each with a value. Those that cost the least time come first."""
     r, m, t, vllm = config.rollout, config.model, config.train, uses_vllm(config, machine)
     if vllm and not machine.is_cpu:
         parts, share = memory(config, shape, machine, e)["sampling"], r.gpu_memory_utilization

@@ -1,4 +1,4 @@
-"""What a forecast (cost.py) needs: the shape of a model, from its config.json, and a machine's speed and memory."""
+"""The inputs of a forecast (cost.py): a model's shape, from its config.json, and a machine's speed and memory."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Shape:
     def activation_bytes(
         self, size: int, on_cpu: bool, rows: float, answer: float, prompt: float, share: float
     ) -> float:
-        """What autograd keeps per layer of a micro-batch; `size`: bytes of a number of the arithmetic.
+        """Count what autograd keeps per layer of a micro-batch; `size`: bytes of a number in the arithmetic.
 
         Counted on transformers' Llama and Qwen2 with our attention. A token: two norms, each with its input (float32), its
         result before and after the weight, and a float32 factor; gate, its silu, up and their product; queries, attention's
@@ -109,13 +109,13 @@ class Shape:
         return tokens * (per_token + 4 * self.heads) + 2 * kv * keys + mask
 
 
-# The published config.json of the two recipes' models: Qwen2.5-1.5B with a head of its own.
+# The published config.json of the two recipes' models: Qwen2.5-1.5B with an untied head.
 QWEN_1_5B = Shape(1536, 28, 12, 2, 128, 8960, 151936, tied=False, bias=True)
 PUBLISHED = {"DeepSeek-R1-Distill-Qwen-1.5B": QWEN_1_5B, "DeepScaleR-1.5B-Preview": QWEN_1_5B}
 
 
 def load_shape(path: str) -> Shape:
-    """From a folder's config.json, the only file it needs, or from the hub's. Raises UserError."""
+    """Read a shape from a folder's config.json (the only file needed) or from the hub's. Raises UserError."""
     name = path.rsplit("/", 1)[-1]
     if name in PUBLISHED and not Path(path).exists():
         return PUBLISHED[name]
@@ -130,13 +130,13 @@ def load_shape(path: str) -> Shape:
         return Shape(c.hidden_size, c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads, dim,
                      c.intermediate_size, c.vocab_size, bool(c.tie_word_embeddings), bias)  # fmt: skip
     except (OSError, ValueError) as error:
-        raise UserError(f"model.path={path!r}: no shape to be had ({str(error).strip().splitlines()[0]}); to plan, give a "
-                        "folder with the config.json of the model that training will start from") from None  # fmt: skip
+        raise UserError(f"model.path={path!r}: its shape is unknown ({str(error).strip().splitlines()[0]}); to plan, give "
+                        "a folder with the config.json of the model that training will start from") from None  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What each rank of a run has, and how fast it really is."""
+    """The memory and the real speed of each rank of a run."""
 
     name: str
     count: int  # ranks, one per GPU
@@ -144,7 +144,7 @@ class Machine:
     flops: float  # FLOP/s reached in training ...
     decode_flops: float  # ... and in decoding
     bandwidth: float  # bytes/s reached
-    step_s: float  # seconds of a decode step beside reading and arithmetic, ...
+    step_s: float  # seconds of a decode step in addition to reading and arithmetic, ...
     layer_s: float  # ... per layer ...
     row_s: float  # ... and per row
     source: str  # where the rates come from
@@ -152,7 +152,7 @@ class Machine:
 
 
 def parse_machine(text: str, config: Config) -> Machine:
-    """`cpu` (this one) or COUNTxGPU. Raises UserError."""
+    """Parse `cpu` (this machine) or COUNTxGPU. Raises UserError."""
     if text == "cpu":
         return cpu_machine(config)
     match = re.fullmatch(r"(?:(\d+)x)?(.+)", text)
@@ -165,7 +165,7 @@ def parse_machine(text: str, config: Config) -> Machine:
 
 
 def gpu_machine(name: str, count: int, memory: float, config: Config) -> Machine:
-    """The data sheet's rates times the assumed efficiencies, or nan for a GPU whose data sheet is not here."""
+    """Use the data sheet's rates times the assumed efficiencies, or nan for a GPU without a data sheet here."""
     rows = [row for key, row in DATA_SHEET.items() if key.split("-")[0] in name]
     _, bf16, float32, bandwidth = rows[0] if rows else (math.nan,) * 4
     tflops = bf16 if config.model.dtype == "bfloat16" else float32
@@ -175,7 +175,7 @@ def gpu_machine(name: str, count: int, memory: float, config: Config) -> Machine
 
 
 def cpu_machine(config: Config) -> Machine:
-    """This machine's CPU: its memory divided by the ranks of this launch, and the speed of the CPU that we measured."""
+    """Describe this CPU: its memory divided by the ranks of this launch, and the speed of the CPU that we measured."""
     count, threads = int(os.environ.get("WORLD_SIZE", "1")), config.run.threads or torch.get_num_threads()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / count
     training = threads * CPU_FLOPS[config.model.dtype]
@@ -187,7 +187,7 @@ def cpu_machine(config: Config) -> Machine:
 
 
 def this_machine(config: Config) -> Machine:
-    """The machine of this process: its GPUs if there are any, else the CPU."""
+    """Describe the machine of this process: its GPUs if it has any, else the CPU."""
     if not torch.cuda.is_available():
         return cpu_machine(config)
     count, device = int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.get_device_properties(0)

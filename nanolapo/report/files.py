@@ -40,7 +40,7 @@ def printable(text: str) -> str:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, or '' where there is none. Bytes that are not UTF-8 become U+FFFD."""
+    """Return the text of a file, or '' if the file is missing. Bytes that are not UTF-8 become U+FFFD."""
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
@@ -115,7 +115,7 @@ def rollout_fault(row: Any) -> str:
 
 
 def read_config(folder: Path, notes: list[str]) -> tuple[Json, str, str]:
-    """(config.yaml as values, its text, the git commit that stands at its head); empty where there is none."""
+    """Return (config.yaml as values, its text, the git commit at its head), empty if the file is missing."""
     text = read_text(folder / "config.yaml")
     commit = re.match(r"(?:#.*\n)*?# git: (.*)\n", text)
     try:

@@ -34,7 +34,7 @@ COLOURS = ("#3b82d6", "#e07b2e", "#2f9e63", "#b65fc9", "#d4504f", "#9a8f2a", "#1
 # Few to many, all of medium lightness as well.
 LEVELS = LinearSegmentedColormap.from_list("levels", ["#2f9e63", "#1f9fa8", "#3b82d6", "#b65fc9", "#d4504f"])
 Panel = tuple[str, tuple[str, ...], bool]  # title, metrics (a second one is drawn dashed), logarithmic
-SHARES = ("truncated", "map/solved_fraction")  # a range of its own would blow up a tiny difference
+SHARES = ("truncated", "map/solved_fraction")  # a fitted range would blow up tiny differences
 STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "nanolapo", "text.parse_math": False, "font.size": 9, "legend.fontsize": 9,
     "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,

@@ -95,7 +95,7 @@ def read_all(folders: Sequence[Path]) -> Material:
             raise UserError(f"{folder}: no such directory; name run directories, such as runs/demo/seed0/stage1")
         has = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
         if "explain.html" in has:
-            continue  # what --explain has left is one step and no run; RUNS="runs/demo/seed0/*" names it all the same
+            continue  # --explain leaves one step, not a run, and RUNS="runs/demo/seed0/*" matches it
         if has & {"results.json", "samples"}:
             material.evaluations.append(read_evaluation(name, folder, material.notes))
         elif has & {"config.yaml", "metrics.jsonl", "rollouts.jsonl"}:
@@ -242,7 +242,7 @@ def read_results(folder: Path, notes: list[str]) -> tuple[Json | None, list[Any]
 def trace(rows: list[Json], groups: dict[str, list[Answer]], folder: Path, notes: list[str]) -> list[Samples]:
     """The samples behind each row of results.json: the file of its model, set and temperature that has its numbers.
 
-    File names end in a hash of the settings, and a model trained anew leaves its old samples behind.
+    File names end in a hash of the settings, and the old samples of a retrained model stay.
     """
     found, untraced, left = [], [], dict(groups)
     for row in rows:
@@ -257,7 +257,7 @@ def trace(rows: list[Json], groups: dict[str, list[Answer]], folder: Path, notes
                 del left[key]
                 break
         else:
-            if row["set"] != "average":  # which has no samples of its own
+            if row["set"] != "average":  # "average" has no samples
                 untraced.append(f"{label(row)} on {row['set']} at temperature {row['temperature']:g}")
     if untraced:
         notes.append(

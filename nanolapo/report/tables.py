@@ -56,7 +56,7 @@ def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def number(value: float | None, form: str) -> str:
-    """The number, or a dash where there is none (None, nan).
+    """Return the number, or a dash for None and nan.
 
     >>> number(0.5, ".1%"), number(float("nan"), ".1%")
     ('50.0%', '-')

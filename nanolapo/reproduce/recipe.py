@@ -1,7 +1,7 @@
 """A recipe: which base model, trainings and evaluations its tables need, and the pipeline steps that make them.
 
 There are two kinds of recipe. A configs/*/reproduce.yaml makes the paper's tables. A configs/*/compare.yaml has `tokens`:
-every method of configs/methods is trained from one base until it has sampled that many tokens, and all are evaluated alike.
+every method of configs/methods is trained from one base until it has sampled that many tokens. All get the same evaluation.
 
 All configs are read while the steps are made, so a mistake in the last one shows in the first second.
 """
@@ -225,7 +225,7 @@ def base_step(name: str, module: str, config_path: Path, overrides: Sequence[str
 def training_step(
     name: str, script: str, config_path: Path, overrides: Sequence[str], needs: Sequence[str], launcher: Sequence[str]
 ) -> Step:
-    """A training run. It is made anew when its config changes, and resumes when it was interrupted."""
+    """A training run. It is repeated when its config changes, and resumes when it was interrupted."""
     config = load_config(config_path, list(overrides))
     load_loss(config)  # a mistake in loss.* shows here, before anything runs
     command = (*launcher, str(ROOT / script), str(config_path), *overrides)

@@ -1,4 +1,4 @@
-"""Which sampler a run gets: vLLM where it is installed, else the torch sampler (`rollout.engine`)."""
+"""Chooses the sampler of a run: vLLM if it is installed, else the torch sampler (`rollout.engine`)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ GUIDANCE_ROOM = 64  # tokens kept free for a method's guidance beyond rollout.ma
 
 
 def pick_engine(config: Config) -> str:
-    """rollout.engine, with `auto` resolved: vllm where it is installed, else torch."""
+    """Return rollout.engine with `auto` resolved: vllm if it is installed, else torch."""
     if config.rollout.engine != "auto":
         return config.rollout.engine
     return "vllm" if importlib.util.find_spec("vllm") else "torch"
 
 
 def make_sampler(config: Config, model_path: str, max_new_tokens: int, ranks: Ranks) -> Sampler:
-    """The engine of this rank, holding the weights of `model_path`."""
+    """Make the engine of this rank, holding the weights of `model_path`."""
     r = config.rollout
     dtype = getattr(torch, r.dtype or config.model.dtype)
     if pick_engine(config) == "torch":
@@ -33,7 +33,7 @@ def make_sampler(config: Config, model_path: str, max_new_tokens: int, ranks: Ra
             print("rollouts: vLLM is not installed, using the torch sampler; `make vllm` installs vLLM")
         try:
             sampler = TorchSampler(model_path, dtype, ranks.device, max_rows=r.max_rows)
-        except (OSError, ValueError, SafetensorError) as error:  # in evaluation nobody has loaded these weights before
+        except (OSError, ValueError, SafetensorError) as error:  # in evaluation these weights are loaded here first
             raise UserError(f"{model_path}: the model cannot be loaded ({str(error).strip()[:200]})") from None
         if config.model.compile:
             compile_token_wise(sampler.model)

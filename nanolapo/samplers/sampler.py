@@ -1,4 +1,4 @@
-"""What the trainer asks of a sampler, and what it gets back. torch_sampler.py and vllm_sampler.py are the two there are."""
+"""What the trainer asks of a sampler, and what it gets back. There are two: torch_sampler.py, vllm_sampler.py."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from nanolapo.data.problems import Problem
 
 @dataclass(frozen=True)
 class Request:
-    """One completion to sample. `seed` alone decides its random numbers, whatever batch it travels in."""
+    """One completion to sample. Its random numbers depend on `seed` alone, not on its batch."""
 
     prompt_ids: list[int]
     seed: int
     max_new_tokens: int
-    # Not for the sampler. A Rollout of this request takes them over.
+    # The sampler ignores these three. The request's Rollout takes them over.
     problem: Problem | None = None
     place: int = 0  # of the prompt among the prompts of the step
     budget: float | None = None  # the target length that the prompt carries

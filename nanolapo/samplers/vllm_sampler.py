@@ -2,11 +2,11 @@
 
 The engine loads no tokenizer and starts no server; under torchrun each rank drives its own engine (vLLM's external
 launcher). What comes back is ids and the log-prob of each sampled token *after* the temperature, the number the trainer
-computes on its side (vLLM's default is before). Of the model folder only the weights and the end tokens count: every
-sampling field is set here. Run with vLLM 0.24 and 0.32; the interface it uses is the same in 0.33.
+computes on its side (vLLM's default is before). Only the weights and the end tokens are taken from the model folder:
+every sampling field is set here. Tried with vLLM 0.24 and 0.32; the interface it uses is the same in 0.33.
 
 Two things to know. Creating the engine seeds Python's, NumPy's and torch's global generators with `seed`. And on a single
-process the sampler starts a torch.distributed group of one (on loopback), because vLLM cannot do without.
+process the sampler starts a torch.distributed group of one (on loopback), because vLLM needs one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ CPU_CACHE, CPU_BLOCK = 2**30, 128  # bytes of keys and values at most; tokens th
 
 def cpu_cache(token_bytes: float, rows: int, length: int) -> int:
     """Bytes of vLLM's cache on a CPU: room for `rows` rows of `length` tokens, at most CPU_CACHE (then rows wait, or are
-    computed again). vLLM goes through all of it in turn, so what is not needed would be resident all the same.
+    computed again). vLLM uses all of it in turn, so blocks that are not needed would take up memory, too.
 
     >>> cpu_cache(23040, rows=32, length=288) == (32 * 3 + 1) * 128 * 23040, cpu_cache(23040, 256, 2048) == 2**30
     (True, True)
@@ -55,7 +55,7 @@ def cpu_cache(token_bytes: float, rows: int, length: int) -> int:
 def _import_vllm() -> Any:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # no choice: tensors are handed over, not pickled
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # required: tensors are handed over, not pickled
     try:
         import vllm
     except ImportError as error:
@@ -87,7 +87,7 @@ def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 class VLLMSampler:
-    """`generate`, `load_weights`, `sleep`, `wake`, `close`: the same small interface as sampler_torch.TorchSampler.
+    """`generate`, `load_weights`, `sleep`, `wake`, `close`: the same small interface as torch_sampler.TorchSampler.
 
     With `tensor_parallel` = N each N neighbouring ranks share one copy of the weights and must be given the same requests.
     """
@@ -146,7 +146,7 @@ class VLLMSampler:
             tensor_parallel_size=tensor_parallel,
             distributed_executor_backend=None if self.owns_group or dist.get_world_size() == 1 else "external_launcher",
             enforce_eager=on_cpu,  # CUDA graphs on a GPU
-            # On a CPU VLLM_CPU_KVCACHE_SPACE, where the user has set it, goes before this.
+            # On a CPU the user's VLLM_CPU_KVCACHE_SPACE, if set, wins over this.
             kv_cache_memory_bytes=cpu_cache(token_bytes, max_rows, max_model_len) if on_cpu else None,
             enable_sleep_mode=self.can_sleep,
             enable_prefix_caching=True,  # the rows of a group share their prompt
@@ -182,7 +182,7 @@ class VLLMSampler:
         params = [self._params(request, decoding) for request in requests]
         engine, samples = self.llm.llm_engine, dict[int, Sample]()
         with self._whole("generate"):
-            names = self.llm.enqueue(prompts, params, use_tqdm=False)  # the name that an output bears, and a suffix
+            names = self.llm.enqueue(prompts, params, use_tqdm=False)  # an output's name, and a suffix
             numbers = {name.partition("-")[0]: i for i, name in enumerate(names)}
             while engine.has_unfinished_requests():
                 for output in engine.step():  # the rows that have just finished
@@ -210,7 +210,7 @@ class VLLMSampler:
             max_tokens=request.max_new_tokens,
             min_tokens=0,
             stop_token_ids=self.end_ids,
-            ignore_eos=True,  # end_ids has them all; vLLM would end at its own reading of the config besides
+            ignore_eos=True,  # end_ids has them all; else vLLM would also end at its own reading of the config
             logprobs=0,  # the sampled token's only
             flat_logprobs=True,  # flat lists instead of one dict per token
             detokenize=False,
@@ -221,7 +221,7 @@ class VLLMSampler:
         """Replace all weights, by their names in the model's folder, and drop the keys and values cached from the old ones.
 
         Tensors are taken one at a time (a generator may gather each from its shards) and copied. An unknown, repeated or
-        missing name or another shape raises ValueError; the engine, half-loaded, then refuses to go on.
+        missing name or another shape raises ValueError; the half-loaded engine then refuses to go on.
         """
         with self._whole("load_weights"):
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._checked(named_tensors)})
@@ -241,13 +241,13 @@ class VLLMSampler:
             missing.remove(name)
             yield name, (cast := tensor.detach().to(self.dtype))
             if self.tied and name.endswith(EMBEDDING):
-                yield HEAD, cast  # the engine keeps a copy of its own, which would stay stale without a word
+                yield HEAD, cast  # the engine keeps a second copy, which would silently stay stale
         if missing:
             raise ValueError(f"load_weights: missing names {sorted(missing)}")
 
     @contextmanager
     def _whole(self, call: str) -> Iterator[None]:
-        """A call that breaks off leaves half-loaded weights or waiting requests; nobody must sample from those."""
+        """Refuse further calls after one that broke off: it leaves half-loaded weights or waiting requests."""
         if self.broken_by:
             raise RuntimeError(f"{call}: the engine is not usable since {self.broken_by} broke off")
         self.broken_by = call
@@ -264,7 +264,7 @@ class VLLMSampler:
             self.llm.sleep(level=1)
 
     def wake(self) -> None:
-        """Undo `sleep`: the weights of before it are back; send the trainer's new ones with load_weights."""
+        """Undo `sleep`. The old weights are back; send the trainer's new ones with load_weights."""
         if self.can_sleep:
             self.llm.wake_up()
 
@@ -282,7 +282,7 @@ class VLLMSampler:
 
 
 def _to_sample(completion: Any) -> Sample:
-    """vLLM's answer to one request. Each position's entries open with the sampled token; likelier ones may follow."""
+    """Convert vLLM's answer to one request. Each position starts with the sampled token; likelier ones may follow."""
     ids, flat = np.asarray(completion.token_ids, dtype=np.int64), completion.logprobs
     first = np.asarray(flat.start_indices, dtype=np.int64)
     if not np.array_equal(np.asarray(flat.token_ids, dtype=np.int64)[first], ids):

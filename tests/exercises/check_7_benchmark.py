@@ -64,7 +64,7 @@ def test_the_letter_is_that_of_the_right_option(tmp_path):
             f"a question is followed by its options, a letter and ) before each; here it is {problem.question!r}"
         )
         assert shown.get(problem.answer) == options[right], (
-            f"{question} The right option is {options[right]!r}, but the gold {problem.answer!r} stands for "
+            f"{question} The right option is {options[right]!r}, but the reference answer {problem.answer!r} stands for "
             f"{shown.get(problem.answer)!r} among {shown}"
         )
         assert "letter" in problem.question, (

@@ -191,7 +191,7 @@ def test_da_dler_grades_what_is_left_of_an_answer():
     fill(rollouts, response_ids=[np.array(ids) for ids in ([1, 7], [1, 7, 1, 1, 1, 1], [1, 1, 1, 1, 7], [1, 1, 1, 7])])
     fill(rollouts, sampler_logprobs=[np.zeros(len(ids), dtype=np.float32) for ids in rollouts.response_ids])
     grader = SimpleNamespace(
-        grade_all=lambda texts, golds: ["7" in text for text in texts], stop_if_untrustworthy=lambda: None
+        grade_all=lambda texts, references: ["7" in text for text in texts], stop_if_untrustworthy=lambda: None
     )
     data = SimpleNamespace(decode=lambda ids: "".join(map(str, ids)))
     session = SimpleNamespace(data=data, grader=grader, method=method, ranks=Ranks())

@@ -1,6 +1,6 @@
 """The paper's tables as data, against METHODS.md where the developers have it and against themselves everywhere.
 
-Run: python -m pytest tests/reproduce/test_paper.py        How ours are laid beside them: test_beside_paper.py.
+Run: python -m pytest tests/reproduce/test_paper.py        How our numbers are compared: test_beside_paper.py.
 """
 
 from __future__ import annotations
