@@ -94,7 +94,7 @@ def test_the_solution_passes(number, tmp_path):
 def test_make_says_that_its_own_error_line_is_no_crash(tmp_path):
     """And hands the exit code on: make's is 2 for any failure, and names run.py's."""
     tree = copy_of_the_tree(tmp_path / "tree")
-    for name in ("Makefile", "constraints.txt"):
+    for name in ("Makefile", "constraints.txt"):  # the target `install` depends on the second
         shutil.copy(ROOT / name, tree)
     (tree / ".venv").mkdir()
     (tree / ".venv/.core").touch()  # installed, as far as make can see
