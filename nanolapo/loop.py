@@ -30,7 +30,7 @@ def run_step(session: Session) -> None:
     plan = method.sampling(session.step)
     monitored = monitor_pass(session, watch)  # a second sampling, for the few methods that watch other prompts
     rounds: list[Rollouts] = []
-    while draw := next_draw(session, plan, rounds):  # one round; more with dynamic sampling, to keep enough groups
+    while draw := next_draw(session, plan, rounds):  # one round; dynamic sampling: until enough groups are kept
         rollouts = sample_and_grade(session, plan, draw, watch)  # sample, grade; from here every rank holds all rows
         regrade(session, method.edit_rollouts(rollouts))
         rollouts.set_rewards(method.reward(rollouts))  # reward: named parts, [B] each, whose sum counts
@@ -42,7 +42,7 @@ def run_step(session: Session) -> None:
     statistics = method.after_step(sampled)  # M(q) and other state change only after the step's rewards
 
     session.sampler.sleep()  # it frees its memory for the trainer
-    with watch("update"):  # loss, backward, optimizer step
+    with watch("update"):  # loss, backward, optimizer step; without any kept group, batch is all rows and none counts
         trained = update_policy(policy, method, batch, advantages, batch.keep_B & ~batch.broken_B, session.ranks)
     with watch("sync"):  # weight sync
         session.sampler.wake()

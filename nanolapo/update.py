@@ -30,7 +30,7 @@ class OptimizerBatch:
     """The rows of one optimizer step: counts over all of them, and which rank trains which rows."""
 
     totals: BatchTotals
-    plan: list[list[list[int]]]  # plan[rank] is that rank's micro-batches, each a list of rows
+    rows_by_rank: list[list[list[int]]]  # rows_by_rank[rank] is that rank's micro-batches, each a list of rows
     microbatches: list[list[int]]  # this rank's; with a sharded model all ranks have equally many, some empty
     has_signal: bool  # some advantage is not 0; else the batch is skipped: KL alone would move the weights
 
@@ -118,9 +118,9 @@ def plan_batches(
         totals = BatchTotals(int(lengths_B[kept].sum()), len(kept), config.rollout.max_new_tokens)
         active = kept if loss.acts_without_advantage else kept[signal_B[kept]]
         active = active[lengths_B[active] > 0]
-        plan = plan_microbatches(rollouts, active.tolist(), ranks.count, config.train.microbatch_tokens)
-        mine = [rows_of_micro for rows_of_micro in plan[ranks.index] if rows_of_micro or policy.sharded]
-        batches.append(OptimizerBatch(totals, plan, mine, bool(signal_B[active].any())))
+        rows_by_rank = plan_microbatches(rollouts, active.tolist(), ranks.count, config.train.microbatch_tokens)
+        mine = [rows_of_micro for rows_of_micro in rows_by_rank[ranks.index] if rows_of_micro or policy.sharded]
+        batches.append(OptimizerBatch(totals, rows_by_rank, mine, bool(signal_B[active].any())))
     return batches
 
 
@@ -129,7 +129,7 @@ def rank_imbalance(batches: list[OptimizerBatch], rollouts: Rollouts) -> float:
     sizes = [len(prompt) + int(length) for prompt, length in zip(rollouts.prompt_ids, rollouts.lengths_B, strict=True)]
     fullest, mean = 0.0, 0.0
     for batch in batches:
-        tokens = [sum(sizes[row] for rows in of_rank for row in rows) for of_rank in batch.plan]
+        tokens = [sum(sizes[row] for rows in of_rank for row in rows) for of_rank in batch.rows_by_rank]
         fullest, mean = fullest + max(tokens), mean + sum(tokens) / len(tokens)
     return fullest / mean if mean else 1.0
 
@@ -139,8 +139,9 @@ def old_logprobs(
 ) -> Sequence[np.ndarray] | None:
     """Return log-probs [T] of every row under the policy before the updates of this step.
 
-    The sampler has recorded them (loss.old_logprobs=sampler), or the trainer scores its rows now. With a single update the
-    update's forward pass gives them, so the result is None. Also fills rollouts.old_entropies if the loss needs them.
+    The sampler has recorded them (loss.old_logprobs=sampler), or the trainer scores its rows now. None: there is a single
+    update, so its own forward pass gives them, and every ratio is 1. This also fills rollouts.old_entropies if the loss
+    needs them.
     """
     from_sampler = policy.config.loss.old_logprobs == "sampler"
     several = len(batches) * policy.config.train.inner_epochs > 1
@@ -163,13 +164,13 @@ def loss_inputs(
     if policy.reference is not None:
         with torch.no_grad():
             ref_logprobs_BT, _ = policy.logprobs(micro, reference=True)
-    width, sampled, entropies = micro.mask_BT.shape[1], rollouts.sampler_logprobs, rollouts.old_entropies
+    width, entropies = micro.mask_BT.shape[1], rollouts.old_entropies
     mine = advantages[micro.rows].to(policy.device, torch.float32)
     advantages_BT = (mine[:, None] if mine.ndim == 1 else mine[:, :width]) * micro.mask_BT
     return LossInputs(
         logprobs_BT=logprobs_BT,
         old_logprobs_BT=logprobs_BT.detach() if old is None else micro.pad([old[row] for row in micro.rows]),
-        sampler_logprobs_BT=micro.pad([sampled[row] for row in micro.rows]),
+        sampler_logprobs_BT=micro.pad([rollouts.rows[row].sampler_logprobs for row in micro.rows]),
         ref_logprobs_BT=ref_logprobs_BT,
         entropy_BT=micro.pad([entropies[row] for row in micro.rows]) if entropies else None,
         advantages_BT=advantages_BT,

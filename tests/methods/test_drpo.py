@@ -152,5 +152,5 @@ def test_settings_that_would_be_another_loss_are_refused():
     with pytest.raises(UserError, match="sequence_mean"):
         Drpo(config(loss={"aggregation": "token_mean"}))
     for loss in ({"kl_coef": 0.1}, {"tis_cap": 2.0}, {"kind": "r2vpo"}):
-        with pytest.raises(UserError, match="loss of its own"):
+        with pytest.raises(UserError, match="has its own policy loss"):
             Drpo(config(loss=loss))

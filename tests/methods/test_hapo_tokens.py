@@ -185,7 +185,7 @@ def test_update_uses_the_entropies_of_the_whole_batch(tied_model, tokens, old):
 
 def test_settings_that_its_loss_would_ignore_are_refused():
     for loss in ({"kl_coef": 0.1}, {"tis_cap": 2.0}, {"kind": "r2vpo"}):
-        with pytest.raises(UserError, match="loss of its own"):
+        with pytest.raises(UserError, match="has its own policy loss"):
             TokenHapo(make_config(loss=loss))
 
 
