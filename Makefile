@@ -80,7 +80,7 @@ check: lint  ## ruff, mypy, and the tests without training, engines and processe
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 test: vllm  ## every test that this machine can run, with the real vLLM: eight minutes on two cores (WORKERS=2)
-	$(PY) -m pytest -rs -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(PY) -m pytest -rs --durations=12 -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 faults: vllm  ## break runs in 70 ways and resume them: docs/RELIABILITY.md (COUNT=50 random kills, SEED=0; an hour)
 	$(PY) tests/faults/run.py --count $(COUNT) --seed $(SEED)
