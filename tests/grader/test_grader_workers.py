@@ -325,6 +325,16 @@ def test_equal_questions_are_asked_once() -> None:
         assert time.monotonic() - start < 15 and grader.errors == grader.total == 40
 
 
+def test_an_error_is_not_remembered_as_a_verdict() -> None:
+    """A machine that stood still for a moment must not make a right answer wrong for the next thousand questions."""
+    with Grader(workers=1, deadline_s=2.0) as grader:
+        assert grader.grade_all(boxed(["x+2"]), ["2+x"]) == [True]
+        (worker,) = grader._pool.workers.values()
+        worker.process.send_signal(signal.SIGSTOP)
+        assert grader.grade_all(boxed(["x+1"]), ["1+x"]) == [False] and grader.errors == 1
+        assert grader.grade_all(boxed(["x+1"]), ["1+x"]) == [True] and grader.errors == 1
+
+
 def test_close_does_not_wait_for_slow_answers() -> None:
     grader = Grader(workers=1, deadline_s=60.0)
     with pytest.raises(KeyboardInterrupt), grader:
