@@ -63,11 +63,12 @@ def test_D2_three_steps_resume_three_steps_equal_six(tmp_path, tied_model, untie
     whole, first = Policy(config, CPU), Policy(config, CPU)
     steps(whole, range(6))
     steps(first, range(3))
+    first.bad_steps = 2
     save(tmp_path, 3, first)
     second = Policy(config, CPU)
     state = load_checkpoint(tmp_path, second, FINGERPRINT, Ranks())
     assert state is not None and (state["step"], state["sampled_tokens"]) == (3, 7)
-    assert state["method"] == STATE["method"] and second.num_steps == 3
+    assert state["method"] == STATE["method"] and (second.num_steps, second.bad_steps) == (3, 2)
     assert same_tensors(optimizer_tensors(second), optimizer_tensors(first))
     steps(second, range(3, 6))
     assert same_tensors(weights_of(second), weights_of(whole))

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from tiny import make_config
 
-from nanolapo.config import Config, UserError
+from nanolapo.config import Config, Positive, UserError
 from nanolapo.config_file import build, load_config, overlay, to_yaml, validate
 from nanolapo.methods import load_method
 from nanolapo.methods.base import Method
@@ -165,6 +165,8 @@ def test_A7_top_p_below_one_is_refused_with_the_reason(write):
         (["loss.aggregation=tokenmean"], "did you mean 'token_mean'?"),
         (["model.dtype=float16"], "not one of 'float32', 'bfloat16'"),
         (["rollout.engine=vlm"], "did you mean 'vllm'?"),
+        (["rollout.engine=torch", "rollout.tensor_parallel=2"], "rollout.tensor_parallel needs rollout.engine=vllm"),
+        (["rollout.engine=vllm", "rollout.tensor_parallel=3"], "tensor_parallel=3 does not divide the 1 ranks"),
     ],
 )
 def test_impossible_values_name_key_and_remedy(write, overrides, expected):
@@ -197,6 +199,7 @@ def test_B4_prompts_that_do_not_divide_over_the_ranks():
     validate(config, 3)
     with pytest.raises(UserError, match="prompts_per_step=6 does not divide over 4 samplers.*multiple of 4"):
         validate(config, 4)
+    validate(make_config(rollout={"prompts_per_step": 6, "engine": "vllm", "tensor_parallel": 2}), 12)  # six engines
 
 
 def test_batch_arithmetic_is_said_in_words():
@@ -285,10 +288,13 @@ def test_method_options_are_strict():
     @dataclass(frozen=True)
     class Options:
         strength: float = 1.0
+        sizes: tuple[Positive[int], ...] = ()
 
     assert build(Options, {"strength": "2e-1"}, "method.options") == Options(0.2)
     with pytest.raises(UserError, match="unknown key method.options.strenght; did you mean method.options.strength?"):
         build(Options, {"strenght": 1}, "method.options")
+    with pytest.raises(UserError, match=r"method.options.sizes\[1\]=0 must be positive"):
+        build(Options, {"sizes": [2, 0]}, "method.options")
     with pytest.raises(UserError, match="unknown key method.options.alpha; method.options takes no keys here"):
         load_method(make_config(method={"name": "base:Method", "options": {"alpha": 1}}))
 

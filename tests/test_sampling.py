@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from round_methods import NUM_PROBLEMS, R2VPO, Dynamic, Everything, make_base, make_run
+from round_methods import NUM_PROBLEMS, R2VPO, Dynamic, Everything, Watched, make_base, make_run
 from safetensors.torch import load_file
-from tiny import CPU, fill, make_config, make_rows, score_rows, update
+from tiny import CPU, fill, make_config, make_problems, make_rows, score_rows, update
 
+from nanolapo import loop
 from nanolapo.alarms import MismatchError
 from nanolapo.config import Config
 from nanolapo.data.load import Data
@@ -33,13 +34,15 @@ from nanolapo.data.problems import Problem, load_problems
 from nanolapo.grader import Grader
 from nanolapo.loop import train
 from nanolapo.methods.base import Method, MonitorPlan, SamplingPlan
+from nanolapo.metrics import Stopwatch
 from nanolapo.policy import Policy
 from nanolapo.ranks import Ranks
 from nanolapo.rollouts import Rollout, join
 from nanolapo.samplers.sampler import Request, Sample
 from nanolapo.samplers.torch_sampler import TorchSampler
-from nanolapo.sampling import sample
+from nanolapo.sampling import sample, sample_and_grade
 from nanolapo.session import progress
+from nanolapo.update import update_policy
 
 ROOT = Path(__file__).parents[1]
 TIMING = ("seconds/", "tokens_per_second", "memory_gb")
@@ -392,6 +395,40 @@ def test_verdicts_belong_to_their_rows_whenever_they_come():
     assert [verdict.result(0) for verdict in verdicts] == [True, False, True] and samples[1].ids.tolist() == [1]
 
 
+def test_ranks_of_one_engine_bring_their_rows_once():
+    """rollout.tensor_parallel=2: both ranks of an engine have sampled the same groups."""
+    config, right = make_config(rollout={"tensor_parallel": 2}), Future[bool]()
+    right.set_result(True)
+    session = scripted_session(
+        SimpleNamespace(submit=lambda *_: right, stop_if_untrustworthy=lambda: None), lambda _: "text"
+    )
+    session.config, session.method, session.policy = config, Method(config), SimpleNamespace(vocab_size=9)
+    session.step = session.sampled_tokens = 0
+    session.data.prompter = SimpleNamespace(ids=lambda *_: [1])
+    session.ranks = SimpleNamespace(is_main=True, engine=lambda _: (0, 1), gather=lambda part: [part, part])
+    draw = dict(enumerate(make_problems(4)))
+    rollouts = sample_and_grade(session, session.method.sampling(0), draw, Stopwatch())
+    assert [p.id for p in rollouts.problems] == [f"demo:{i}" for i in range(4)] and session.sampled_tokens == 8
+
+
+def test_B13_the_step_masks_broken_rows(base, tmp_path, monkeypatch):
+    """What the update is told to keep: the rows of kept groups without the broken ones."""
+    kept = []
+
+    class Breaks(Watched):
+        def edit_rollouts(self, rollouts):
+            rollouts.rows[5].broken = True
+            return []
+
+    def spy(*arguments: Any) -> dict[str, float]:
+        kept.append(np.flatnonzero(~arguments[4]).tolist())
+        return update_policy(*arguments)
+
+    monkeypatch.setattr(loop, "update_policy", spy)
+    run(make_run(base, tmp_path), Breaks)
+    assert kept == [[5], [5]]
+
+
 # ------------------------------------------------------------------------------------------------------ resume and ranks
 
 
@@ -402,8 +439,10 @@ def test_D3_resuming_is_bit_exact_with_every_hook_in_use(base, tmp_path):
         for steps in stops:
             config = make_run(base, tmp_path / name, loss=R2VPO, train={"steps": steps})
             method, metrics = run(config, Everything)
-        runs.append((metrics, weights_of_run(config), method.state_dict(), method.loss.state))
-    (metrics, weights, state, loss_state), again = runs
+        saved = json.loads((config.run_dir / "checkpoints/step-000005/state.json").read_text())
+        runs.append((metrics, weights_of_run(config), method.state_dict(), method.loss.state, saved["alarms"]))
+    (metrics, weights, state, loss_state, alarms), again = runs
+    assert alarms == again[4] and alarms["base_mismatch"] == metrics[0]["mismatch"]
     assert metrics == again[0] and max(m["rounds"] for m in metrics) > 1
     assert [m["r2vpo_lam"] for m in metrics] == [m["r2vpo_lam"] for m in again[0]] and len(metrics) == 5
     assert len({m["r2vpo_lam"] for m in metrics}) == 5, "lam never moved: this test would show nothing"

@@ -11,10 +11,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny import make_config
 
+from nanolapo import session
 from nanolapo.config import UserError
 from nanolapo.data.load import load_data
 from nanolapo.demo.pretrain import make_tokenizer
@@ -83,6 +85,12 @@ def test_when_no_problem_is_left_the_message_says_why(tmp_path):
         Grader() as grader,
     ):
         load_data(config, grader)
+
+
+def test_a_run_is_checked_for_the_number_of_its_ranks(monkeypatch):
+    monkeypatch.setattr(session, "Ranks", lambda: SimpleNamespace(count=3))
+    with pytest.raises(UserError, match="does not divide over 3 samplers"):
+        session.set_up_process(make_config())
 
 
 @pytest.mark.slow

@@ -184,7 +184,8 @@ def test_kl_to_the_reference_pulls_back(tied_model):
     config = make_config(tied_model, loss={"kl_coef": 0.5, "kl_kind": "k3"})
     policy = Policy(config, CPU)
     score_rows(policy, rollouts)
-    assert update(policy, rollouts, [1.0, -1.0, 0.0, 0.0])["kl"] == pytest.approx(0, abs=1e-6)
+    first = update(policy, rollouts, [1.0, -1.0, 0.0, 0.0])
+    assert first["kl"] == pytest.approx(0, abs=1e-6) and first["trained_tokens"] == 100  # rows without advantage, too
     for _ in range(3):
         moved = update(policy, rollouts, [1.0, -1.0, 0.0, 0.0])["kl"]
     assert moved > 1e-4

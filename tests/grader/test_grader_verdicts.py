@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from nanolapo.grader import Grader, grade
+from nanolapo.grader import CANARY, Grader, grade
 from nanolapo.grader.boxes import exact_first_boxed, last_boxed
 
 DATA = Path(__file__).parents[2] / "../shared/data"  # the developers' copy of the public sets; absent in a clone
@@ -119,6 +119,7 @@ def test_C5_only_boxes_after_the_thinking_count() -> None:
     assert not grade(r"still thinking \boxed{5}", "5", require_think_close=True)
     assert grade(r"hm </think> \boxed{5}", "5", require_think_close=True)
     assert grade(r"a </think> \boxed{4} b </think> \boxed{5}", "5")
+    assert not grade(r"a </think> \boxed{5} b </think> It is five.", "5")
 
 
 def test_C6_hedging_is_not_an_answer(grader: Grader) -> None:
@@ -166,6 +167,10 @@ def test_C7_every_reference_answer_accepts_itself_and_nothing_unrelated(grader: 
     assert set(failing) <= {""}, failing  # four rows of math_train have no answer; a loader must drop and list them
     assert grader.references_that_fail([r"\frac{1}{2", "", "}", "7"]) == [0, 1, 2]
     assert not any(grader.grade_all([r"\boxed{5}"] * 4, [r"\begin{broken", "see text", r"\frac{", ""]))
+
+
+def test_C7_a_reference_answer_that_accepts_an_unrelated_number_fails(grader: Grader) -> None:
+    assert grader.references_that_fail(["7", CANARY.removeprefix(r"\boxed{").removesuffix("}")]) == [1]
 
 
 def test_C8_the_reference_answer_comes_first() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -286,6 +287,14 @@ def test_kl_cov_chooses_among_kept_rows_only():
     assert high_covariance(logprobs, advantages, keep, 0.001).sum() == 1  # at least one
     assert high_covariance(logprobs, advantages, keep, 0.0).sum() == 0
     assert high_covariance(logprobs, advantages, ~keep & False, 0.5).sum() == 0
+
+
+def test_tis_weighs_the_policy_term_and_not_the_kl():
+    """The sampler found a token half as likely: w = 2. Ratio 1, A = 3 and k1 = log 4 with coefficient 0.5."""
+    zero = torch.zeros(1, 1)
+    x = replace(drifted(zero, 3.0), sampler_logprobs_BT=zero - math.log(2), ref_logprobs_BT=zero - math.log(4))
+    loss, _ = load_loss(make_config(loss={"tis_cap": 9.0, "kl_coef": 0.5, "kl_kind": "k1"}))(x)
+    assert loss.item() == pytest.approx(-2 * 3 + 0.5 * math.log(4))
 
 
 # ------------------------------------------------------------------------------------------------------ the whole update

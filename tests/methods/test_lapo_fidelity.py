@@ -76,6 +76,9 @@ def test_unsolved_center(fidelity):
     reward = method(Internalization, fidelity, None).reward(pair([1000, 1240], budget=4096))["length"]
     one_sigma = READINGS[fidelity].beta * math.exp(-0.5)
     assert reward == pytest.approx([0.0, 0.0] if fidelity == "paper" else [one_sigma, one_sigma], abs=1e-9)
+    mixed = make_rows([1000, 3000], correct=[True, False], budgets=[4096.0] * 2)  # a wrong answer moves no centre
+    lone = method(Internalization, fidelity, None).reward(mixed)["length"]
+    assert lone == pytest.approx([0.0 if fidelity == "paper" else READINGS[fidelity].beta, 0.0], abs=1e-9)
     solved = method(Internalization, fidelity, 1000.0).reward(pair([1000, 1240], budget=1000))["length"]
     assert solved[0] > 6 * solved[1] > 0  # solved problems centre on the printed number in all three
 

@@ -141,6 +141,7 @@ def test_the_bf16_copy_follows_the_masters(tied_model, tmp_path):
         mine = dict(policy.bf16_copy.named_parameters())
         return all(torch.equal(p.bfloat16(), mine[name]) for name, p in policy.model.named_parameters())
 
+    assert first.bf16_copy is not None and {b.dtype for b in first.bf16_copy.buffers()} == {torch.float32}  # rotary
     start = {name: p.clone() for name, p in first.model.named_parameters()}
     update(first, make_rows([9, 4]), [1.0, -1.0])
     assert rounded(first) and not any(torch.equal(p, start[name]) for name, p in first.model.named_parameters())

@@ -73,8 +73,10 @@ def test_A17_logprobs_match_the_unpadded_forward(tmp_path: Path, kind: str) -> N
 def test_A17_batch_composition_does_not_matter(tmp_path: Path, max_rows: int) -> None:
     """Refilled rows (3, 7), all at once (64), one by one (1): the same tokens, in the order of the requests."""
     sampler = make_sampler(save_model(tmp_path), max_rows)
-    asked = requests(20)
-    for request, sample in zip(asked, sampler.generate(asked, Decoding()), strict=True):
+    asked, told = requests(20), list[int]()
+    samples = sampler.generate(asked, Decoding(), told.append)
+    assert sum(told) == sum(len(sample.ids) for sample in samples)  # progress: free rows do not count
+    for request, sample in zip(asked, samples, strict=True):
         (alone,) = sampler.generate([request], Decoding())
         assert sample.ids.tolist() == alone.ids.tolist()
         assert np.abs(sample.logprobs - alone.logprobs).max() < 1e-4
