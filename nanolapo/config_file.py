@@ -14,6 +14,7 @@ import math
 import re
 import types
 import typing
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -65,10 +66,7 @@ def convert(value: Any, hint: Any, key: str) -> Any:
             return value
         raise UserError(f"{key}={value} {must.words}")
     if origin is Literal:
-        if value in args:
-            return value
-        close = difflib.get_close_matches(str(value), args, n=1, cutoff=0.0)[0]
-        raise UserError(f"{key}={value!r} is not one of {', '.join(map(repr, args))}; did you mean {close!r}?")
+        return one_of(value, args, key)
     if origin is tuple:
         items = value if isinstance(value, (list, tuple)) else [value]
         if args[1] is not Ellipsis and len(items) != 2:
@@ -88,6 +86,14 @@ def convert(value: Any, hint: Any, key: str) -> Any:
         return value
     name = getattr(hint, "__name__", str(hint))
     raise UserError(f"{key}={value!r} is a {type(value).__name__}; it must be of type {name}")
+
+
+def one_of(value: T, choices: Collection[str], key: str) -> T:
+    """The value, if it is a choice. Raises UserError naming the nearest one."""
+    if value in choices:
+        return value
+    close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)[0]
+    raise UserError(f"{key}={value!r} is not one of {', '.join(map(repr, choices))}; did you mean {close!r}?")
 
 
 def read_yaml(path: Path, depth: int = 0) -> dict[str, Any]:

@@ -84,10 +84,6 @@ class Rollouts:
     keep_B = column(lambda row: row.keep, bool)
 
     @property
-    def group_B(self) -> np.ndarray:
-        return np.arange(len(self)) // self.group_size
-
-    @property
     def lengths_B(self) -> np.ndarray:
         """Length of each response = number of sampled tokens, the end token included. Nothing else is called length.
 

@@ -201,7 +201,7 @@ def score(
 def tally_mismatch(tally: Tally, x: LossInputs) -> None:
     """d = |logp_trainer - logp_sampler| on the sampled tokens: the same weights must give the same numbers. Rows sampled at
     another temperature are left out."""
-    matched_B = torch.from_numpy(~x.rollouts.unmatched_B[x.rows]).to(x.mask_BT.device)
+    matched_B = torch.tensor([not x.rollouts.rows[row].unmatched for row in x.rows], device=x.mask_BT.device)
     mask_BT = x.mask_BT * matched_B[:, None]
     difference_BT = (x.logprobs_BT.detach() - x.sampler_logprobs_BT).abs() * mask_BT
     tally.add("mismatch", difference_BT, mask_BT)

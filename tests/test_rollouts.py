@@ -47,7 +47,7 @@ def test_A20_every_completion_names_its_own_prompt(num_ranks):
     parts = [echo_rollouts(places[rank::num_ranks]) for rank in range(num_ranks)]
     joined = join(parts)
     assert [p.id for p in joined.problems] == [f"demo:{place}" for place in places]
-    assert len(joined) == 21 and joined.group_B.tolist() == [p for p in range(7) for _ in range(3)]
+    assert len(joined) == 21 and [row.problem for row in joined.rows] == [p for p in joined.problems for _ in range(3)]
     for b in range(21):
         place, g = places[b // 3], b % 3
         assert joined.response_ids[b].tolist() == [place, g] + [1] * g and joined.texts[b] == f"{place}/{g}"

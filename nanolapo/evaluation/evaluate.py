@@ -31,6 +31,7 @@ from nanolapo.evaluation.scores import (
     without_nan,
 )
 from nanolapo.grader import Grader
+from nanolapo.methods.tools import stated
 from nanolapo.metrics import append, write_config
 from nanolapo.ranks import Ranks
 from nanolapo.rollouts import row_seed
@@ -100,9 +101,7 @@ class Benchmark:
         engine, engines = self.ranks.engine(self.config.rollout.tensor_parallel)
         mine = missing[engine::engines]
         if self.ranks.any(bool(missing)):
-            guidances = {
-                p.id: guidance_for(p, asked, budgets, self.config.prompt.length_multiple) for p in self.data.problems
-            }
+            guidances = {p.id: guidance_for(p, asked, budgets, self.config) for p in self.data.problems}
             self.sample(mine, decoding, guidances, files)
         self.ranks.wait()
         order = {p.id: i for i, p in enumerate(self.data.problems)}
@@ -161,12 +160,12 @@ def stated_lengths(asked: Pass, unguided: Sequence[Answer]) -> dict[str, float]:
     return per_problem(unguided, lambda answer: asked.factor * answer.length)
 
 
-def guidance_for(problem: Problem, asked: Pass, budgets: dict[str, float], multiple: int) -> Guidance:
+def guidance_for(problem: Problem, asked: Pass, budgets: dict[str, float], config: Config) -> Guidance:
     """The stated length, rounded to the same multiples as in training."""
     if problem.id not in budgets:
         return NO_GUIDANCE
     form = outside_guidance if asked.place == "outside" else exact_guidance
-    return form(max(multiple, round(budgets[problem.id] / multiple) * multiple))
+    return form(stated(config, budgets[problem.id]))
 
 
 def write_setup(config: Config, loaded: Sequence[Data]) -> None:

@@ -11,9 +11,8 @@ MinPRO (abstracts only, our readings of them).
 
 from __future__ import annotations
 
-import difflib
-
-from nanolapo.config import Config, UserError
+from nanolapo.config import Config
+from nanolapo.config_file import one_of
 from nanolapo.losses.grpo import BatchTotals as BatchTotals
 from nanolapo.losses.grpo import Loss as Loss
 from nanolapo.losses.grpo import LossInputs as LossInputs
@@ -41,8 +40,4 @@ LOSSES: dict[str, type[Loss]] = {
 
 def load_loss(config: Config) -> Loss:
     """Build the loss that loss.kind names. Raises UserError for an unknown kind, and for settings it cannot work with."""
-    kind = config.loss.kind
-    if kind not in LOSSES:
-        close = difflib.get_close_matches(kind, LOSSES, n=1, cutoff=0.0)[0]
-        raise UserError(f"loss.kind={kind!r} is not one of {', '.join(map(repr, LOSSES))}; did you mean {close!r}?")
-    return LOSSES[kind](config)
+    return LOSSES[one_of(config.loss.kind, LOSSES, "loss.kind")](config)

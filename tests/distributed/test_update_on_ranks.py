@@ -58,7 +58,7 @@ def test_B2_B18_ranks_train_what_one_process_trains(outcome, expected, sharding,
     for label, want in tensors.items():
         if label.endswith("k_proj.bias"):
             continue
-        rtol = 1e-3 if "lora_A" in label else 1e-4 if "lora_B" in label else 1e-5
+        rtol = 1e-3 if "lora_A" in label else 1e-4 if "lora_B" in label and not label.startswith("gradient 0") else 1e-5
         difference, allowed = (got[label] - want).abs(), rtol * want.abs() + rtol * want.abs().max()
         first = tensors.get(f"gradient 0 {label.split()[-1]}", torch.ones_like(want)).abs()
         exact = (first > 1e-5 * first.max()) | (not label.startswith("weights"))
