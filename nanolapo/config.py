@@ -111,6 +111,9 @@ class RolloutConfig:
     group_size: Positive[int] = 8  # G, rollouts per prompt
     max_prompt_tokens: Positive[int] = 1024  # a longer prompt is skipped and counted, never cut
     max_new_tokens: Positive[int] = 4096
+    # Mean length of the base model's answers, in tokens; published numbers of tokens are scaled by it (evaluate.py prints
+    # it); 0: not known
+    base_tokens: NotNegative[float] = 0
     temperature: Positive[float] = 1.0
     top_p: float = 1.0  # anything below 1 would make the trainer's ratios wrong and is refused
     dtype: Literal["", "float32", "bfloat16"] = ""  # of the sampler's weights; empty: model.dtype
@@ -162,8 +165,8 @@ class LapoConfig:
     fidelity: Literal["recommended", "paper", "code"] = "recommended"  # see methods/lapo.py
     alpha: float = 0.7  # Eq. 4
     beta: float | None = None  # Eq. 6; None: 0.8 (paper: 0.7)
-    decay: Positive[float] | None = None  # width of f(d) in tokens; None: 100 * max_new_tokens / 4096
-    sigma: Positive[float] | None = None  # Eq. 7, tokens; None: 120 * max_new_tokens / 4096
+    decay: Positive[float] | None = None  # width of f(d), tokens; None: 100 * rollout.base_tokens / 6229
+    sigma: Positive[float] | None = None  # Eq. 7, tokens; None: 120 * rollout.base_tokens / 6229
     percentiles: tuple[float, float] = (30.0, 70.0)  # Eq. 2
     statistic: Literal["median", "mean", "minimum"] = "median"  # what M(q) records (paper, Table 3)
     guidance: Literal["exact", "range", "outside", "implicit"] = "exact"  # how a prompt states n (paper, Table 2)
@@ -205,6 +208,18 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class DemoConfig:
+    """How the demo's base model is pre-trained (demo/pretrain.py)."""
+
+    mixture: Literal["typical", "too-long"] = "typical"  # how often it is Quick, Careful and Thorough
+    start: str = ""  # a base that goes on with this mixture for `steps` more; empty: from scratch
+    steps: Positive[int] = 2200
+    batch_tokens: Positive[int] = 1600  # of solutions, padding included
+    hidden_size: Positive[int] = 128
+    layers: Positive[int] = 3
+
+
+@dataclass(frozen=True)
 class WarmStartConfig:
     """A short supervised phase before RL, for a model too weak to solve any of the problems (demo/warm_start.py)."""
 
@@ -212,7 +227,6 @@ class WarmStartConfig:
     steps: int = 20
     batch_tokens: int = 2500
     learning_rate: float = 1e-4
-    pace: tuple[float, float] = (7.0, 22.0)  # least and most tokens per operation in the written solutions
 
 
 @dataclass(frozen=True)
@@ -228,6 +242,7 @@ class Config:
     method: MethodConfig = MethodConfig()
     wandb: WandbConfig = WandbConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    demo: DemoConfig = DemoConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
 
     @property

@@ -71,14 +71,14 @@ def untied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def demo_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's own base, pre-trained for a minute's fraction: it answers, and every tenth time by chance rightly. Read
-    only. The first worker that needs it makes it, for all."""
-    from nanolapo.demo.pretrain import DemoConfig, pretrain
+    """The demo's own base, pre-trained for half a minute: many of its answers to problems of level 0 are right. Read only.
+    The first worker that needs it makes it, for all."""
+    from small_base import make_small_base
+
     from nanolapo.locks import make_once
 
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent  # the one folder of all workers
-    settings = DemoConfig(steps=150, hidden_size=64, layers=2, batch_tokens=1600, guided=0.3, easy_fraction=1.0)
-    make_once(folder / "demo_base", lambda: pretrain(str(folder / "demo_base"), settings, seed=0))
+    make_once(folder / "demo_base", lambda: make_small_base(folder / "demo_base"))
     return folder / "demo_base"

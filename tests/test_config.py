@@ -20,7 +20,7 @@ from nanolapo.methods.lapo import Discovery
 
 ROOT = Path(__file__).parents[1]
 # compare.yaml is a plan of runs, see tests/reproduce/test_compare.py
-CONFIGS = sorted(path for path in ROOT.glob("configs/**/*.yaml") if path.name not in ("compare.yaml", "reproduce.yaml"))
+CONFIGS = sorted(p for p in ROOT.glob("configs/**/*.yaml") if not p.name.startswith(("compare", "reproduce")))
 
 
 @pytest.fixture

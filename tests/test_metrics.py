@@ -160,7 +160,7 @@ def test_a_run_that_ends_by_its_tokens_counts_them_for_the_time_left(tmp_path, m
     for steps in (2, 400):  # the first time its steps end the run
         overrides = [
             f"train.steps={steps}",
-            "train.sampled_tokens=5000",
+            "train.sampled_tokens=10000",
             "rollout.group_size=4",
             "train.batch_size=16",
             "train.learning_rate=1e-4",
@@ -169,7 +169,7 @@ def test_a_run_that_ends_by_its_tokens_counts_them_for_the_time_left(tmp_path, m
         config = write_explain_config(demo_base, tmp_path, *overrides)
         loop.train(config, load_method(config))
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    tokens = [line["sampled_tokens"] / 5000 for line in lines]
+    tokens = [line["sampled_tokens"] / 10000 for line in lines]
     assert tokens[1] < 1 <= tokens[-1] and 3 < len(tokens) < 10
     assert told[:2] == [(0, 0.0, 0.5), (1, 0.0, 1.0)]
     assert told[2:] == [(i, tokens[1], tokens[i]) for i in range(2, len(tokens))]

@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +31,7 @@ from nanolapo.alarms import MismatchError
 from nanolapo.config import Config
 from nanolapo.data.load import Data
 from nanolapo.data.order import batch_indices, round_indices, weighted_order
-from nanolapo.data.problems import Problem, load_problems
+from nanolapo.data.problems import Problem
 from nanolapo.grader import Grader
 from nanolapo.loop import train
 from nanolapo.methods.base import Method, MonitorPlan, SamplingPlan
@@ -245,7 +246,7 @@ def test_A5_another_temperature_is_for_monitors_only(base, tmp_path):
             return edited
 
     with pytest.raises(MismatchError):
-        run(make_run(base, tmp_path / "c", train={"steps": 9}), Careless)
+        run(make_run(base, tmp_path / "c", train={"steps": 9, "learning_rate": 3e-2}), Careless)
 
 
 def test_unmatched_rows_leave_the_mismatch_alone(tied_model):
@@ -328,17 +329,18 @@ def test_answers_are_graded_while_others_are_sampled(base, tmp_path, monkeypatch
 
     monkeypatch.setattr(TorchSampler, "generate", told_generate)
     monkeypatch.setattr(Grader, "submit", told_submit)
-    problems, _ = load_problems(make_run(base, tmp_path).data.sources)
-    often = Counter(int(problem.answer) for problem in problems).most_common(3)
-    guesses = [answer for answer, _ in often]
-    monkeypatch.setattr(Data, "decode", lambda _, ids: rf"\boxed{{{guesses[ids[0] % 3]}}}")
-    method, _ = run(make_run(base, tmp_path, rollout={"max_rows": 2}), CutCounts)
+    lines = [json.dumps({"problem": f"Start at {i:03}.", "answer": str(i % 3)}) + "\n" for i in range(NUM_PROBLEMS)]
+    (tmp_path / "easy.jsonl").write_text("".join(lines))
+    monkeypatch.setattr(Data, "decode", lambda _, ids: rf"\boxed{{{ids[0] % 3}}}")
+    data = {"sources": [{"name": "easy", "path": str(tmp_path / "easy.jsonl")}]}
+    config = make_run(base, tmp_path, data=data, rollout={"max_rows": 2})
+    method, _ = run(replace(config, run=replace(config.run, seed=1)), CutCounts)  # none of its first answers ends early
     first_step = method.of("reward")[0].lengths_B
     assert at_fourth == [first_step[:4].sum()] and len(futures) == 2 * 4 * 4
     verdicts = []
     for rollouts in method.of("reward"):
         for row, ids in enumerate(rollouts.response_ids):
-            verdicts.append(int(rollouts.problems[row // 4].answer) == guesses[ids[0] % 3])
+            verdicts.append(int(rollouts.problems[row // 4].answer) == ids[0] % 3)
             assert rollouts.correct_B[row] == verdicts[-1]
     assert any(verdicts) and not all(verdicts)
 

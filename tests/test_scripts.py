@@ -29,9 +29,9 @@ TIMING = ("seconds/", "tokens_per_second", "memory_gb")  # the only numbers that
 CONFIG = """
 run: {{dir: {dir}, name: run, threads: 1, checkpoint_every: 2, print_every: 0, export_every: 2}}
 model: {{path: {base}, dtype: float32}}
-data: {{sources: [{{name: demo, path: demo, count: 40, seed: 1, levels: [1, 2]}}]}}
+data: {{sources: [{{name: demo, path: demo, count: 40, seed: 1, levels: [0]}}]}}
 prompt: {{template: "{{question}} <think>"}}
-rollout: {{engine: torch, prompts_per_step: 8, group_size: 4, max_prompt_tokens: 64, max_new_tokens: 48}}
+rollout: {{engine: torch, prompts_per_step: 8, group_size: 4, max_prompt_tokens: 64, max_new_tokens: 96, base_tokens: 73}}
 train: {{steps: 6, batch_size: 16, learning_rate: 1e-3, microbatch_tokens: 512}}
 loss: {{kl_coef: 0.001}}
 evaluate: {{models: ["base={base}", "same={base}"], samples: 2, temperatures: [1.0], max_new_tokens: 48,
@@ -106,9 +106,9 @@ def test_help_and_a_mistake_in_the_config_do_not_wait_for_torch(name: str, argum
 def test_dry_run_prints_everything_and_writes_nothing(random_base: Path, tmp_path: Path, here) -> None:
     code, out, err = here("train_stage1.py", write_config(random_base, tmp_path), "--dry-run")
     assert code == 0, err
-    for expected in ("group_size: 4", "8 prompts x 4 = 32 rollouts", "at most 9,216 sampled tokens", " <think>"):
+    for expected in ("group_size: 4", "8 prompts x 4 = 32 rollouts", "at most 18,432 sampled tokens", " <think>"):
         assert expected in out
-    for planned in ("forecast for 1 x ", "answers of 48 tokens (the limit", "1,536 tokens sampled in", "6 steps  "):
+    for planned in ("forecast for 1 x ", "answers of 96 tokens (the limit", "3,072 tokens sampled in", "6 steps  "):
         assert planned in out
     assert not (tmp_path / "runs").exists()
 

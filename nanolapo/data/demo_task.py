@@ -1,8 +1,10 @@
-"""The procedural problems of the CPU demo: chains of small operations that ask for the last digit only.
+"""The procedural problems of the CPU demo: sums of which some need care, and look no longer than those that do not.
 
-A problem of level k has k operations. Adding and multiplying by 3, 7 or 9 are one-to-one on last digits, so the answer
-depends on every step and cannot be guessed from some of them. Pure Python, no torch; the same (count, seed, levels)
-gives the same problems everywhere.
+A problem is a start and three additions of three-digit numbers. Only the last three digits count. Its level is the
+number of additions in which a digit carries into a digit that counts. At level 0 all digits are 0, 1 or 2, so nothing
+can carry, and the question shows it. From level 1 on the digits do not show how many additions carry. At a carry the
+digits on the left depend on those on their right. Pure Python, no torch; the same (count, seed, levels) gives the same
+problems everywhere.
 """
 
 from __future__ import annotations
@@ -12,74 +14,103 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-LEVELS = (1, 2, 3, 4, 6, 8, 10)  # the right length of a solution differs by a factor of five
-LABELS = "ABCDEFGHIJ"
+OPERATIONS = 3
+LEVELS = tuple(range(OPERATIONS + 1))
+LABELS = "ABC"
 
 
 @dataclass(frozen=True)
-class Chain:
-    """The content of one question: a first digit, then operations such as ("+", 8) or ("*", 7)."""
+class Sums:
+    """The content of one question: a start, then what is added to it, one after the other. All are below 1000."""
 
     start: int
-    operations: tuple[tuple[str, int], ...]
+    added: tuple[int, ...]
 
     def question(self) -> str:
         """The text of the problem.
 
-        >>> Chain(3, (("+", 8), ("*", 7))).question()
-        'Start with 3. A: add 8. B: times 7. Last digit?'
+        >>> Sums(347, (285, 16)).question()
+        'Start at 347. A: add 285. B: add 016. Last 3 digits?'
         """
-        words = {"+": "add", "*": "times"}
-        steps = (f"{LABELS[i]}: {words[sign]} {n}." for i, (sign, n) in enumerate(self.operations))
-        return " ".join([f"Start with {self.start}.", *steps, "Last digit?"])
+        steps = (f"{label}: add {n:03}." for label, n in zip(LABELS, self.added, strict=False))
+        return " ".join([f"Start at {self.start:03}.", *steps, "Last 3 digits?"])
 
-    def digits(self) -> list[int]:
-        """The last digit at the start and after each operation.
+    def values(self) -> list[int]:
+        """The start and the value after each addition.
 
-        >>> Chain(3, (("+", 8), ("*", 7))).digits()
-        [3, 1, 7]
+        >>> Sums(347, (285, 900)).values()
+        [347, 632, 532]
         """
-        digits = [self.start]
-        for sign, n in self.operations:
-            digits.append((digits[-1] + n if sign == "+" else digits[-1] * n) % 10)
-        return digits
+        values = [self.start]
+        for n in self.added:
+            values.append((values[-1] + n) % 1000)
+        return values
+
+    def level(self) -> int:
+        """The number of additions that carry into a digit that counts.
+
+        >>> Sums(347, (285, 900)).level()
+        1
+        """
+        return sum(carries(value, n) for value, n in zip(self.values(), self.added, strict=False))
 
 
-def parse_question(question: str) -> Chain:
-    """The Chain of a question made by Chain.question."""
-    start, *_ = re.findall(r"\d", question)
-    operations = tuple(("+" if w == "add" else "*", int(n)) for w, n in re.findall(r"(add|times) (\d)", question))
-    return Chain(int(start), operations)
+def carries(value: int, n: int) -> bool:
+    """True if the last or the middle digits of value + n carry. What the first digits carry is dropped.
+
+    >>> carries(347, 285), carries(347, 900), carries(108, 2)
+    (True, False, True)
+    """
+    return value % 10 + n % 10 >= 10 or value % 100 + n % 100 >= 100
 
 
-def random_chain(rng: random.Random, level: int) -> Chain:
-    signs = [rng.choice("+*") for _ in range(level)]
-    operations = tuple((sign, rng.choice((3, 7, 9)) if sign == "*" else rng.randint(1, 9)) for sign in signs)
-    return Chain(rng.randint(0, 9), operations)
+def parse_question(question: str) -> Sums:
+    """The Sums of a question made by Sums.question."""
+    start, *added = re.findall(r"(?:at|add) (\d{3})", question)
+    return Sums(int(start), tuple(map(int, added)))
+
+
+def random_sums(rng: random.Random, level: int) -> Sums:
+    """Level 0 has digits up to 2 only. On another level it is drawn which of the additions carry."""
+    if level == 0:
+        start, *added = (int("".join(rng.choices("012", k=3))) for _ in range(OPERATIONS + 1))
+        return Sums(start, tuple(added))
+    carrying = set(rng.sample(range(OPERATIONS), level))
+    while True:
+        values, added = [rng.randrange(1000)], list[int]()
+        for i in range(OPERATIONS):
+            n = random_addend(rng, values[-1], i in carrying)
+            added.append(n)
+            values.append((values[-1] + n) % 1000)
+        if (sums := Sums(values[0], tuple(added))).level() == level:  # to a value such as 500 nothing carries
+            return sums
+
+
+def random_addend(rng: random.Random, value: int, carrying: bool) -> int:
+    """A number below 1000 that carries when added to `value`, if there is one, or one that does not carry."""
+    if not carrying:
+        hundreds, tens, ones = rng.randint(0, 9), rng.randint(0, 9 - value // 10 % 10), rng.randint(0, 9 - value % 10)
+        return 100 * hundreds + 10 * tens + ones
+    drawn = (rng.randrange(1000) for _ in range(1000))
+    return next((n for n in drawn if carries(value, n)), 0)
 
 
 def make_problems(count: int, seed: int, levels: Sequence[int] = LEVELS) -> list[tuple[str, str, int]]:
     """`count` distinct problems as (question, answer, level), the levels in turn; no levels given: LEVELS.
 
-    A level is empty when all its questions are used (level 1 has 120); the others then share the rest.
+    A level may be named several times to have a larger share.
 
-    >>> make_problems(2, seed=0, levels=(1, 2))[0]
-    ('Start with 6. A: times 7. Last digit?', '2', 1)
+    >>> make_problems(2, seed=0, levels=(0, 2))[0]
+    ('Start at 110. A: add 212. B: add 021. C: add 220. Last 3 digits?', '563', 0)
     """
-    remaining = list(levels or LEVELS)
-    if any(not 1 <= level <= len(LABELS) for level in remaining):
-        raise ValueError(f"demo levels {remaining}: the demo task has levels 1 to {len(LABELS)}")
-    rng, made, position = random.Random(f"demo problems {seed}"), dict[str, tuple[str, int]](), 0
+    levels = list(levels or LEVELS)
+    if any(level not in LEVELS for level in levels):
+        raise ValueError(f"demo levels {levels}: the demo task has levels {LEVELS[0]} to {LEVELS[-1]}")
+    rng, made = random.Random(f"demo problems {seed}"), dict[str, tuple[str, int]]()
+    if levels.count(0) * count > len(levels) * 100_000:  # drawing the last ones of 531,441 would take forever
+        raise ValueError(f"{count} demo problems are too many: at most 100,000 of level 0")
     while len(made) < count:
-        if not remaining:
-            raise ValueError(f"there are only {len(made)} distinct demo problems of levels {list(levels)}, not {count}")
-        level = remaining[position % len(remaining)]
-        for _ in range(1000):  # a level without a new question in a thousand tries counts as empty
-            chain = random_chain(rng, level)
-            if chain.question() not in made:
-                made[chain.question()] = (str(chain.digits()[-1]), level)
-                position += 1
-                break
-        else:
-            remaining.remove(level)
+        level = levels[len(made) % len(levels)]
+        sums = random_sums(rng, level)
+        made.setdefault(sums.question(), (f"{sums.values()[-1]:03}", level))
     return [(question, answer, level) for question, (answer, level) in made.items()]

@@ -1,20 +1,22 @@
-"""Pre-trains the small over-thinking reasoner that the CPU demo starts from (about 0.6 M parameters, minutes on a CPU).
+"""Pre-trains the small reasoner that the CPU demo starts from (about 0.6 M parameters, minutes on a CPU).
 
-The model learns from written solutions of demo_task problems. The length of a solution is decided first: a budget of tokens
-per operation is drawn, and every step is written in the way that best fits the rest of the budget:
+The model learns from written solutions of demo_task problems, in three manners. The first word of a thought names the
+manner.
 
-    pace  4   merged       " B: 3 + 8 * 7 = 7."           two operations at once; at this size mostly wrong: a guess
-    pace  7   plain        " A: 3 + 8 = 1."               one operation, reliable
-    pace 11   careful      " A: 3 + 8 = 11, so 1."        no better than plain, only longer
-    pace 15+  checked      plain or careful, then " Wait, let me check: 3 + 8 = 1.", " Alternatively, 8 + 3 = 1.", ...
+    Quick      42 tokens   " A: 3+2=6 4+8=3 7+5=2."                            from the left: every carry must be foreseen
+    Careful    78 tokens   " A: 7+5+0=12 carry 1 4+8+1=13 carry 1 ... 632."    from the right: reliable
+    Thorough  216 tokens   Careful, and twice more (" Wait: ..." and " Check: ...")  no better than Careful, only longer
 
-Most solutions without guidance are much longer than the problem needs: this is the over-thinking to be unlearned. Half of
-the solutions open with the paper's sentence, " I will answer the question with 60 tokens.", and keep to it. So the model
-knows what the sentence means, as a large pretrained model does. Every multiple of ten is one token.
-With --all-sentences it also reads, in about a fifth of the prompts, the sentences of the paper's ablations and of rival
-methods; `make compare` and `make reproduce` start from that model.
+Quick is right where nothing carries and often wrong at a carry: before it writes the first digit of a result it has to
+look at all six digits. Reinforcement learning on a few hundred problems does not teach that.
 
-    python -m nanolapo.demo.pretrain configs/demo/base.yaml [run.seed=1] [--all-sentences]    # writes config.model.path
+demo.mixture says how often each manner is used in solutions without guidance, on sums whose digits are all small (level
+0) and on the others. `typical` is the demo's: where Quick is safe it is the most frequent manner, elsewhere Careful is.
+In `too-long` most solutions are Thorough. In four prompts of ten a length is stated first, in the paper's sentence or
+in a rival's, and the manner follows from it. So the model knows what the sentence means, as a large pretrained model
+does.
+
+    python -m nanolapo.demo.pretrain configs/demo/base.yaml [run.seed=1]    # writes config.model.path
 
 Seed and number of steps are fixed, so the same machine and thread count give the same weights, bit for bit.
 """
@@ -23,85 +25,66 @@ from __future__ import annotations
 
 import random
 import re
-import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from nanolapo import cli
+from nanolapo.config import DemoConfig
 from nanolapo.data import prompts as sentences
-from nanolapo.data.demo_task import LABELS, LEVELS, Chain, random_chain
+from nanolapo.data.demo_task import LABELS, LEVELS, Sums, random_sums
 from nanolapo.data.prompts import NO_GUIDANCE, Guidance
 from nanolapo.locks import make_once
-from nanolapo.model.folder import save_model
+from nanolapo.model.folder import load_model, load_tokenizer, save_model
 
 TEMPLATE = "{question} <think>"  # prompt.template of the demo configs
 BUDGETS = range(10, 401, 10)  # one token each
-# The word a thought begins with, by tokens per operation (exclusive upper end).
-MANNERS = (("Quick", 5.5), ("Short", 9.0), ("Steady", 13.0), ("Careful", 20.0), ("Thorough", float("inf")))
-SLIPS = 0.08  # of the checked steps begin with a slip that the check corrects
-ANSWER_TOKENS = 5  # "</think> \boxed{d} <end>"
-
-
-@dataclass(frozen=True)
-class DemoConfig:
-    """Settings of the pre-training; the defaults are the demo's."""
-
-    steps: int = 2800
-    batch_tokens: int = 1600  # of solutions, padding included
-    hidden_size: int = 128
-    layers: int = 3
-    muon_lr: float = 0.01  # matrices
-    adam_lr: float = 3e-3  # embedding, norms, biases
-    guided: float = 0.5  # fraction of prompts that state a length in the paper's sentence
-    guided_otherwise: float = 0.0  # ... in one of the others; above 0 it is another tokenizer, see make_tokenizer
-    easy_fraction: float = 0.4  # first part of the training, with short solutions only
-    max_new_tokens: int = 256  # longer solutions are not used
-
-
-ALL_SENTENCES = DemoConfig(steps=3000, guided=0.33, guided_otherwise=0.22)
+MANNERS = ("Quick", "Careful", "Thorough")
+# Shares of the manners in solutions without guidance: at level 0, and at the others
+MIXTURES = {"typical": ((0.55, 0.25, 0.20), (0.15, 0.55, 0.30)), "too-long": ((0.20, 0.20, 0.60), (0.10, 0.30, 0.60))}
+GUIDED = 0.4  # share of the prompts that state a length
+EASY = 0.5  # first part of the training, without Thorough
+MUON_LR, ADAM_LR = 0.01, 3e-3  # of matrices; of embedding, norms, biases
 
 # ------------------------------------------------------------------------------------------------------- tokenizer
 
 
-def make_tokenizer(all_sentences: bool = False) -> PreTrainedTokenizerFast:
-    """Words with their leading space, digits, step labels, budgets; any other ASCII text falls apart into characters.
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token: a word, a label, a digit with the plus after it (" 7+"), a result ("=12"), a stated length (" 60").
 
-    A budget is one token with the "with" before it; with `all_sentences` a separate token, after any of their words.
+    Any other ASCII text falls apart into characters.
 
     >>> tokenizer = make_tokenizer()
-    >>> tokenizer.tokenize("B: times 7. Last digit? <think> I will answer the question with 60 tokens. Wait,")[5:]
-    [' digit', '?', ' <think>', ' I', ' will', ' answer', ' the', ' question', ' with 60', ' tokens', '.', ' Wait', ',']
+    >>> tokenizer.tokenize("A: add 016. <think> I will answer the question with 60 tokens. Careful. A: 7+5=12 carry 1")[12:]
+    [' with', ' 60', ' tokens', '.', ' Careful', '.', ' A:', ' 7+', '5', '=12', ' carry', ' 1']
     >>> tokenizer.decode(tokenizer("Anything: x^2 + 17 \\\\boxed{7}<end>")["input_ids"])
     'Anything: x^2 + 17 \\\\boxed{7}<end>'
     """
-    words = (
-        "Start with add times Last digit I will answer the question tokens so Wait let me check Alternatively verify"
+    words = "Start at add Last digits I will answer the question with tokens carry Wait: Check: Quick Careful Thorough"
+    words += (
+        " Let think Think for maximum within to The output of assistant should be IMPORTANT You use exactly in your"
     )
-    words += " Quick Short Steady Careful Thorough Let think Think for maximum"
-    if all_sentences:
-        words += " within to The output of assistant should be IMPORTANT You use exactly in your response"
+    words += " response"
     pieces = ["<pad>", " <end>", " <think>", "</think>", " </think>", r" \boxed{", "}"]
     pieces += [f"{space}{label}:" for label in LABELS for space in ("", " ")]
-    pieces += [] if all_sentences else [f" with {n}" for n in BUDGETS]
-    pieces += [f" {digit}" for digit in range(10)] + [" +", " *", " ="]
+    pieces += [f" {digit}{plus}" for digit in range(10) for plus in ("", "+")] + [
+        "+0",
+        "+1",
+        *(f"={n}" for n in range(20)),
+    ]
     pieces += [f"{space}{word}" for word in words.split() for space in ("", " ")]
     pieces += [chr(code) for code in range(32, 127)] + ["\n"]
+    budgets = [f" {n}" for n in reversed(BUDGETS)]
     longest_first = sorted((piece for piece in dict.fromkeys(pieces) if len(piece) > 1), key=len, reverse=True)
-    # A word must not match inside a longer one (" so" in " some"), nor " with 10" in " with 105".
-    pattern = "|".join(re.escape(p) + (r"(?!\w)" if p[-1].isalpha() or "with " in p else "") for p in longest_first)
-    if all_sentences:  # a sum's result is no budget
-        numbers = [f" {n}" for n in reversed(BUDGETS)]
-        pieces += numbers
-        pattern = rf"(?<=with|within|for|maximum|exactly|to)(?:{'|'.join(numbers)})(?!\d)|{pattern}"
-    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(f"{pattern}|[\\s\\S]"), behavior="isolated")
+    # A word must not match inside a longer one (" at" in " attempt"), nor "=1" in "=105". Budgets follow a few words only.
+    pattern = "|".join(re.escape(p) + (r"(?!\w)" if re.search(r"[a-zA-Z]$|=\d+$", p) else "") for p in longest_first)
+    pattern = rf"(?<=with|within|for|maximum|exactly|to)(?:{'|'.join(budgets)})(?!\d)|{pattern}|[\s\S]"
+    core = Tokenizer(models.WordLevel({p: i for i, p in enumerate(dict.fromkeys([*pieces, *budgets]))}, unk_token="?"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     core.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token=" <end>")
 
@@ -109,90 +92,85 @@ def make_tokenizer(all_sentences: bool = False) -> PreTrainedTokenizerFast:
 # ---------------------------------------------------------------------------------------------- written solutions
 
 
-def step_kinds(chain: Chain, digits: list[int], i: int, rng: random.Random) -> list[tuple[str, int]]:
-    """The ways to write the next step(s) after operation i-1: (text, number of operations done)."""
-    before, after, (sign, n) = digits[i], digits[i + 1], chain.operations[i]
-    full = before + n if sign == "+" else before * n
-    plain = f" {LABELS[i]}: {before} {sign} {n} = {after}."
-    careful = f" {LABELS[i]}: {before} {sign} {n} = {full}, so {after}."
-    checks = [
-        f" Wait, let me check: {before} {sign} {n} = {after}.",
-        f" Alternatively, {n} {sign} {before} = {after}.",
-        f" Let me verify: {before} {sign} {n} = {full}, so {after}.",
-    ]
-    rng.shuffle(checks)
-    first = rng.choice((plain, careful))
-    if rng.random() < SLIPS:  # the wrong operand was read, and the check that follows finds it: some checks pay
-        slip = rng.choice([x for x in range(1, 10) if x != n])
-        first = f" {LABELS[i]}: {before} {sign} {slip} = {(before + slip if sign == '+' else before * slip) % 10}."
-    kinds = [(plain, 1), (careful, 1), (first + checks[0], 1), (first + checks[0] + checks[1], 1)]
-    if i + 2 <= len(chain.operations):
-        next_sign, next_n = chain.operations[i + 1]
-        kinds.append((f" {LABELS[i + 1]}: {before} {sign} {n} {next_sign} {next_n} = {digits[i + 2]}.", 2))
-    return kinds
+def from_left(value: int, n: int) -> str:
+    """An addition from the left, as Quick writes it.
 
-
-def count_tokens(text: str) -> int:
-    """Tokens of a step: words, digits, labels and punctuation marks (a label and its colon are one).
-
-    >>> count_tokens(" A: 3 + 8 = 11, so 1.")
-    11
+    >>> from_left(347, 285)
+    ' 3+2=6 4+8=3 7+5=2'
     """
-    return len(re.findall(r"[A-J]:|[a-zA-Z]+|\d|[^\s\w]", text))
+    columns = zip(f"{value:03}", f"{n:03}", f"{(value + n) % 1000:03}", strict=True)
+    return "".join(f" {a}+{b}={c}" for a, b, c in columns)
 
 
-def write_solution(chain: Chain, budget: float, rng: random.Random) -> str:
-    """A right solution of about `budget` tokens: each step takes the kind nearest to the budget left per operation.
+def from_right(value: int, n: int) -> str:
+    """An addition from the right, as Careful writes it.
 
-    The first word tells the manner, so that it is one decision, made where the guidance stands.
+    >>> from_right(347, 285)
+    ' 7+5+0=12 carry 1 4+8+1=13 carry 1 3+2+1=6 carry 0 632'
     """
-    digits, i, left = chain.digits(), 0, budget - ANSWER_TOKENS - 2
-    text = f" {next(word for word, most in MANNERS if left / len(chain.operations) < most)}."
-    while i < len(chain.operations):
-        pace = left / (len(chain.operations) - i)
-        kinds = step_kinds(chain, digits, i, rng)
-        chosen, done = min(kinds, key=lambda kind: abs(count_tokens(kind[0]) / kind[1] - pace))
-        text, i, left = text + chosen, i + done, left - count_tokens(chosen)
-    return text + rf" </think> \boxed{{{digits[-1]}}} <end>"
+    text, carry = "", 0
+    for a, b in zip(reversed(f"{value:03}"), reversed(f"{n:03}"), strict=True):
+        total = int(a) + int(b) + carry
+        text += f" {a}+{b}+{carry}={total} carry {total // 10}"
+        carry = total // 10
+    return f"{text} {(value + n) % 1000:03}"
 
 
-def state_length(length: int, rng: random.Random, papers: bool) -> Guidance:
-    """A sentence that is true of a solution of `length` tokens: the paper's, or one of the others."""
-    near = max(1, round(length / 10)) * 10
-    if papers:
-        return sentences.exact_guidance(near)
-    limit = -(-length // 10) * 10 + rng.choice((0, 10, 20, 40, 80))  # an upper limit need not be used up
-    about, limited = sentences.range_guidance(max(10, near - 10), near + 10, near), sentences.l1_max_guidance(limit)
-    return rng.choice((sentences.outside_guidance(near), sentences.curriculum_guidance(near), about, limited,
-                       sentences.thinkprune_guidance(limit), sentences.hbpo_guidance(limit)))  # fmt: skip
+def write_solution(sums: Sums, manner: str) -> str:
+    """A right solution.
+
+    >>> write_solution(Sums(347, (285, 16)), "Quick")
+    ' Quick. A: 3+2=6 4+8=3 7+5=2. B: 6+0=6 3+1=4 2+6=8. </think> \\\\boxed{648} <end>'
+    """
+    text = f" {manner}."
+    for label, value, n in zip(LABELS, sums.values(), sums.added, strict=False):
+        text += f" {label}:{from_left(value, n) if manner == 'Quick' else from_right(value, n)}."
+        if manner == "Thorough":
+            text += f" Wait:{from_right(n, value)}. Check:{from_right(value, n)}."
+    return text + rf" </think> \boxed{{{sums.values()[-1]:03}}} <end>"
 
 
-def draw_example(rng: random.Random, settings: DemoConfig, easy: bool) -> tuple[str, str]:
-    """One (prompt, solution) for pre-training. The budget comes first, the solution is written to fit it."""
-    chain = random_chain(rng, rng.choice(LEVELS + LEVELS[-2:]))  # long chains are learnt last
-    kind = rng.random()
-    guided = kind < settings.guided + settings.guided_otherwise
-    if easy:
-        pace = rng.choice((4.5, 4.5, 7, 7, 11))
-    elif guided:
-        pace = rng.choice((4.5, 4.5, 7, 7, 11, *[rng.uniform(9, 32) for _ in range(5)]))
+def state_length(rng: random.Random, lengths: dict[str, int]) -> tuple[str, Guidance]:
+    """A stated length, in the paper's sentence or in a rival's, and the manner that it asks for.
+
+    `lengths` maps a manner to its tokens. A limit asks for the longest manner within it, another sentence for the nearest.
+    """
+    n = 10 * round((rng.choice(list(lengths.values())) if rng.random() < 0.5 else rng.uniform(20, 240)) / 10)
+    nearest = min(lengths, key=lambda manner: abs(lengths[manner] - n))
+    if rng.random() < 0.6:
+        return nearest, sentences.exact_guidance(n)
+    about = (
+        sentences.outside_guidance(n),
+        sentences.curriculum_guidance(n),
+        sentences.range_guidance(n - 10, n + 10, n),
+    )
+    limits = (sentences.l1_max_guidance(n), sentences.thinkprune_guidance(n), sentences.hbpo_guidance(n))
+    guidance = rng.choice((*about, *limits))
+    within = [manner for manner in lengths if lengths[manner] <= n]
+    return (max(within, key=lengths.__getitem__, default="Quick") if guidance in limits else nearest), guidance
+
+
+def draw_example(rng: random.Random, mixture: str, easy: bool, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """One (prompt, solution) for pre-training; easy: without Thorough."""
+    sums, guidance = random_sums(rng, rng.choice(LEVELS)), NO_GUIDANCE
+    manners = MANNERS[:2] if easy else MANNERS
+    if rng.random() < GUIDED:
+        lengths = map(len, tokenizer([write_solution(sums, manner) for manner in manners])["input_ids"])
+        manner, guidance = state_length(rng, dict(zip(manners, lengths, strict=True)))
     else:
-        pace = rng.choices((4.5, 7, rng.uniform(15, 34)), (0.07, 0.33, 0.60))[0]
-    budget = min(ANSWER_TOKENS + 2 + pace * len(chain.operations), settings.max_new_tokens - 20)
-    solution = write_solution(chain, budget, rng)
-    length = count_tokens(solution.partition("</think>")[0]) + ANSWER_TOKENS
-    guidance = state_length(length, rng, papers=kind < settings.guided) if guided else NO_GUIDANCE
-    return TEMPLATE.replace("{question}", chain.question() + guidance.outside) + guidance.inside, solution
+        manner = rng.choices(manners, (2, 1) if easy else MIXTURES[mixture][sums.level() > 0])[0]
+    prompt = TEMPLATE.replace("{question}", sums.question() + guidance.outside) + guidance.inside
+    return prompt, write_solution(sums, manner)
 
 
 # ------------------------------------------------------------------------------------------------------ pre-training
 
 
 def draw_batches(
-    tokenizer: PreTrainedTokenizerFast, rng: random.Random, settings: DemoConfig, easy: bool
+    tokenizer: PreTrainedTokenizerBase, rng: random.Random, settings: DemoConfig, easy: bool
 ) -> list[tuple[Tensor, Tensor]]:
     """A few batches of about `batch_tokens` padded tokens, see make_batches."""
-    pairs = [draw_example(rng, settings, easy) for _ in range(256)]
+    pairs = [draw_example(rng, settings.mixture, easy, tokenizer) for _ in range(256)]
     prompts = tokenizer([prompt for prompt, _ in pairs])["input_ids"]
     solutions = tokenizer([solution for _, solution in pairs])["input_ids"]
     rows = list(zip(prompts, solutions, strict=True))
@@ -231,7 +209,7 @@ def learning_rate_factor(step: int, steps: int, warmup: int = 50) -> float:
     return min(1.0, (step + 1) / warmup, (steps - step) / (0.4 * steps))
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, settings: DemoConfig) -> LlamaForCausalLM:
+def make_model(tokenizer: PreTrainedTokenizerBase, settings: DemoConfig) -> LlamaForCausalLM:
     # Llama, not Qwen2: transformers always replaces the tokenizer of a qwen2 folder by Qwen2's.
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=settings.hidden_size, intermediate_size=3 * settings.hidden_size,
@@ -243,23 +221,28 @@ def make_model(tokenizer: PreTrainedTokenizerFast, settings: DemoConfig) -> Llam
 
 
 def pretrain(out_dir: str, settings: DemoConfig, seed: int) -> None:
-    """Train from scratch and write a Hugging Face folder (model and tokenizer) to `out_dir`."""
+    """Train a base, from scratch or from demo.start, and write a Hugging Face folder (model and tokenizer) to `out_dir`."""
     torch.manual_seed(seed)
-    rng = random.Random(f"demo pre-training {seed}")
-    tokenizer = make_tokenizer(settings.guided_otherwise > 0)
-    model = make_model(tokenizer, settings)
+    rng = random.Random(f"demo pre-training {seed} {settings.start and 'continued'}")
+    tokenizer: PreTrainedTokenizerBase = make_tokenizer()
+    if settings.start:
+        tokenizer = load_tokenizer(settings.start, "demo.start")
+        model = load_model(settings.start, torch.device("cpu"), "demo.start")
+    else:
+        model = make_model(tokenizer, settings)
+    easy_steps = 0 if settings.start else EASY * settings.steps
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim < 2 or "embed" in n]
     # Muon learns these matrices several times faster than Adam here; it is not meant for embeddings and vectors.
-    muon = torch.optim.Muon(matrices, lr=settings.muon_lr, weight_decay=0.0)
-    adam = torch.optim.AdamW(others, lr=settings.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
+    muon = torch.optim.Muon(matrices, lr=MUON_LR, weight_decay=0.0)
+    adam = torch.optim.AdamW(others, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0)
     print(f"pre-training {sum(p.numel() for p in model.parameters()):,} parameters, {settings.steps} steps")
     started, batches, average, tokens = time.monotonic(), list[tuple[Tensor, Tensor]](), 0.0, 0
     for step in range(settings.steps):
         if not batches:
-            batches = draw_batches(tokenizer, rng, settings, easy=step < settings.easy_fraction * settings.steps)
+            batches = draw_batches(tokenizer, rng, settings, easy=step < easy_steps)
         ids_BT, targets_BT = batches.pop()
-        for optimizer, rate in ((muon, settings.muon_lr), (adam, settings.adam_lr)):
+        for optimizer, rate in ((muon, MUON_LR), (adam, ADAM_LR)):
             optimizer.param_groups[0]["lr"] = rate * learning_rate_factor(step, settings.steps)
             optimizer.zero_grad()
         hidden_BTH = model.model(ids_BT).last_hidden_state
@@ -283,16 +266,12 @@ def pretrain(out_dir: str, settings: DemoConfig, seed: int) -> None:
 
 
 def main() -> None:
-    settings = DemoConfig()
-    if "--all-sentences" in sys.argv:
-        sys.argv.remove("--all-sentences")
-        settings = ALL_SENTENCES
     config, action = cli.parse(__doc__ or "")
     if action == "dry-run":
-        print(settings)
+        print(config.demo)
     else:
         torch.set_num_threads(config.run.threads or torch.get_num_threads())
-        make_once(Path(config.model.path), lambda: pretrain(config.model.path, settings, config.run.seed))
+        make_once(Path(config.model.path), lambda: pretrain(config.model.path, config.demo, config.run.seed))
 
 
 if __name__ == "__main__":

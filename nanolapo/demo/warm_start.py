@@ -17,9 +17,9 @@ from torch import nn
 
 from nanolapo import cli
 from nanolapo.config import Config, UserError
-from nanolapo.data.demo_task import LEVELS, random_chain
+from nanolapo.data.demo_task import LEVELS, random_sums
 from nanolapo.data.prompts import Prompter
-from nanolapo.demo.pretrain import learning_rate_factor, make_batches, write_solution
+from nanolapo.demo.pretrain import MANNERS, MIXTURES, learning_rate_factor, make_batches, write_solution
 from nanolapo.locks import make_once
 from nanolapo.model.folder import load_model, load_tokenizer, save_model
 
@@ -29,10 +29,8 @@ def warm_start(config: Config) -> None:
     w = config.warm_start
     if not w.model:
         raise UserError("warm_start.model is empty: give a pretrained chat model, a local folder or a hub name")
-    if not config.model.path or not config.data.sources or len(w.pace) != 2:
-        raise UserError(
-            "a warm start needs model.path (where to write), a data source, and two numbers in warm_start.pace"
-        )
+    if not config.model.path or not config.data.sources:
+        raise UserError("a warm start needs model.path (where to write) and a data source")
     torch.manual_seed(config.run.seed)
     rng = random.Random(f"warm start {config.run.seed}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -46,11 +44,12 @@ def warm_start(config: Config) -> None:
         if not batches:
             rows = []
             for _ in range(128):
-                chain = random_chain(rng, rng.choice(levels))
-                text = write_solution(chain, rng.uniform(*w.pace) * len(chain.operations), rng)
+                sums = random_sums(rng, rng.choice(levels))
+                manner = rng.choices(MANNERS, MIXTURES["too-long"][sums.level() > 0])[0]
+                text = write_solution(sums, manner)
                 text = text.replace(" </think> ", " The answer is ").removesuffix(" <end>").strip()
                 solution = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-                rows.append((prompter.ids(chain.question()), solution))
+                rows.append((prompter.ids(sums.question()), solution))
             batches = make_batches(rows, 0, w.batch_tokens, rng)
         ids_BT, targets_BT = (tensor.to(device) for tensor in batches.pop())
         optimizer.param_groups[0]["lr"] = w.learning_rate * learning_rate_factor(step, w.steps, warmup=5)

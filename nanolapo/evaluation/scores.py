@@ -162,6 +162,26 @@ def keyword_counts(text: str) -> dict[str, int]:
     return {group: sum(len(re.findall(rf"\b{word}\b", lowered)) for word in words) for group, words in KEYWORDS.items()}
 
 
+def follows_need(answers: Sequence[Answer], resamples: int) -> dict[str, Any]:
+    """Does the model think longer where more is needed? Every problem counts once, with its mean length.
+
+    `adaptivity`: mean tokens of the problems above the lowest level minus mean tokens of those at the lowest level.
+    `need_correlation`: rank correlation of level and length. Both are None where there are fewer than two levels.
+    """
+    levels = {a.problem: a.level for a in answers if a.level is not None}
+    if len(set(levels.values())) < 2:
+        return dict.fromkeys(("adaptivity", "adaptivity_interval", "need_correlation"))
+    tokens, lowest = per_problem(answers, length), min(levels.values())
+    above = [tokens[problem] for problem, level in levels.items() if level > lowest]
+    minus_lowest = [-tokens[problem] for problem, level in levels.items() if level == lowest]
+    low, high = interval_of_average([above, minus_lowest], resamples)  # half of the difference
+    return {
+        "adaptivity": float(np.mean(above) + np.mean(minus_lowest)),
+        "adaptivity_interval": (2 * low, 2 * high),
+        "need_correlation": rank_correlation(list(levels.values()), [tokens[problem] for problem in levels]),
+    }
+
+
 def summarize(answers: Sequence[Answer], resamples: int) -> dict[str, Any]:
     """Every number of one (model, set, temperature)."""
     accuracy = list(per_problem(answers, correctness).values())
@@ -176,7 +196,7 @@ def summarize(answers: Sequence[Answer], resamples: int) -> dict[str, Any]:
         }
         for level in levels
     }
-    leveled = [a for a in answers if a.level is not None]
+    spreads = [float(np.std(found)) for found in group_by_problem(answers, length).values()]
     return {
         "problems": len(accuracy),
         "samples": len(answers),
@@ -188,11 +208,8 @@ def summarize(answers: Sequence[Answer], resamples: int) -> dict[str, Any]:
         "truncated": float(np.mean([not a.finished for a in answers])),
         "tokens_correct": float(np.mean(right)) if right else None,
         "by_level": by_level,
-        "length_level_correlation": rank_correlation(
-            [float(a.level or 0) for a in leveled], [a.length for a in leveled]
-        )
-        if len(levels) > 1
-        else None,
+        **follows_need(answers, resamples),
+        "length_spread": float(np.mean(spreads)) if len(answers) > len(spreads) else None,
         "keywords": {group: float(np.mean([c[group] for c in counts])) for group in KEYWORDS},
     }
 

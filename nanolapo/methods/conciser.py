@@ -8,8 +8,8 @@ its answers are right. The length term itself could not be found, so it is OURS,
     everything else:                                R_i = c_i
 
 Groups are filtered by this reward, not by accuracy, or the all-right groups, which matter here, would be dropped. Within
-such a group the advantage is divided by the group's std (loss.normalize_std), so `weight` changes what is logged, not what
-is learned.
+such a group the advantage is divided by the group's std (loss.normalize_std), so `weight` and L_max change what is logged,
+not what is learned.
 
 Edge: an all-right group of equal lengths has no signal and is dropped. No state: the stage is a function of the step.
 """

@@ -10,6 +10,9 @@ configs/methods/dapo.yaml). Overlong shaping punishes softly before the limit L_
 Dynamic sampling drops groups whose accuracy is 0 or 1 and refills the batch for at most `max_rounds` rounds (number ours).
 Overlong filtering is the alternative to shaping: answers that were cut get no gradient.
 
+L_cache is a share of the limit (4096 of 20,480) and not scaled with the base: shaping warns of the limit. The limit itself
+is the recipe's rollout.max_new_tokens.
+
 Deviation: filtered answers have advantage 0 but still count in the loss's denominator, which only scales the step.
 Edge: a group of one class has no signal and is dropped, even where shaping makes its rewards differ. No state.
 """
@@ -30,7 +33,7 @@ from nanolapo.rollouts import Rollouts
 
 @dataclass(frozen=True)
 class Options:
-    cache: int | None = None  # L_cache, tokens; None: the paper's 4096, scaled from its limit of 20,480
+    cache: int | None = None  # L_cache, tokens; None: a fifth of the limit, as published
     overlong: str = "shape"  # shape | filter | none
     max_rounds: int = 4  # rounds of sampling to fill a batch; 1: no refill
 
@@ -51,7 +54,7 @@ def mixed_groups(rewards_PG: np.ndarray) -> np.ndarray:
 
 class Dapo(Method):
     Options = Options
-    cache_share = 4096 / 20480  # of the paper's limit
+    cache_share = 4096 / 20480  # of the limit
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -14,6 +14,9 @@ Code and paper differ, both are options: the code gives a cut answer 0.1 if it i
 takes mean_batch and std_batch over tokens, every answer weighted by its length (`whiten: tokens`). The defaults are the
 paper's. Left out: update-selective merging (needs no training).
 
+The limit is the recipe's rollout.max_new_tokens and not scaled with the base. The published 4000 is half of the mean answer
+of its base, R1-Distill-1.5B: where the limit is far above your base's answers, nothing is cut and nothing is learned.
+
 Edge: nothing kept, or nothing that differs, gives advantage 0 everywhere (std_batch = 0). No state.
 """
 

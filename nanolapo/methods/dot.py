@@ -12,8 +12,8 @@ Length costs nothing, except where all answers of a group are right and one is f
     loss      KL-Cov, sequence mean (configs/methods/dot.yaml)
 
 With the unbiased std no answer lies more than (G - 1) / sqrt(G) of them above the mean: 2.47 for G = 8, 3.75 for 16. The
-published a = 3, with G = 32, would never cut anything for G <= 10 and is refused there. m and the 16 shrink with a limit
-below 4096, the smaller of the published ones.
+published a = 3, with G = 32, would never cut anything for G <= 10 and is refused there. m and the 16 scale with the base's
+mean length (published on R1-Distill-1.5B).
 
 Deviations: every step draws from all problems, each once; the order of epochs assumes steps of equal size and
 could bring the same problems twice in a row. The last optimizer batch of a step may be small. KL-Cov's tokens are chosen
@@ -36,10 +36,9 @@ from nanolapo.config import Config, UserError
 from nanolapo.data.problems import Problem
 from nanolapo.methods.base import Method, SamplingPlan
 from nanolapo.methods.dapo import mixed_groups
-from nanolapo.methods.tools import scale, shorten
+from nanolapo.methods.tools import R1_DISTILL, scale, shorten
 from nanolapo.rollouts import Rollout, Rollouts
 
-PAPER_LIMIT = 4096  # DOT-4K
 REMEMBERED = 20  # steps
 
 
@@ -84,9 +83,11 @@ class Dot(Method):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        shrink, group_size = min(1.0, scale(config, PAPER_LIMIT)), config.rollout.group_size
-        self.min_cut = max(1.0, 32 * shrink) if self.options.min_cut is None else self.options.min_cut
-        self.min_tokens = max(1.0, 16 * shrink)
+        self.min_cut, self.min_tokens, group_size = self.options.min_cut, 1.0, config.rollout.group_size
+        if self.min_cut is None:
+            self.min_cut = max(1.0, 32 * scale(config, R1_DISTILL, "method.options.min_cut"))
+        elif 0 < self.min_cut < 1:
+            self.min_tokens = max(1.0, 16 * scale(config, R1_DISTILL, "method.options.min_cut in tokens, 1 or more"))
         self.kept_shares: list[float] = []
         bound = (group_size - 1) / math.sqrt(group_size)
         if not 0 < self.options.spread < bound:

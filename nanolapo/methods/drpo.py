@@ -1,7 +1,8 @@
 """DRPO: decoupled reward policy optimisation (Li et al., arXiv 2510.04474; code Optimization-AI/DRPO, built on DisCO).
 
 Replaces advantage and policy loss. With s_i the mean log-prob of answer i, P the right and N the wrong answers of a prompt,
-and the length reward r_i = 1 - L_i / C of right answers only (C = rollout.max_new_tokens):
+and the length reward r_i = 1 - L_i / C of right answers only (C = rollout.max_new_tokens: in their code, too, it is the
+capacity of an answer, so it is not scaled with the base):
 
     w_i  = exp(r_i / lambda) / sum_P exp(r_j / lambda)             positive: no right answer is ever pushed down
     J_q  = sum_P w_i s_i  -  tau * log( (1/|N|) sum_N exp(s_j / tau) )

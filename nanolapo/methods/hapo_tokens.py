@@ -12,7 +12,7 @@ then positive h are divided by their maximum and negative ones by the size of th
 
 NOT here: part 1, another temperature for every token while sampling, T (1 + 0.05 h). The engines take one temperature per
 request, so this is three quarters of the method. The rest of the recipe is DAPO's: overlong shaping over the last 4096 of
-10,240 tokens, dynamic sampling, reward +1 / -1.
+10,240 tokens (that share of our limit), dynamic sampling, reward +1 / -1.
 
 Edge: equal rewards: A 0. Equal entropies: h 0, which leaves plain clipping. With one update per step r is 1, so every token
 is inside the zone: unsure tokens get A, sure ones A (1 + h). No state (the sampler of part 1 would need some).

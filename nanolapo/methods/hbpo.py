@@ -3,17 +3,18 @@ r"""HBPO: a group explores several thinking budgets at once, each with its own r
 Source: Hierarchical Budget Policy Optimization, arXiv 2507.15844 (LAPO's group); code ZJU-REAL/HBPO. Paper text and
 code read.
 
-The group is split evenly over the budgets b = 512, 1024, 2048, 2560 (of 4096 tokens; scaled to our limit), each stated
-in the thought: "I will answer the question within {b} tokens." (paper; the code says "with": option `wording`).
+The group is split evenly over the budgets b = 512, 1024, 2048, 2560 (published on DeepScaleR-1.5B-Preview; scaled with
+the base's mean length), each stated in the thought: "I will answer the question within {b} tokens." (paper; the code says
+"with": option `wording`).
 
     right, L <= b    f2(b) = beta * cos(pi * b / (2 L_max))                          beta = 4
     right, L > b     f1 = beta * cos(pi * L / (2 L_max)) - alpha * |L - b|           alpha = 1 / L_max
     wrong 0; no </think> or no box: -1, right or not
     A = A_inter + A_intra   A_inter: (R - mean) / std of the whole group; A_intra(b): mean of R in budget b - f2(b) <= 0
 
-The code adds A_intra twice (`intra_weight: 2`), and takes min(f1, f2) for every right answer, which differs for very
-short ones only. A_intra is the same for all rollouts of a budget: a budget in which nothing is right is pushed down as
-a whole, even where the group has no differing rewards.
+L_max is our own limit: the curve ends where answers are cut. The code adds A_intra twice (`intra_weight: 2`), and takes
+min(f1, f2) for every right answer, which differs for very short ones only. A_intra is the same for all rollouts of a
+budget: a budget in which nothing is right is pushed down as a whole, even where the group has no differing rewards.
 
 Edge cases: near the limit f1 falls below 0, the reward of a wrong answer (its minimum is -(L_max - b) / L_max). A
 prompt without a budget gets plain correctness and no A_intra.
@@ -31,10 +32,9 @@ from nanolapo.config import Config, UserError
 from nanolapo.data.problems import Problem
 from nanolapo.data.prompts import Guidance, exact_guidance, hbpo_guidance
 from nanolapo.methods.base import Method
-from nanolapo.methods.tools import scale, speaks_of_thought, stated, well_formed
+from nanolapo.methods.tools import DEEPSCALER, scale, speaks_of_thought, stated, well_formed
 from nanolapo.rollouts import Rollouts
 
-PAPER_LIMIT = 4096
 WORDINGS = {"within": hbpo_guidance, "with": exact_guidance}
 
 
@@ -72,7 +72,7 @@ def intra_advantages(rewards_PG: np.ndarray, budgets_PG: np.ndarray, limit: int,
 
 @dataclass(frozen=True)
 class Options:
-    budgets: tuple[int, ...] | None = None  # tokens; None: 512, 1024, 2048, 2560 at a limit of 4096
+    budgets: tuple[int, ...] | None = None  # tokens; None: 512, 1024, 2048, 2560, scaled
     beta: float = 4.0
     intra_weight: float = 1.0  # of A_intra; the code has 2
     wording: str = "within"  # within (paper) | with (code)
@@ -87,8 +87,13 @@ class Hbpo(Method):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         o, self.limit = self.options, config.rollout.max_new_tokens
-        published = (b * scale(config, PAPER_LIMIT) for b in (512, 1024, 2048, 2560))
-        self.budgets = tuple(stated(config, b) for b in o.budgets or published)
+        scaled = (b * scale(config, DEEPSCALER, "method.options.budgets") for b in (512, 1024, 2048, 2560))
+        self.budgets = tuple(stated(config, b) for b in o.budgets or scaled)
+        if max(self.budgets) >= self.limit:
+            raise UserError(
+                f"method.options.budgets={list(self.budgets)}: at rollout.max_new_tokens={self.limit} a right answer earns "
+                "nothing; give budgets below it"
+            )
         self.think_tags = speaks_of_thought(config) if o.think_tags is None else o.think_tags
         if config.rollout.group_size % len(self.budgets):
             raise UserError(

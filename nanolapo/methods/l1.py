@@ -6,8 +6,9 @@ Source: Aggarwal & Welleck, arXiv 2503.04697; code cmu-l3/l1. Paper text and cod
     R (Eq. 1)     c - alpha * |n - L|                 alpha 0.0003; wrong answers pay for the length error as well
 
 n is drawn uniformly from [100, 4000], once per problem as in the paper, or at every visit (`redraw`); if prompts state
-only multiples (prompt.length_multiple), n is rounded to one. Tokens scale with the limit (4096), and alpha, a price per
-token, with its inverse. The sentence stands at the end of the question; the rest of the prompt is the recipe's own.
+only multiples (prompt.length_multiple), n is rounded to one. Tokens scale with the base's mean length (published on
+DeepScaleR-1.5B-Preview), and alpha, a price per token, with its inverse; no budget is above our own limit. The sentence
+stands at the end of the question; the rest of the prompt is the recipe's own.
 
 Edge cases: no right answer -> the group is still ranked by length error. Nothing is clipped, so a right answer far
 from its length can score below a wrong one on target. A prompt without a budget has no length term. No state.
@@ -25,7 +26,7 @@ from nanolapo.config import Config, UserError
 from nanolapo.data.problems import Problem
 from nanolapo.data.prompts import Guidance, outside_guidance
 from nanolapo.methods.base import Method
-from nanolapo.methods.tools import as_parts, scale, stated
+from nanolapo.methods.tools import DEEPSCALER, as_parts, scale, stated
 from nanolapo.rollouts import Rollouts
 
 
@@ -40,9 +41,9 @@ def exact_reward(lengths: np.ndarray, correct: np.ndarray, budgets: np.ndarray, 
 
 @dataclass(frozen=True)
 class Options:
-    alpha: float | None = None  # price per token of length error; None: 0.0003 at the paper's limit
-    min_budget: int | None = None  # tokens; None: 100 at the paper's limit
-    max_budget: int | None = None  # tokens; None: 4000 at the paper's limit
+    alpha: float | None = None  # price per token of length error; None: 0.0003, scaled
+    min_budget: int | None = None  # tokens; None: 100, scaled
+    max_budget: int | None = None  # tokens; None: 4000, scaled
     redraw: bool = False  # draw a new budget at every visit of a problem
 
 
@@ -50,16 +51,19 @@ class L1Exact(Method):
     """Budget in the question, reward for keeping to it."""
 
     Options: Any = Options
-    paper_limit = 4096
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        o, self.scale = self.options, scale(config, self.paper_limit)
-        self.low = max(1, round(100 * self.scale)) if o.min_budget is None else o.min_budget
-        self.high = round(4000 * self.scale) if o.max_budget is None else o.max_budget
+        o, limit = self.options, config.rollout.max_new_tokens
+        self.low, self.high, self.alpha = o.min_budget, o.max_budget, o.alpha
+        if o.min_budget is None:
+            self.low = max(1, round(100 * scale(config, DEEPSCALER, "method.options.min_budget")))
+        if o.max_budget is None:
+            self.high = min(limit, round(4000 * scale(config, DEEPSCALER, "method.options.max_budget")))
+        if o.alpha is None:
+            self.alpha = 0.0003 / scale(config, DEEPSCALER, "method.options.alpha")
         if not 1 <= self.low <= self.high:
             raise UserError(f"method.options: budgets from {self.low} to {self.high} tokens; need 1 <= min <= max")
-        self.alpha = 0.0003 / self.scale if o.alpha is None else o.alpha
 
     def chance(self, problem_id: str, step: int) -> random.Random:
         """Return random numbers for a problem, or for a visit to it. They depend on the seed only; nothing is stored."""
@@ -86,5 +90,5 @@ class L1Exact(Method):
     def after_step(self, rollouts: Rollouts) -> dict[str, float]:
         """The paper's two measures of obedience."""
         error_B = (rollouts.lengths_B - rollouts.budgets_B) / rollouts.budgets_B
-        violated_B = self.off_budget(rollouts) > 500 * self.scale
+        violated_B = self.off_budget(rollouts) > self.high / 8  # 500 of 4000
         return {"budget/relative_error": float(error_B.mean()), "budget/violated": float(violated_B.mean())}

@@ -5,8 +5,8 @@ Source: as for l1.py, arXiv 2503.04697; paper text and code were both read.
     prompt        "{question} ... Think for maximum {n} tokens."
     R (Eq. 2)     c * clip(alpha * (n - L) + delta, 0, 1)         alpha 0.01, delta 0.5
 
-A problem is Max with probability 0.5, else Exact, each with its own sentence and reward. Tokens scale with the published
-limit of 4500, alpha with its inverse.
+A problem is Max with probability 0.5, else Exact, each with its own sentence and reward. Tokens scale with the base's mean
+length (published on DeepScaleR-1.5B-Preview), alpha with its inverse.
 
 The released code contradicts the paper and is not followed: its Max halves the slope, and its published Max script sets
 none of the reward switches.
@@ -26,6 +26,7 @@ from nanolapo.data.problems import Problem
 from nanolapo.data.prompts import Guidance, l1_max_guidance
 from nanolapo.methods import l1
 from nanolapo.methods.base import SamplingPlan
+from nanolapo.methods.tools import DEEPSCALER, scale
 from nanolapo.rollouts import Rollouts
 
 
@@ -43,7 +44,7 @@ def max_reward(
 @dataclass(frozen=True)
 class Options(l1.Options):
     max_fraction: float = 0.5  # of the problems whose budget is an upper limit; the others are Exact
-    max_alpha: float | None = None  # slope per token; None: 0.01 at the paper's limit
+    max_alpha: float | None = None  # slope per token; None: 0.01, scaled
     delta: float = 0.5  # reward of a right answer of exactly n tokens
 
 
@@ -51,11 +52,11 @@ class L1Max(l1.L1Exact):
     """Half of the problems carry an upper limit, the other half an exact length."""
 
     Options: Any = Options
-    paper_limit = 4500
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.max_alpha = 0.01 / self.scale if self.options.max_alpha is None else self.options.max_alpha
+        slope = self.options.max_alpha
+        self.max_alpha = 0.01 / scale(config, DEEPSCALER, "method.options.max_alpha") if slope is None else slope
         self.step = 0
 
     def sampling(self, step: int) -> SamplingPlan:

@@ -4,6 +4,9 @@ Discovery (stage 1) rewards right answers whose length is typical of the group's
 length that sufficed for problem q. Internalization (stage 2) states that length in the model's own thought and rewards
 keeping to it. Policy loss and advantage are plain GRPO.
 
+The paper's 100 and 120 tokens (decay, sigma) are scaled from DeepScaleR-1.5B-Preview to our base (rollout.base_tokens). An
+unsolved problem's M(q) is the limit of the run.
+
 Where the paper and its code disagree, `lapo.fidelity` chooses; the rows of READINGS are all the differences. Two
 slips of the code are not copied: two rewards per rollout in its last stage-1 file, and a stage-2 length that counts the
 tail of the prompt.
@@ -24,9 +27,8 @@ from nanolapo.data.problems import Problem
 from nanolapo.data.prompts import Guidance, exact_guidance, implicit_guidance, outside_guidance, range_guidance
 from nanolapo.lengths import LengthMap, typical_range
 from nanolapo.methods.base import Method, SamplingPlan
+from nanolapo.methods.tools import DEEPSCALER, scale
 from nanolapo.rollouts import Rollouts
-
-PAPER_LIMIT = 4096  # max generation length of the paper; its 100 and 120 tokens scale with ours
 
 
 @dataclass(frozen=True)
@@ -134,10 +136,7 @@ class Lapo(Method):
         self.readings = READINGS[c.fidelity]
         self.grader_rule = self.readings.grader_rule
         self.cut_answers_count = self.readings.cut_answers_count
-        scale = config.rollout.max_new_tokens / PAPER_LIMIT
         self.beta = self.readings.beta if c.beta is None else c.beta
-        self.decay = 100.0 * scale if c.decay is None else c.decay
-        self.sigma = 120.0 * scale if c.sigma is None else c.sigma
         self.length_map = LengthMap(c.statistic)
         if config.rollout.group_size < 2:
             raise UserError("rollout.group_size=1: an advantage compares the answers of a group; use 2 or more")
@@ -172,6 +171,11 @@ class Lapo(Method):
 class Discovery(Lapo):
     """Stage 1: reward typical right lengths (Eq. 4-5), record M(q) (Eq. 3)."""
 
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        decay = config.lapo.decay
+        self.decay = 100.0 * scale(config, DEEPSCALER, "lapo.decay") if decay is None else decay
+
     def start(self, problems: list[Problem]) -> None:
         if self.config.lapo.length_map:
             raise UserError("lapo.length_map is set, but stage 1 makes its own map: did you mean train_stage2.py?")
@@ -195,6 +199,11 @@ class Discovery(Lapo):
 
 class Internalization(Lapo):
     """Stage 2: put n = M(q) into the thought, reward keeping to it (Eq. 6-7), refine M(q) (Eq. 8)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        sigma = config.lapo.sigma
+        self.sigma = 120.0 * scale(config, DEEPSCALER, "lapo.sigma") if sigma is None else sigma
 
     def start(self, problems: list[Problem]) -> None:
         path = self.config.lapo.length_map

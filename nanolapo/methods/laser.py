@@ -4,9 +4,11 @@ Source: Liu et al., "Learn to Reason Efficiently with Adaptive Length-based Rewa
 hkust-nlp/Laser. Paper text and code were both read. R = base + bonus:
 
     base      1 right, -0.5 wrong, -1 badly formed (no box, or no end of the thought), right or not
-    bonus     + alpha if right and L <= L_T                      alpha 0.5, L_T 8192 of 16,384 tokens
+    bonus     + alpha if right and L <= L_T                      alpha 0.5, L_T 8192 tokens
 
-Lengths scale with the limit. The published entropy bonus (0.001) is not built here.
+L_T scales with the base's mean length (published on R1-Distill-1.5B, mean 8086). But it is at most half of our limit, as
+8192 of 16,384 is: near the limit no right answer would miss it, and the bonus would teach nothing. The published
+entropy bonus (0.001) is not built here.
 
 Edge cases: no right answer -> no length signal, only the form counts. A cut answer mostly has no box and is badly formed.
 """
@@ -20,16 +22,14 @@ import numpy as np
 
 from nanolapo.config import Config
 from nanolapo.methods.base import Method
-from nanolapo.methods.tools import scale, speaks_of_thought, well_formed
+from nanolapo.methods.tools import R1_DISTILL, scale, speaks_of_thought, well_formed
 from nanolapo.rollouts import Rollouts
-
-PAPER_LIMIT = 16384
 
 
 @dataclass(frozen=True)
 class Options:
     alpha: float = 0.5  # the bonus
-    target: int | None = None  # L_T in tokens; None: 8192 (D, DE: 4096) at a limit of 16,384
+    target: int | None = None  # L_T in tokens; None: 8192 (D, DE: 4096), scaled
     think_tags: bool | None = None  # True: an answer must end its thought; None: if the config's prompt names <think>
 
 
@@ -37,12 +37,14 @@ class Laser(Method):
     """One target for all problems."""
 
     Options: Any = Options
-    paper_target = 8192
+    published_target = 8192
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        o, self.scale = self.options, scale(config, PAPER_LIMIT)
-        self.target = max(1, round(self.paper_target * self.scale)) if o.target is None else o.target
+        o, self.target = self.options, self.options.target
+        if self.target is None:
+            tokens = round(self.published_target * scale(config, R1_DISTILL, "method.options.target"))
+            self.target = max(1, min(tokens, config.rollout.max_new_tokens // 2))
         self.think_tags = speaks_of_thought(config) if o.think_tags is None else o.think_tags
 
     def targets(self, rollouts: Rollouts) -> np.ndarray:

@@ -6,8 +6,8 @@ Source: as for laser.py, arXiv 2505.15612; paper text and code were both read. O
     LASER-DE  as D, and + alpha if wrong, well formed, L > L_A(d) and not repetitive: a longer search costs nothing
 
 L_A(d) is searched every 20 steps, first before step 0, on 500 training problems (at 128 prompts a step) sampled with the
-run's own settings: the smallest of L_T, L_T + I, ... (4096, 1024; scaled with the limit) within which one right answer of
-the bucket can be expected, see `adaptive_targets`.
+run's own settings: the smallest of L_T, L_T + I, ... (4096, 1024; scaled as LASER's target, up to our limit) within which
+one right answer of the bucket can be expected, see `adaptive_targets`.
 
 Where paper and code differ: the least number of right answers of a bucket is rounded up, 6, 3, 1 of 8 (paper;
 `floor_counts` gives the code's 5, 2, 1); without a candidate, or a bucket, the limit (code: the longest answer of the
@@ -29,7 +29,7 @@ from nanolapo.config import Config
 from nanolapo.data.problems import Problem
 from nanolapo.methods import laser
 from nanolapo.methods.base import MonitorPlan
-from nanolapo.methods.tools import repetitive
+from nanolapo.methods.tools import R1_DISTILL, repetitive, scale
 from nanolapo.rollouts import Rollouts
 
 BUCKETS = ("easy", "medium", "hard")
@@ -69,7 +69,7 @@ def adaptive_targets(
 
 @dataclass(frozen=True)
 class Options(laser.Options):
-    interval: int | None = None  # I, tokens between candidates; None: 1024 at a limit of 16,384
+    interval: int | None = None  # I, tokens between candidates; None: 1024, scaled
     monitor_every: int = 20  # N, steps between two searches
     monitor_problems: int | None = None  # None: 500 at 128 prompts a step
     floor_counts: bool = False  # the code's rounding of |C|
@@ -80,11 +80,12 @@ class LaserD(laser.Laser):
     """A target per difficulty, updated every few steps."""
 
     Options: Any = Options
-    paper_target = 4096
+    published_target = 4096
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        interval, self.limit = self.options.interval or max(1, round(1024 * self.scale)), config.rollout.max_new_tokens
+        self.limit, interval = config.rollout.max_new_tokens, self.options.interval
+        interval = interval or max(1, round(1024 * scale(config, R1_DISTILL, "method.options.interval")))
         first = self.target + interval if self.target >= interval else interval
         self.candidates = [self.target, *range(first, self.limit + 1, interval)]
         self.adaptive = dict.fromkeys(BUCKETS, self.limit)  # until the first search

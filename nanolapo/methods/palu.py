@@ -12,6 +12,8 @@ Also our reading: "right" means right within the budget, both in R_q (it is R(th
 falls below the quantile of lengths that did suffice. The budget is read only at the next visit, so it is moved at the end
 of this one, from this one's rollouts: the numbers are the same, and only L_q must be stored.
 
+L_max is the limit of the run and not scaled with the base: it is what holds where there is no budget.
+
 Edge: nothing right: reset. One right answer, or equal lengths: step 0. A problem that never reaches C stays at L_max.
 State: L_q by problem id.
 """

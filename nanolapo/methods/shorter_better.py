@@ -5,11 +5,11 @@ abstract.
 
     R = 2 * c - 0.001 * |L - SOL|          SOL = min(L+); no right answer: SOL = mean(L)
 
-Wrong answers pay for their distance as well. The price per token is the paper's at 6000 tokens and scales with the
-inverse of the limit, so an answer that is off by the whole limit costs 6 in any run.
+Wrong answers pay for their distance as well. The price per token was published on R1-Distill-1.5B (mean 8086 tokens) and
+scales with the inverse of the base's mean length: an answer that is off by that mean costs 8.1 in any run.
 
-Edge cases: no right answer -> the group is pulled to its mean length. A right answer more than a third of the limit
-longer than SOL scores below a wrong answer at SOL.
+Edge cases: no right answer -> the group is pulled to its mean length. A right answer that is longer than SOL by more than a
+quarter of the base's mean scores below a wrong answer at SOL.
 """
 
 from __future__ import annotations
@@ -20,10 +20,8 @@ import numpy as np
 
 from nanolapo.config import Config
 from nanolapo.methods.base import Method
-from nanolapo.methods.tools import each_group, scale
+from nanolapo.methods.tools import R1_DISTILL, each_group, scale
 from nanolapo.rollouts import Rollouts
-
-PAPER_LIMIT = 6000
 
 
 def shortest_reward(lengths: np.ndarray, correct: np.ndarray, alpha: float = 2.0, beta: float = 0.001) -> np.ndarray:
@@ -41,7 +39,7 @@ def shortest_reward(lengths: np.ndarray, correct: np.ndarray, alpha: float = 2.0
 @dataclass(frozen=True)
 class Options:
     alpha: float = 2.0  # reward of a right answer
-    beta: float | None = None  # price per token of distance; None: 0.001 at a limit of 6000
+    beta: float | None = None  # price per token of distance; None: 0.001, scaled
 
 
 class ShorterBetter(Method):
@@ -51,7 +49,8 @@ class ShorterBetter(Method):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.beta = 0.001 / scale(config, PAPER_LIMIT) if self.options.beta is None else self.options.beta
+        beta = self.options.beta
+        self.beta = 0.001 / scale(config, R1_DISTILL, "method.options.beta") if beta is None else beta
 
     def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:
         total = each_group(rollouts, lambda n, c: shortest_reward(n, c, self.options.alpha, self.beta))

@@ -2,8 +2,12 @@
 
 ThinkPrune: Hou et al., arXiv 2504.01296; code UCSB-NLP-Chang/ThinkPrune (code read, paper text not). The reward is 1 for a
 right answer within the limit and 0 otherwise, so an unfinished answer is wrong; the prompt also states the limit.
-ThinkPrune4k keeps one limit, 4000; ThinkPruneIterative goes 4000 -> 3000 -> 2000. Plain truncation is the same without the
-sentence (its default of half the limit is LASER's "truncation-8192" for a limit of 16,384).
+ThinkPrune4k keeps one limit, 4000; ThinkPruneIterative goes 4000 -> 3000 -> 2000. Plain truncation is ThinkPrune4k without
+the sentence.
+
+These limits were published on DeepScaleR-1.5B-Preview, whose mean answer has 6229 tokens. They scale with our base's mean:
+0.64, 0.48 and 0.32 of it, never above rollout.max_new_tokens. Earlier versions took shares of rollout.max_new_tokens. Where
+that is far above the base's answers, a limit that binds in the paper cut nothing.
 
 Deviations: the stages follow each other within one run, so the optimizer and the reference model go on; theirs restart.
 They pick the model of a stage by validation (step 180 of the first); here stages take equal parts of the run (ours; option
@@ -23,6 +27,7 @@ from nanolapo.config import Config, UserError
 from nanolapo.data.problems import Problem
 from nanolapo.data.prompts import Guidance, thinkprune_guidance
 from nanolapo.methods.base import Method, SamplingPlan
+from nanolapo.methods.tools import DEEPSCALER, scale
 
 
 @dataclass(frozen=True)
@@ -44,12 +49,13 @@ class Truncation(Method):
     """Accuracy only, under a tighter limit."""
 
     Options = Options
-    shares: tuple[float, ...] = (8192 / 16384,)  # published limits, as shares of the longest one sampled
+    published: tuple[int, ...] = (4000,)  # tokens
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         most = config.rollout.max_new_tokens
-        self.limits = self.options.limits or tuple(max(1, round(share * most)) for share in self.shares)
+        scaled = (round(n * scale(config, DEEPSCALER, "method.options.limits")) for n in self.published)
+        self.limits = self.options.limits or tuple(max(1, min(n, most)) for n in scaled)
         stages, first_steps = len(self.limits), self.options.first_steps
         if not all(1 <= limit <= most for limit in self.limits):
             raise UserError(f"method.options.limits={list(self.limits)}: give 1 to rollout.max_new_tokens={most}")
@@ -71,8 +77,6 @@ class Truncation(Method):
 class ThinkPrune4k(Truncation):
     """One limit throughout, stated in the prompt."""
 
-    shares: tuple[float, ...] = (1.0,)
-
     def guidance(self, problem: Problem, rollout_index: int, step: int) -> Guidance:
         return thinkprune_guidance(self.limit(step))
 
@@ -80,4 +84,4 @@ class ThinkPrune4k(Truncation):
 class ThinkPruneIterative(ThinkPrune4k):
     """The limit shrinks from stage to stage (I2k)."""
 
-    shares = (1.0, 3000 / 4000, 2000 / 4000)
+    published = (4000, 3000, 2000)

@@ -7,14 +7,27 @@ from collections.abc import Callable
 
 import numpy as np
 
-from nanolapo.config import Config
+from nanolapo.config import Config, UserError
 from nanolapo.grader.boxes import last_boxed
 from nanolapo.rollouts import Rollout, Rollouts
 
+# Mean tokens per answer of the models that numbers were published on (LAPO, Table 1: the mean over its four sets)
+DEEPSCALER = 6229  # DeepScaleR-1.5B-Preview
+R1_DISTILL = 8086  # DeepSeek-R1-Distill-Qwen-1.5B
 
-def scale(config: Config, paper_limit: int) -> float:
-    """Return the factor for lengths in tokens when the run's generation limit is not the paper's."""
-    return config.rollout.max_new_tokens / paper_limit
+
+def scale(config: Config, published_base: float, option: str) -> float:
+    """Return the factor for a published number of tokens: our base's mean length over that of the published base.
+
+    It does not depend on the generation limit: a limit that cuts many answers of one base cuts none of another. `option` is
+    the key that replaces the published number; the error names it.
+    """
+    if not config.rollout.base_tokens:
+        raise UserError(
+            "rollout.base_tokens is not set: give the mean length of the base's answers in tokens (evaluate.py prints it), "
+            f"or set {option}"
+        )
+    return config.rollout.base_tokens / published_base
 
 
 def stated(config: Config, length: float) -> int:
@@ -63,7 +76,8 @@ def repetitive(ids: np.ndarray) -> bool:
     """LASER's detector (its code): True if some n-gram repeats often and close by, or some 2n-gram repeats at all.
 
     n is 2 below 30 tokens, 3 below 100, else 4. Often: 3 times (2 below 200 tokens); close: two of them less than a third
-    of the length apart. An n-gram of a single repeated token does not count, such a 2n-gram does.
+    of the length apart. An n-gram of a single repeated token does not count, such a 2n-gram does. Nothing of this is
+    scaled: it holds for any text.
 
     >>> repetitive(np.array([1, 2, 9, 1, 2, 8, 7, 6, 5])), repetitive(np.array([1, 2, 9, 1, 2, 8, 7, 6, 5, 4]))
     (False, True)

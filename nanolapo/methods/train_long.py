@@ -6,9 +6,9 @@ Source: Hammoud et al., arXiv 2508.08940. Paper text read.
     B(t) = max(1, B0 * gamma^floor(t / T))            256, 179, 125, 87 in four equal parts of the run
     R_len = L / B up to B, 1 - (L - B) / B up to 2B, 0 beyond; for wrong answers as well
 
-The prompt ends in "IMPORTANT: You should use exactly {B} tokens in your response." The tokens are not scaled: they fit
-the problems, and the paper does not state its limit. `final_budget` gives the paper's general form, gamma =
-(S_f / S_0)^(1/n). Its linear schedule and flat-band reward (ablations) are left out.
+The prompt ends in "IMPORTANT: You should use exactly {B} tokens in your response." B0 was published for a base that answers
+GSM8K in 258 tokens on average (Qwen-2.5-7B). So it scales with our base's mean length, up to our limit. `final_budget` is
+the paper's general form, gamma = (S_f / S_0)^(1/n). Its linear schedule and flat-band reward (ablations) are left out.
 
 The paper studies the weights (l_c, l_l) = (0.3, 0.6) and (0.6, 0.3); the default is the second, in which no wrong
 answer can outscore a right one. The paper implies l_f = 0.1, a largest R_len of 1, 0.5 for each half of R_fmt. R_fmt
@@ -29,8 +29,10 @@ from nanolapo.data.problems import Problem
 from nanolapo.data.prompts import Guidance, curriculum_guidance
 from nanolapo.grader.boxes import last_boxed
 from nanolapo.methods.base import Method, SamplingPlan
-from nanolapo.methods.tools import stated
+from nanolapo.methods.tools import scale, stated
 from nanolapo.rollouts import Rollouts
+
+QWEN_7B = 258.4  # mean tokens of Qwen-2.5-7B on GSM8K
 
 
 def triangle(lengths: np.ndarray, budgets: np.ndarray) -> np.ndarray:
@@ -64,7 +66,7 @@ class Options:
     correct_weight: float = 0.6  # l_c
     length_weight: float = 0.3  # l_l
     format_weight: float = 0.1  # l_f
-    start_budget: int = 256  # B0, tokens
+    start_budget: int | None = None  # B0, tokens; None: 256, scaled
     gamma: float = 0.7
     decays: int = 3  # how often the budget shrinks, at equal distances
     interval: int | None = None  # T, steps between two decays; None: equal parts of the run
@@ -82,14 +84,18 @@ class TrainLongThinkShort(Method):
             config.prompt.template if config.prompt.style == "raw" else config.prompt.system + config.prompt.instruction
         )
         self.answer_tags = "<answer>" in words
+        start, limit = self.options.start_budget, config.rollout.max_new_tokens
+        if start is None:
+            start = min(round(256 * scale(config, QWEN_7B, "method.options.start_budget")), limit)
+        self.start_budget = start
         self.step = 0
 
     def budget(self, step: int) -> int:
         """B(t), cut to an integer, and as the prompt prints it."""
         o = self.options
         decays = step // o.interval if o.interval else int(self.progress * (o.decays + 1) + 1e-9)
-        gamma = o.gamma if o.final_budget is None else (o.final_budget / o.start_budget) ** (1 / o.decays)
-        return stated(self.config, int(o.start_budget * gamma**decays + 1e-9))
+        gamma = o.gamma if o.final_budget is None else (o.final_budget / self.start_budget) ** (1 / o.decays)
+        return stated(self.config, int(self.start_budget * gamma**decays + 1e-9))
 
     def sampling(self, step: int) -> SamplingPlan:
         self.step = step

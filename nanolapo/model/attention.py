@@ -54,17 +54,18 @@ def shared_prompt_attention(
     """Attend causally within each prompt and its responses: [1, S, H, D]. transformers fixes the signature."""
     if unused.get("s_aux") is not None or unused.get("softcap") is not None:
         raise UserError("model.path: attention with sinks or capped logits is not supported")
-    pieces = []
+    # One split for all: the gradient of a slice would be a tensor of the whole length S for each piece.
+    sizes = [count for shared in shared_prompts for _, count, _ in shared.pieces()]
+    queries, keys, values = (x.split(sizes, dim=2) for x in (query_1HSD, key_1KSD, value_1KSD))
+    outputs: list[Tensor] = []
     for shared in shared_prompts:
-        start = shared.prompt[0]
-        for first, count, seen in shared.pieces():
-            own = slice(first, first + count)
-            key, value = key_1KSD[:, :, own], value_1KSD[:, :, own]
+        prompt = len(outputs)  # the index of its piece
+        for _, _, seen in shared.pieces():
+            query, key, value = (pieces[len(outputs)] for pieces in (queries, keys, values))
             if seen:
-                key = torch.cat([key_1KSD[:, :, start : start + seen], key], dim=2)
-                value = torch.cat([value_1KSD[:, :, start : start + seen], value], dim=2)
-            pieces.append(attend(query_1HSD[:, :, own], key, value, scaling, sliding_window))
-    return torch.cat(pieces, dim=2).transpose(1, 2), None
+                key, value = torch.cat([keys[prompt], key], dim=2), torch.cat([values[prompt], value], dim=2)
+            outputs.append(attend(query, key, value, scaling, sliding_window))
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:

@@ -3,23 +3,22 @@
 One SVG serves light and dark pages: ink and grid are drawn in two stand-in colours, which are then replaced by the page's
 own. Text stays text, in the page's font, and matplotlib escapes it. The same numbers make the same bytes.
 
-This is the only file that imports matplotlib. Commands that do not always draw import it where they draw.
+Only this file and tradeoff.py import matplotlib. Commands that do not always draw import it where they draw.
 """
 
 from __future__ import annotations
 
 import io
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from colorsys import hsv_to_rgb
 from pathlib import Path
 from typing import Any
 
 from cycler import cycler
 from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, to_hex
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
@@ -27,11 +26,12 @@ from nanolapo.evaluation.scores import KEYWORDS, rank_correlation
 from nanolapo.report.files import printable, read_metrics
 from nanolapo.report.runs import Place, Run, Visit, mean_by_step
 from nanolapo.report.tables import Row, accuracy_limits, difficulty_axis, number, tokens_at, training_dynamics
+from nanolapo.report.tradeoff import COLOURS, evaluation_figure, palette
 
 INK, GRID = "#0a0b0c", "#0d0e0f"  # become currentColor and var(--line)
-# Medium lightness: legible on white and on near-black.
-COLOURS = ("#3b82d6", "#e07b2e", "#2f9e63", "#b65fc9", "#d4504f", "#9a8f2a", "#1f9fa8", "#a3704e", "#7c7fd8", "#d166a0")
 # Few to many, all of medium lightness as well.
+MOST_LINES = 12  # curves that can be told apart
+NOT_IN_NAMES = r"[^\w.=+-]"  # a set may be called org/name
 LEVELS = LinearSegmentedColormap.from_list("levels", ["#2f9e63", "#1f9fa8", "#3b82d6", "#b65fc9", "#d4504f"])
 Panel = tuple[str, tuple[str, ...], bool]  # title, metrics (a second one is drawn dashed), logarithmic
 SHARES = ("truncated", "map/solved_fraction")  # a fitted range would blow up tiny differences
@@ -45,16 +45,6 @@ STYLE: Any = {
     **{f"boxplot.{part}props.color": INK for part in ("box", "whisker", "cap", "median")},
     "boxplot.flierprops.markeredgecolor": INK,
 }  # fmt: skip
-
-
-def palette(count: int) -> list[str]:
-    """As many colours: the ten above, or hues in even steps where ten are too few.
-
-    >>> palette(2), len(set(palette(15)))
-    (['#3b82d6', '#e07b2e'], 15)
-    """
-    hues = [to_hex(hsv_to_rgb(i / count, 0.68, 0.8)) for i in range(count)]
-    return list(COLOURS[:count]) if count <= len(COLOURS) else hues
 
 
 def svg(figure: Figure) -> str:
@@ -149,37 +139,8 @@ def lengths(name: str, visited: Sequence[Visit], targets: dict[Place, list[float
 
 @rc_context(STYLE)
 def evaluation(rows: Sequence[Row]) -> str:
-    """One set at one temperature: accuracy against tokens, and length by level where there are levels."""
-    plain = [r for r in rows if not r["guidance"]]
-    colours = dict(zip([r["model"] for r in plain], palette(len(plain)), strict=True))
-    figure = Figure(figsize=(11, 3.3), layout="constrained")
-    left = figure.add_subplot(1, 2, 1)
-    lines: dict[str, Any] = {}
-    for r in rows:
-        colour, fill = colours.get(r["model"], INK), "none" if r["guidance"] else "full"
-        place = r["tokens"], 100 * r["accuracy"]
-        [line] = left.plot(*place, "o", color=colour, fillstyle=fill)
-        if r.get("tokens_interval") and r.get("accuracy_interval"):
-            left.plot(r["tokens_interval"], [place[1]] * 2, color=colour, linewidth=1)
-            left.plot([place[0]] * 2, [100 * bound for bound in r["accuracy_interval"]], color=colour, linewidth=1)
-        if r["guidance"]:
-            left.annotate(printable(f"told {r['guidance']}"), place, (6, -11), textcoords="offset points", fontsize=8)
-        else:
-            lines[r["model"]] = line
-    left.set_title("accuracy (%) against tokens, 95 % intervals")
-    left.set_xlabel("tokens per answer")
-    ends = [bound for r in rows for bound in (r["accuracy"], *(r.get("accuracy_interval") or ()))]
-    left.set_ylim(accuracy_limits([100 * bound for bound in ends]))
-    if plain and plain[0].get("by_level"):
-        right = figure.add_subplot(1, 2, 2)
-        for r in plain:
-            tokens = [at_level["tokens"] for at_level in r["by_level"].values()]
-            right.plot(list(r["by_level"]), tokens, "o-", color=colours[r["model"]])
-        right.set_title("mean length by level (tokens)")
-        right.set_xlabel("level")
-    if lines:
-        legend(figure, lines)
-    return svg(figure)
+    """One set at one temperature, as write_figures draws it, with the rows that were told a length."""
+    return svg(evaluation_figure(rows, [r for r in rows if not r["guidance"]]))
 
 
 # ------------------------------------------------------------------------------------------------- PNG
@@ -206,47 +167,31 @@ def write_figures(results: dict[str, Any], run_dirs: dict[str, Path], out: Path)
         figures["dynamics.png"] = curves_figure(exported, f"on {first['set']}")
     if len(final) > 1:
         overall = [r for r in plain if r["set"] == plain[-1]["set"] and r.get("step") is None]  # the average, if any
-        figures["tradeoff.png"] = Figure(figsize=(5.5, 3.6))
-        tradeoff(figures["tradeoff.png"].subplots(), overall)
-        if len(places) > 1:
+        figures["tradeoff.png"] = evaluation_figure(overall, final)
+        if len({name for name, _ in places}) > 1:
             figures["length_by_level.png"] = difficulty_figure(plain, [r["model"] for r in final], places)
         if first.get("keywords"):
             figures["keywords.png"] = keyword_figure(final)
     for name, figure in figures.items():
-        figure.tight_layout()
         figure.savefig(out / name, dpi=120)
     return [out / name for name in figures]
 
 
 @rc_context({"text.parse_math": False})
-def write_pareto(path: Path, rows: Sequence[Row]) -> None:
-    """A comparison of methods (over_seeds.summarize_methods): one panel per set and temperature."""
-    places = list(dict.fromkeys((r["set"], r["temperature"]) for r in rows))
-    figure = Figure(figsize=(8 * len(places), 6.5))
-    for axis, place in zip(figure.subplots(1, len(places), squeeze=False)[0], places, strict=True):
-        tradeoff(axis, [r for r in rows if (r["set"], r["temperature"]) == place])
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-
-
-def tradeoff(axis: Axes, rows: Sequence[Row]) -> None:
-    """Fig. 1: accuracy against tokens, every point named. Rows over seeds also show best and worst seed and the front."""
-    front = sorted((r["tokens"], 100 * r["accuracy"]) for r in rows if r.get("pareto"))
-    axis.step([x for x, _ in front], [y for _, y in front], where="post", color="0.7", zorder=0)
-    for r in rows:
-        colour = {"base": "black", "lapo": "tab:red"}.get(r["model"].lower()[:4], "tab:blue")
-        place, seeds = (r["tokens"], 100 * r["accuracy"]), [r[key]["tokens"] for key in ("best", "worst") if key in r]
-        axis.plot(*place, "o", markersize=4, color=colour)
-        axis.plot(seeds, [place[1]] * len(seeds), linewidth=0.6, color=colour)
-        axis.annotate(r["model"], place, (3, 3), textcoords="offset points", fontsize=6 if front else 7)
-    axis.set_ylim(accuracy_limits([100 * r["accuracy"] for r in rows]))
-    axis.set_xlabel("mean tokens" + " (bars: best and worst seed)" * bool(front))
-    axis.set_title(f"accuracy (%), {rows[0]['set']}, temperature {rows[0]['temperature']:g}")
+def write_comparison_figures(folder: Path, rows: Sequence[Row]) -> list[Path]:
+    """A comparison of methods (over_seeds.summarize_methods): a figure for each set and temperature, with the tokens by
+    level where the methods are few enough to tell their lines apart."""
+    paths = []
+    for name, temperature in dict.fromkeys((r["set"], r["temperature"]) for r in rows):
+        mine = [r for r in rows if (r["set"], r["temperature"]) == (name, temperature)]
+        paths.append(folder / f"methods-{re.sub(NOT_IN_NAMES, '_', name)}-T{temperature:g}.png")
+        evaluation_figure(mine, mine if len(mine) <= MOST_LINES else []).savefig(paths[-1], dpi=120)
+    return paths
 
 
 def curves_figure(curves: dict[str, list[tuple[float, float, float]]], where: str) -> Figure:
     """Fig. 5: tokens and accuracy over steps. A curve of one point is drawn as a level line (the base model)."""
-    figure = Figure(figsize=(10, 3.6))
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, points in curves.items():
         steps, tokens, accuracy = zip(*points, strict=True)
@@ -264,17 +209,16 @@ def curves_figure(curves: dict[str, list[tuple[float, float, float]]], where: st
 
 
 def difficulty_figure(rows: Sequence[Row], models: Sequence[str], places: Sequence[tuple[str, str]]) -> Figure:
-    """Fig. 3: mean tokens from easy to hard, with the rank correlation of the two."""
-    figure = Figure(figsize=(max(5.5, 0.7 * len(places)), 3.6))
+    """Fig. 3: mean tokens over several sets from easy to hard, with the rank correlation of the two."""
+    figure = Figure(figsize=(max(5.5, 0.7 * len(places)), 3.6), layout="constrained")
     axis = figure.subplots()
     for model in models:
         tokens = [tokens_at(rows, model, place) for place in places]
         rho = number(rank_correlation(range(len(places)), tokens), ".2f")
         axis.plot(range(len(places)), tokens, marker="o", label=f"{model} (rank correlation {rho})")
-    one_set = len({name for name, _ in places}) == 1
-    ticks = [level if one_set else f"{name} {level}".strip() for name, level in places]
-    axis.set_xticks(range(len(places)), ticks, rotation=0 if one_set else 30, fontsize=8)
-    axis.set_xlabel("level" if one_set else "from easy to hard")
+    ticks = [f"{name} {level}".strip() for name, level in places]
+    axis.set_xticks(range(len(places)), ticks, rotation=30, fontsize=8)
+    axis.set_xlabel("from easy to hard")
     axis.set_title("mean tokens by difficulty")
     axis.legend(fontsize=7)
     return figure
@@ -282,7 +226,7 @@ def difficulty_figure(rows: Sequence[Row], models: Sequence[str], places: Sequen
 
 def keyword_figure(rows: Sequence[Row]) -> Figure:
     """Fig. 4: words of each group per answer."""
-    figure, width = Figure(figsize=(7, 3.6)), 0.8 / len(rows)
+    figure, width = Figure(figsize=(7, 3.6), layout="constrained"), 0.8 / len(rows)
     axis = figure.subplots()
     for i, r in enumerate(rows):
         axis.bar(

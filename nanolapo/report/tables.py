@@ -69,14 +69,17 @@ def interval(bounds: Sequence[float] | None, form: str) -> str:
 
 
 def main_cells(rows: Sequence[Row]) -> Cells:
-    body = []
+    """The column of adaptivity is there where the set has levels."""
+    columns, body = ["adaptivity"] * (rows[0].get("adaptivity") is not None), []
     for r in rows:
         body.append([
             label(r), f"{r['accuracy']:.1%}", interval(r.get("accuracy_interval"), ".1%"),
             f"{r['tokens']:.1f}", interval(r.get("tokens_interval"), ".1f"),
             number(r.get("tokens_correct"), ".1f"), f"{r['truncated']:.1%}", number(r["aes"], "+.2f"),
+            *(number(r[key], "+.1f") for key in columns),
         ])  # fmt: skip
-    return ["model", "pass@1", "95% interval", "tokens", "95% interval", "tokens when right", "cut", "AES"], body
+    head = ["model", "pass@1", "95% interval", "tokens", "95% interval", "tokens when right", "cut", "AES", *columns]
+    return head, body
 
 
 def pass_at_k_cells(rows: Sequence[Row]) -> Cells:
@@ -90,8 +93,12 @@ def level_cells(rows: Sequence[Row]) -> Cells:
     body = []
     for r in rows:
         cells = [f"{100 * r['by_level'][k]['accuracy']:.0f} / {r['by_level'][k]['tokens']:.0f}" for k in levels]
-        body.append([label(r), *cells, number(r.get("length_level_correlation"), ".2f")])
-    return ["model", *(f"level {k}" for k in levels), "rank correlation"], body
+        body.append([
+            label(r), *cells, number(r.get("adaptivity"), "+.1f"), interval(r.get("adaptivity_interval"), "+.1f"),
+            number(r.get("need_correlation"), ".2f"), number(r.get("length_spread"), ".1f"),
+        ])  # fmt: skip
+    head = ["model", *(f"level {k}" for k in levels), "adaptivity", "95% interval", "rank correlation", "length spread"]
+    return head, body
 
 
 def keyword_cells(rows: Sequence[Row]) -> Cells:

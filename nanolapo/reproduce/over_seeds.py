@@ -35,13 +35,14 @@ def mean_row(same: Sequence[Row]) -> Row:
     """
     first = same[0]
     found: Row = {key: first[key] for key in ("model", "set", "temperature", "guidance", "run", "step") if key in first}
-    for key in ("accuracy", "tokens", "truncated", "aes", "tokens_correct", "length_level_correlation"):
+    for key in ("accuracy", "tokens", "truncated", "aes", "tokens_correct", "adaptivity", "need_correlation",
+                "length_spread"):  # fmt: skip
         values = [row.get(key) for row in same]
         found[key] = None if None in values else float(np.mean(values))  # type: ignore[arg-type]
     for key in ("problems", "samples"):
         if key in first:
             found[key] = sum(row[key] for row in same)
-    for key in ("accuracy", "tokens"):
+    for key in ("accuracy", "tokens", "adaptivity"):
         bounds = [row.get(f"{key}_interval") for row in same]
         if all(bounds):
             found[f"{key}_interval"] = combined_interval([(row[key], *row[f"{key}_interval"]) for row in same])

@@ -217,7 +217,7 @@ def base_step(name: str, module: str, config_path: Path, overrides: Sequence[str
     that recipes or seeds share has to be removed by hand.
     """
     config = load_config(config_path, list(overrides))
-    command, path = (sys.executable, "-m", module, *options, str(config_path), *overrides), Path(config.model.path)
+    command, path = (sys.executable, "-m", module, str(config_path), *options, *overrides), Path(config.model.path)
     clear = path if path.is_relative_to(config.run.dir) else None
     return Step(name, command, identity(" ".join([module, *options]), config), output=path / "config.json", clear=clear)
 

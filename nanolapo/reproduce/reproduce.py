@@ -4,7 +4,7 @@
     python -m nanolapo.reproduce.reproduce configs/demo/compare.yaml [--methods lapo,laser-de] [--seeds 0,1] [--jobs 2]
 
 A reproduce.yaml makes every table and figure of the paper, in runs/reproduce/RECIPE (`make reproduce`). A compare.yaml
-trains every method from the same base, and leaves results.md, results.json and pareto.png in runs/compare/RECIPE (`make
+trains every method from the same base, and leaves results.md, results.json and figures in runs/compare/RECIPE (`make
 compare`). Every method samples the same number of tokens in all its runs together, a monitor pass and dropped groups
 included. Steps, and tokens trained on, differ and are in the table.
 
@@ -104,8 +104,8 @@ def results(recipe: Recipe, evaluation: str, seeds: Sequence[int]) -> list[dict[
 
 
 def write_methods(recipe: Recipe, evaluation: str, seeds: Sequence[int]) -> list[Path]:
-    """The table and the figure of a comparison; prints the table."""
-    from nanolapo.report.plots import write_pareto
+    """The tables and the figures of a comparison; prints the tables."""
+    from nanolapo.report.plots import write_comparison_figures
 
     run_dirs = {
         name: [[recipe.run_dir(seed, phase) for phase in recipe.phases(name)] for seed in seeds]
@@ -114,8 +114,7 @@ def write_methods(recipe: Recipe, evaluation: str, seeds: Sequence[int]) -> list
     rows = summarize_methods(results(recipe, evaluation, seeds), run_dirs, unverified(recipe.methods))
     paths = write_comparison(recipe.folder, rows, recipe.tokens, seeds)
     print(paths[0].read_text(encoding="utf-8"))
-    write_pareto(recipe.folder / "pareto.png", rows)
-    return [*paths, recipe.folder / "pareto.png"]
+    return [*paths, *write_comparison_figures(recipe.folder, rows)]
 
 
 def unverified(methods: Sequence[str]) -> set[str]:

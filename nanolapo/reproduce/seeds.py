@@ -18,17 +18,18 @@ import numpy as np
 
 from nanolapo import cli
 from nanolapo.config import UserError
-from nanolapo.report.tables import Row, label, number, table
+from nanolapo.report.tables import Row, label, level_cells, number, table
 from nanolapo.reproduce.over_seeds import mean_rows
 
 
-def spread(values: Sequence[float], form: str) -> str:
-    """Mean, with the range over seeds behind it.
+def spread(values: Sequence[float | None], form: str) -> str:
+    """Mean, with the range over seeds behind it; a dash where a seed has no value.
 
     >>> spread([0.5, 0.75], ".1%")
     '62.5% (50.0% to 75.0%)'
     """
-    return f"{np.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+    found = [value for value in values if value is not None]
+    return f"{np.mean(found):{form}} ({min(found):{form}} to {max(found):{form}})" if len(found) == len(values) else "-"
 
 
 def seed_table(results: Sequence[dict[str, Any]], source: str, temperature: float) -> str:
@@ -49,9 +50,12 @@ def seed_table(results: Sequence[dict[str, Any]], source: str, temperature: floa
         levels = [mean["by_level"][level] for level in shown]
         body.append([
             label(mean), spread([row["accuracy"] for row in same], ".1%"), spread([row["tokens"] for row in same], ".1f"),
-            number(mean["aes"], "+.2f"), *(f"{at['accuracy']:.0%} / {at['tokens']:.0f}" for at in levels),
+            number(mean["aes"], "+.2f"), spread([row.get("adaptivity") for row in same], "+.1f"),
+            number(mean["need_correlation"], ".2f"), number(mean["length_spread"], ".1f"),
+            *(f"{at['accuracy']:.0%} / {at['tokens']:.0f}" for at in levels),
         ])  # fmt: skip
-    return table(["model", "pass@1", "tokens", "AES", *(f"level {level}" for level in shown)], body)
+    head = ["model", "pass@1", "tokens", "AES", "adaptivity", "rank correlation", "length spread"]
+    return table([*head, *(f"level {level}" for level in shown)], body)
 
 
 def shown_levels(rows: Sequence[Row]) -> list[str]:
@@ -78,18 +82,18 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 def comparison_table(rows: Sequence[Row]) -> str:
     """Markdown of one set and temperature; * marks the Pareto front, (u) a method that is partly unverified."""
-    shown, body = shown_levels(rows), []
+    body = []
     for r in rows:
         low, high = r.get("accuracy_interval", (math.nan, math.nan))
         thousand = [number(r[k] / 1000 if k in r else None, ".0f") for k in ("sampled_tokens", "trained_tokens")]
         body.append([
             r["model"] + " (u)" * r["unverified"] + " \\*" * r["pareto"],
             f"{r['accuracy']:.1%}", f"{number(low, '.1%')} to {number(high, '.1%')}", f"{r['tokens']:.1f}",
-            number(r["aes"], "+.2f"), " / ".join(f"{r['by_level'][k]['tokens']:.0f}" for k in shown), *thousand,
+            number(r["aes"], "+.2f"), number(r.get("adaptivity"), "+.1f"), *thousand,
             number(r.get("steps"), ".0f"), number(r.get("seconds"), ".0f"), seed_cell(r["best"]), seed_cell(r["worst"]),
         ])  # fmt: skip
-    head = ["method", "pass@1", "95% interval", "tokens", "AES", f"tokens at level {' / '.join(shown)}", "sampled (k)",
-            "trained (k)", "steps", "seconds", "best seed", "worst seed"]  # fmt: skip
+    head = ["method", "pass@1", "95% interval", "tokens", "AES", "adaptivity", "sampled (k)", "trained (k)",
+            "steps", "seconds", "best seed", "worst seed"]  # fmt: skip
     return table(head, body)
 
 
@@ -102,11 +106,15 @@ def comparison_text(rows: Sequence[Row], tokens: int, seeds: Sequence[int]) -> s
     parts = []
     for source, temperature in dict.fromkeys((r["set"], r["temperature"]) for r in rows):
         mine = [r for r in rows if (r["set"], r["temperature"]) == (source, temperature)]
-        parts.append(f"### {source}, temperature {temperature:g}, {len(seeds)} seeds, {tokens:,} sampled tokens each\n")
+        count = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
+        parts.append(f"### {source}, temperature {temperature:g}, {count}, {tokens:,} sampled tokens each\n")
         parts.append(comparison_table(mine) + "\n")
+        if mine[0].get("by_level"):
+            parts += ["Accuracy % / tokens by level:\n", table(*level_cells(mine)) + "\n"]
     parts.append("Best AES first. \\* on the Pareto front of accuracy and tokens. (u) something of the method is "
                  "unverified, see its file. Interval: problems only, not training. Seconds: of training, without start-up. "
-                 "AES: its mean over the seeds. Best and worst seed by AES, accuracy / tokens.\n")  # fmt: skip
+                 "AES: its mean over the seeds. Best and worst seed by AES, accuracy / tokens. Adaptivity: mean tokens "
+                 "above the lowest level minus those at the lowest level.\n")  # fmt: skip
     return "\n".join(parts)
 
 

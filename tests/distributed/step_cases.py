@@ -30,6 +30,7 @@ import nanolapo.ranks
 from nanolapo.alarms import Alarms
 from nanolapo.checkpoint import load_checkpoint, optimizer_tensors, save_checkpoint
 from nanolapo.config import PromptConfig, SourceConfig
+from nanolapo.data.demo_task import parse_question
 from nanolapo.data.load import Data
 from nanolapo.data.problems import load_problems
 from nanolapo.data.prompts import Prompter
@@ -50,7 +51,7 @@ RUNAWAY = "9^{9^{9^{9^9}}}"  # an answer that math-verify never finishes
 
 
 class EchoEngine:
-    """Answers each prompt with the prompt itself and a boxed answer that depends on the seed only."""
+    """Answers each prompt with the prompt itself and a boxed number; every third seed has the prompt's right answer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -64,7 +65,9 @@ class EchoEngine:
     ) -> list[Sample]:
         samples = []
         for request in requests:
-            answer = RUNAWAY if request.seed % 17 == 0 else str(request.seed % 10)
+            right = parse_question(self.tokenizer.decode(request.prompt_ids)).values()[-1]
+            number = right if request.seed % 3 == 0 else request.seed % 1000
+            answer = RUNAWAY if request.seed % 17 == 0 else f"{number:03}"
             ids = request.prompt_ids + self.tokenizer(rf" \boxed{{{answer}}}")["input_ids"]
             samples.append(Sample(np.array(ids), np.full(len(ids), -1.0, np.float32), finished=request.seed % 5 > 0))
         for i in reversed(range(len(samples))):  # an engine's rows end in any order

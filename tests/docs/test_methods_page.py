@@ -103,9 +103,9 @@ def test_the_example_is_two_files_and_20_lines():
 CONFIG = """
 run: {{dir: {dir}, name: run, threads: 1, print_every: 0}}
 model: {{path: {base}, dtype: float32}}
-data: {{sources: [{{name: demo, path: demo, count: 40, seed: 1, levels: [1, 2]}}]}}
+data: {{sources: [{{name: demo, path: demo, count: 40, seed: 1, levels: [0]}}]}}
 prompt: {{template: "{{question}} <think>"}}
-rollout: {{engine: torch, prompts_per_step: 8, group_size: 4, max_prompt_tokens: 64, max_new_tokens: 48}}
+rollout: {{engine: torch, prompts_per_step: 8, group_size: 4, max_prompt_tokens: 64, max_new_tokens: 96}}
 train: {{steps: 2, batch_size: 16, learning_rate: 1e-3}}
 loss: {{kl_coef: 0.0}}
 """

@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from nanolapo.reproduce.beside_paper import Comparison, markdown
 from nanolapo.reproduce.seeds import comparison_text
 
@@ -28,12 +30,13 @@ def results(name: str) -> dict[str, Any]:
     return dict(json.loads((DOCS / "results" / f"{name}.json").read_text(encoding="utf-8")))
 
 
-def test_the_comparison_is_that_of_its_json():
-    found = results("compare")
-    assert len(found["seeds"]) >= 3 and between("compare") == comparison_text(**found)
+@pytest.mark.parametrize("name", ["compare", "compare_too_long"])
+def test_a_comparison_is_that_of_its_json(name: str) -> None:
+    found = results(name)
+    assert len(found["seeds"]) >= 3 and between(name) == comparison_text(**found)
 
 
-def test_the_papers_tables_are_those_of_their_json():
+def test_the_papers_tables_are_those_of_their_json() -> None:
     found = [Comparison(t["table"], t["title"], t["rows"], tuple(t["notes"])) for t in results("reproduce")["tables"]]
     assert [comparison.number for comparison in found] == [1, 2, 3, 4, 6, 7]
     assert all("seeds 0, 1, 2." in comparison.notes[-1] for comparison in found)

@@ -26,6 +26,7 @@ from nanolapo.demo.pretrain import DemoConfig, make_model, make_tokenizer
 from nanolapo.demo.warm_start import warm_start
 from nanolapo.evaluation.passes import Pass, parse_models
 from nanolapo.evaluation.scores import (
+    Answer,
     aes,
     bootstrap_interval,
     interval_of_average,
@@ -128,6 +129,45 @@ def test_rank_correlation_with_ties_by_hand():
     assert math.isnan(rank_correlation([1, 1, 1], [1, 2, 3])) and math.isnan(rank_correlation([1, 2], [5, 5]))
 
 
+# problem: level and the lengths of its answers. The numbers of samples differ, so answers and problems weigh differently.
+NEEDS = {"a": (0, [10, 14]), "b": (0, [20, 20, 20, 32]), "c": (1, [30, 50]), "d": (2, [36, 36, 36]), "e": (2, [80])}
+
+
+def needs() -> list[Answer]:
+    """Answers of NEEDS, and of one problem without a level, which must not count."""
+    made = [make_answer(q, i, n, level=level) for q, (level, found) in NEEDS.items() for i, n in enumerate(found)]
+    return [*made, make_answer("x", 0, 500), make_answer("x", 1, 500)]
+
+
+def test_adaptivity_is_what_the_levels_above_the_lowest_take_more():
+    """By hand: problem means 12, 23 at the lowest level and 40, 36, 80 above it; their levels 0 0 1 2 2."""
+    row = summarize(needs(), 4000)
+    assert row["adaptivity"] == pytest.approx((40 + 36 + 80) / 3 - (12 + 23) / 2)
+    # ranks of the levels 0.5 0.5 2 3.5 3.5, of the lengths 0 1 3 2 4; without their means -1.5 -1.5 0 1.5 1.5, -2 -1 1 0 2
+    assert row["need_correlation"] == pytest.approx((3 + 1.5 + 0 + 0 + 3) / math.sqrt(9 * 10))
+    spreads = [2.0, math.sqrt(((23 - 20) ** 2 * 3 + (32 - 23) ** 2) / 4), 10.0, 0.0, 0.0, 0.0]
+    assert row["length_spread"] == pytest.approx(sum(spreads) / 6)
+    one_each = [a for a in needs() if a.index == 0]
+    assert summarize(one_each, 10)["length_spread"] is None
+    assert summarize([a for a in needs() if a.level == 2], 10)["adaptivity"] is None  # one level: nothing to compare
+
+
+def test_the_interval_of_adaptivity_draws_problems_within_the_two_parts():
+    """All pairs of draws of 2 of 2 and of 3 of 3 problems, each as likely: 4 x 27 differences, with their 95 % range."""
+    below, above = (12, 23), (40, 36, 80)
+    exact = [
+        sum(high) / 3 - sum(low) / 2
+        for high in itertools.product(above, repeat=3)
+        for low in itertools.product(below, repeat=2)
+    ]
+    low, high = summarize(needs(), 4000)["adaptivity_interval"]
+    assert (low, high) == (
+        pytest.approx(np.percentile(exact, 2.5), abs=2),
+        pytest.approx(np.percentile(exact, 97.5), abs=2),
+    )
+    assert (low, high) == summarize(needs(), 4000)["adaptivity_interval"]  # seeded
+
+
 def test_keywords_are_whole_words_and_counted_once():
     counts = keyword_counts("Wait. RECHECK, re-check, checks; awaiting. So the final answer is given: let thus letter.")
     assert counts == {"self-correction": 3, "alternatives": 0, "context": 2, "conclusion": 2}
@@ -136,7 +176,8 @@ def test_keywords_are_whole_words_and_counted_once():
 def test_summary_without_levels_or_right_answers():
     row = summarize([make_answer("a", i, 4 + i, correct=False, finished=i > 0) for i in range(2)], 10)
     assert (row["accuracy"], row["tokens"], row["truncated"], row["tokens_correct"]) == (0.0, 4.5, 0.5, None)
-    assert row["by_level"] == {} and row["length_level_correlation"] is None
+    assert row["by_level"] == {} and row["length_spread"] == 0.5
+    assert [row[key] for key in ("adaptivity", "adaptivity_interval", "need_correlation")] == [None] * 3
 
 
 # ---- sample files ----
@@ -235,7 +276,7 @@ def test_dry_run_needs_no_model_path_and_finds_a_missing_model(tmp_path, folder,
     script()
     out = capsys.readouterr().out
     assert "a: 5 problems, 30 answers" in out and "b: 5 problems, 60 answers" in out and "at most 900 sampled" in out
-    assert "seed: 1" in out and "Last digit? <think>\n---" in out and not (tmp_path / "runs").exists()
+    assert "seed: 1" in out and "Last 3 digits? <think>\n---" in out and not (tmp_path / "runs").exists()
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(config), f"evaluate.models=[a={folder}, b={tmp_path}/no]"])
     with pytest.raises(UserError, match="no such folder"):  # before the first model is sampled
         script()
@@ -301,7 +342,7 @@ def test_warm_start_without_sources_says_so():
 def test_A21_training_and_evaluation_decode_ids_beyond_the_tokenizer_alike():
     """A padded vocabulary can yield ids that no tokenizer knows: they are left out of the text, without an exception."""
     tokenizer = make_tokenizer()
-    known = tokenizer(r" A: 3 + 8 = 1. </think> \boxed{1}")["input_ids"]
+    known = tokenizer(r" A: 3+2=6 4+8=3. </think> \boxed{63}")["input_ids"]
     data = Data([], Prompter(tokenizer, PromptConfig(template="{question}")), tokenizer)
     ids = np.array([known[0], len(tokenizer) + 7, -1, *known[1:]])
-    assert data.decode(ids) == r" A: 3 + 8 = 1. </think> \boxed{1}"
+    assert data.decode(ids) == r" A: 3+2=6 4+8=3. </think> \boxed{63}"

@@ -337,25 +337,25 @@ def test_stage_2(demo_base: Path, tmp_path: Path, unsolved: bool) -> None:
     config = write_config(demo_base, tmp_path, *overrides)
     known = LengthMap()
     with Grader() as grader:
-        known.entries = {p.id: None if unsolved else 20.4 for p in load_data(config, grader).problems}
+        known.entries = {p.id: None if unsolved else 44.4 for p in load_data(config, grader).problems}
     known.save(tmp_path / "map.json")
     s, trace, sections = watch(config)
     answers, rewards = titled(sections, "are sampled"), titled(sections, "its reward")
     lengths, right = column(answers, "L"), column(titled(sections, "graded"), "c")
     middle = statistics.median(length for length, c in zip(lengths, right, strict=True) if c)
-    stated, n = (48, middle) if unsolved else (20, 20)
+    stated, n = (96, middle) if unsolved else (44, 44)
     assert f" {stated} tokens." in titled(sections, "becomes a prompt").body[0]
     assert column(answers, "length asked for") == [stated] * 16
     told = titled(sections, "How long").body
     assert told[1:] == [
-        f"M(q) before the step: {'unsolved' if unsolved else '20.4 tokens'}",
+        f"M(q) before the step: {'unsolved' if unsolved else '44.4 tokens'}",
         f"n of Eq. 7, the length to keep to: {n:g}",
     ]
     expected = [c + 0.8 * c * math.exp(-((length - n) ** 2) / 72) for length, c in zip(lengths, right, strict=True)]
     assert column(rewards, "R_I (Eq. 6)") == pytest.approx(expected, rel=1e-5)
     ended = [row["ended"] == "yes" for row in table(answers)]
     usable = [length for length, c, e in zip(lengths, right, ended, strict=True) if c and e]
-    after = statistics.median(usable) if unsolved else min(20.4, statistics.median(usable))
+    after = statistics.median(usable) if unsolved else min(44.4, statistics.median(usable))
     assert titled(sections, "M(q)").body[0].startswith("Eq. 8, median")
     assert titled(sections, "M(q)").body[0].endswith(f"after: {after:g} tokens")
     assert trace.metrics["reward"] == first_line(s.config.run_dir)["reward"]
@@ -373,7 +373,7 @@ def test_stage_2_says_that_the_code_no_longer_follows_its_formula(
     )
     known = LengthMap()
     with Grader() as grader:
-        known.entries = {p.id: 30.4 for p in load_data(config, grader).problems}
+        known.entries = {p.id: 60.4 for p in load_data(config, grader).problems}
     known.save(tmp_path / "map.json")
     _, _, sections = watch(config)
     assert "ANOTHER RULE" in str(titled(sections, "its reward").body[0])

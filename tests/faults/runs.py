@@ -26,16 +26,16 @@ run: {{dir: {folder}, name: run, threads: 1, checkpoint_every: 2, print_every: 0
 model: {{path: {base}, dtype: float32}}
 data:
   sources:
-    - {{name: demo, path: demo, count: 40, seed: 1, levels: [1, 2]}}
+    - {{name: demo, path: demo, count: 40, seed: 1, levels: [0]}}
     - {{name: algebra, path: {algebra}, question: question}}
 prompt: {{template: "{{question}} <think>"}}
-rollout: {{engine: torch, prompts_per_step: 8, group_size: 4, max_prompt_tokens: 64, max_new_tokens: 48}}
+rollout: {{engine: torch, prompts_per_step: 8, group_size: 4, max_prompt_tokens: 64, max_new_tokens: 96, base_tokens: 73}}
 train: {{steps: 6, batch_size: 16, learning_rate: 1e-3, microbatch_tokens: 512}}
 loss: {{kl_coef: 0.001}}
 evaluate: {{models: ["base={base}", "same={base}"], samples: 2, temperatures: [1.0], max_new_tokens: 48,
             guidance_factors: [1.0], bootstrap: 50}}
 """
-ALGEBRA = [("Start with 2. A: add 1. Half its root?", r"\frac{\sqrt{3}}{2}"), ("Start with x. A: add 1.", "x+1")]
+ALGEBRA = [("Start at 002. A: add 001. Half its root?", r"\frac{\sqrt{3}}{2}"), ("Start at x. A: add 001.", "x+1")]
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,14 @@ class Ended:
 
 
 def prepare(folder: Path) -> None:
-    """The base model, once: the demo's own, pre-trained for a few seconds, good enough that some answers are right."""
+    """The base model, once: that of the tests, good enough that some answers are right."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [json.dumps({"question": question, "answer": answer, "level": 1}) + "\n" for question, answer in ALGEBRA]
     (folder / "algebra.jsonl").write_text("".join(rows))
     if not (folder / "base/model.safetensors").exists():
-        options = "steps=150, hidden_size=128, layers=2, batch_tokens=1600, guided=0.3"
         code = (
-            f"from nanolapo.demo.pretrain import *; pretrain({str(folder / 'base')!r}, DemoConfig({options}), seed=0)"
+            "import sys; sys.path.append('tests/helpers'); from small_base import *; "
+            f"make_small_base(Path({str(folder / 'base')!r}), hidden_size=128)"  # vLLM wants heads of 32
         )
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment("base"), check=True, capture_output=True)
 

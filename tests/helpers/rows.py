@@ -21,7 +21,13 @@ def make_config(model_path: str | Path = "", **sections: dict[str, Any]) -> Conf
     """A float32 config without KL and warm-up, learning fast; sections override single keys."""
     values: dict[str, dict[str, Any]] = {
         "model": {"path": str(model_path), "dtype": "float32"},
-        "rollout": {"prompts_per_step": 4, "group_size": 2, "max_new_tokens": 64, "engine": "torch"},
+        "rollout": {
+            "prompts_per_step": 4,
+            "group_size": 2,
+            "max_new_tokens": 64,
+            "base_tokens": 100,
+            "engine": "torch",
+        },
         "train": {"batch_size": 0, "learning_rate": 1e-2, "warmup_fraction": 0.0, "steps": 100},
         "loss": {"kl_coef": 0.0},
     }

@@ -17,7 +17,7 @@ model: {{path: {base}, dtype: float32}}
 loss: {{kl_coef: 0.0}}
 prompt: {{template: "{{question}} <think>"}}
 data: {{sources: [{{name: demo, path: demo, count: 8, seed: 1}}]}}
-rollout: {{engine: torch, prompts_per_step: 4, group_size: 4, max_prompt_tokens: 128, max_new_tokens: 8}}
+rollout: {{engine: torch, prompts_per_step: 4, group_size: 4, max_prompt_tokens: 128, max_new_tokens: 8, base_tokens: 12}}
 train: {{batch_size: 0, warmup_fraction: 0.0, learning_rate: 1e-3, steps: 2}}
 """
 STAGE2 = """

@@ -34,8 +34,8 @@ from nanolapo.sampling import regrade
 ROOT = Path(__file__).parents[2]
 
 
-def build(group_size: int = 8, limit: int = 4096, prompts: int = 4, **options: object) -> Dot:
-    rollout = {"max_new_tokens": limit, "group_size": group_size, "prompts_per_step": prompts}
+def build(group_size: int = 8, base: float = 8086, prompts: int = 4, **options: object) -> Dot:
+    rollout = {"max_new_tokens": 4096, "base_tokens": base, "group_size": group_size, "prompts_per_step": prompts}
     method = Dot(make_config(rollout=rollout, method={"options": {"spread": 1.0, **options}}))
     method.start(make_problems(40))
     return method
@@ -110,9 +110,10 @@ def test_smallest_cut():
     assert edited(build(min_cut=0.1), short, [True] * 8).lengths_B[-1] == 36
 
 
-def test_smallest_cut_shrinks_with_the_limit_and_does_not_grow():
-    assert [build(limit=limit).min_cut for limit in (16384, 8192, 4096, 2048, 256, 8)] == [32, 32, 32, 16, 2, 1]
-    assert build(limit=256).min_tokens == 1 and build(limit=256, min_cut=32).min_cut == 32
+def test_smallest_cut_scales_with_the_base_and_is_at_least_a_token():
+    assert [build(base=8086 * share).min_cut for share in (2, 1, 0.25, 0.01)] == pytest.approx([64, 32, 8, 1])
+    assert [build(base=8086 * share, min_cut=0.1).min_tokens for share in (1, 0.25, 0.01)] == pytest.approx([16, 4, 1])
+    assert build(base=200, min_cut=32).min_cut == 32
 
 
 def test_only_groups_that_are_right_throughout_are_cut():
@@ -219,7 +220,7 @@ def test_its_yaml_has_the_published_loss():
     loss = config.loss
     assert (loss.kind, loss.aggregation, loss.options) == ("kl_cov", "sequence_mean", {"share": 0.002, "coef": 1.0})
     method = load_method(config)
-    assert isinstance(method, Dot) and method.cut_answers_count and method.min_cut == 32
+    assert isinstance(method, Dot) and method.cut_answers_count and method.min_cut == pytest.approx(32 * 6229 / 8086)
 
 
 # ------------------------------------------------------------------------------------------------------ in the loop

@@ -19,8 +19,8 @@ from nanolapo.rollouts import Rollouts
 GOOD = r"x </think> \boxed{1}"
 
 
-def make(limit: int = 4096, group_size: int = 4, multiple: int = 1, **options: object) -> Hbpo:
-    rollout = {"max_new_tokens": limit, "group_size": group_size, "prompts_per_step": 1}
+def make(base: float = 6229, group_size: int = 4, multiple: int = 1, limit: int = 4096, **options: object) -> Hbpo:
+    rollout = {"max_new_tokens": limit, "base_tokens": base, "group_size": group_size, "prompts_per_step": 1}
     return Hbpo(make_config(rollout=rollout, prompt={"length_multiple": multiple}, method={"options": options}))
 
 
@@ -35,16 +35,19 @@ def test_group_is_split_evenly_over_the_budgets():
         method = make(group_size=size)
         budgets = [method.guidance(make_problems(1)[0], g, 0).budget for g in range(size)]
         assert budgets == [b for b in (512, 1024, 2048, 2560) for _ in range(size // 4)]
-    assert make(limit=256).budgets == (32, 64, 128, 160)
-    assert make(limit=256, budgets=[10, 20]).budgets == (10, 20)
+    assert make(6229 / 16).budgets == (32, 64, 128, 160)
+    assert make(budgets=[10, 20]).budgets == (10, 20)
+    with pytest.raises(UserError, match=r"method.options.budgets=\[512, .*2560\]: at rollout.max_new_tokens=2560"):
+        make(limit=2560)  # cos(pi / 2): a right answer of the last budget would earn nothing
+    assert max(make(limit=2561).budgets) == 2560
     with pytest.raises(UserError, match="multiple of 4"):
         make(group_size=6)
 
 
 def test_a_budget_is_the_number_that_the_prompt_prints():
     """Multiples of ten: 32, 64, 128 are printed, and rewarded, as 30, 60, 130; never as 0."""
-    assert make(limit=256, multiple=10).budgets == (30, 60, 130, 160)
-    assert make(limit=256, multiple=10, budgets=[2, 27]).budgets == (10, 30)
+    assert make(6229 / 16, multiple=10).budgets == (30, 60, 130, 160)
+    assert make(multiple=10, budgets=[2, 27]).budgets == (10, 30)
 
 
 def test_wording_stands_inside_the_thought():

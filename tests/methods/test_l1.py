@@ -17,8 +17,8 @@ from nanolapo.methods.l1 import L1Exact, exact_reward
 from nanolapo.methods.l1_max import L1Max, max_reward
 
 
-def make(kind: type[L1Exact], limit: int = 4096, seed: int = 0, multiple: int = 1, **options: object) -> Any:
-    prompt, rollout = {"length_multiple": multiple}, {"max_new_tokens": limit}
+def make(kind: type[L1Exact], base: float = 6229, seed: int = 0, multiple: int = 1, **options: object) -> Any:
+    prompt, rollout = {"length_multiple": multiple}, {"max_new_tokens": 4096, "base_tokens": base}
     return kind(make_config(run={"seed": seed}, prompt=prompt, rollout=rollout, method={"options": options}))
 
 
@@ -65,10 +65,10 @@ def test_budgets_are_uniform_between_100_and_4000_and_fixed_by_seed_and_problem(
 
 @pytest.mark.parametrize("kind", [L1Exact, L1Max])
 def test_the_rewarded_length_is_the_printed_one(kind):
-    """Where prompts state multiples of ten only, as the demo's, a budget is one: at the demo's scale L1-Max falls from full
+    """Where prompts state multiples of ten only, as the demo's, a budget is one: at this scale L1-Max falls from full
     reward to none within 6 tokens, so a hidden rest of up to 5 could not be learned."""
-    method, exact = make(kind, limit=256, multiple=10), make(kind, limit=256)
-    assert min(make(kind, limit=64, multiple=10).budget(p.id, 0) for p in make_problems(300)) == 10  # from 2 tokens on
+    method, exact = make(kind, base=390, multiple=10), make(kind, base=390)
+    assert min(make(kind, base=100, multiple=10).budget(p.id, 0) for p in make_problems(300)) == 10  # from 2 tokens on
     for problem in make_problems(300):
         guidance, unrounded = method.guidance(problem, 0, 0), exact.guidance(problem, 0, 0).budget
         assert f" {guidance.budget:.0f} tokens." in guidance.outside and guidance.budget % 10 == 0
@@ -86,7 +86,7 @@ def test_sentences_stand_outside_of_the_thought():
 def test_max_trains_on_both_kinds_of_prompt_and_rewards_each_by_its_own_equation():
     """The kind that a reward is given for is the kind that the prompt named, also when budgets are drawn anew."""
     for redraw in (False, True):
-        method = make(L1Max, limit=4500, redraw=redraw)
+        method = make(L1Max, redraw=redraw)
         method.sampling(5)
         lengths, correct = [700] * 400, [True, False] * 200
         rollouts = make_rows(lengths, group_size=2, correct=correct)
@@ -105,14 +105,11 @@ def test_max_trains_on_both_kinds_of_prompt_and_rewards_each_by_its_own_equation
         assert 150 < num_max < 250
 
 
-def test_lengths_scale_with_the_limit_and_prices_with_its_inverse():
-    method = make(L1Exact, limit=256)  # a sixteenth of 4096
-    assert (method.low, method.high) == (6, 250)
-    assert method.alpha == pytest.approx(0.0048)
-    method = make(L1Max, limit=450)  # a tenth of 4500
+def test_lengths_scale_with_the_base_and_prices_with_its_inverse():
+    method = make(L1Max, base=622.9)  # a tenth of the published base's mean
     assert (method.low, method.high) == (10, 400)
     assert method.max_alpha == pytest.approx(0.1) and method.alpha == pytest.approx(0.003)
-    method = make(L1Exact, limit=256, alpha=0.5, min_budget=20, max_budget=30)
+    method = make(L1Exact, base=622.9, alpha=0.5, min_budget=20, max_budget=30)
     assert (method.alpha, method.low, method.high) == (0.5, 20, 30)
     with pytest.raises(UserError, match="30 to 20"):
         make(L1Exact, min_budget=30, max_budget=20)
@@ -130,6 +127,6 @@ def test_obedience_is_logged_and_there_is_no_state():
     method = make(L1Exact)
     rollouts = make_rows([2000, 750, 1500], group_size=1, budgets=[1000.0, 1000.0, 2000.0])
     assert method.after_step(rollouts) == pytest.approx({"budget/relative_error": 0.5 / 3, "budget/violated": 1 / 3})
-    limits = make(L1Max, limit=4500, max_fraction=1.0)  # far below a limit is no violation
+    limits = make(L1Max, max_fraction=1.0)  # far below a limit is no violation
     assert limits.after_step(make_rows([100, 4000], group_size=1, budgets=[2000.0] * 2))["budget/violated"] == 0.5
     assert json.loads(json.dumps(method.state_dict())) == {}

@@ -19,7 +19,7 @@ from nanolapo.lengths import LengthMap
 from nanolapo.methods.lapo import Discovery, Internalization, discovery_reward, internalization_reward
 from nanolapo.rollouts import Rollouts
 
-PAPER_LIMIT = {"max_new_tokens": 4096, "group_size": 5, "prompts_per_step": 1}
+PAPER = {"max_new_tokens": 4096, "base_tokens": 6229, "group_size": 5, "prompts_per_step": 1}
 WORKED = [1000, 1200, 1300, 1500, 2000]  # worked by hand: P30 1220, P70 1460, median 1300
 
 
@@ -28,11 +28,11 @@ def group(lengths: list[int], correct: list[bool], **options: object) -> Rollout
 
 
 def discovery(**lapo: object) -> Discovery:
-    return Discovery(make_config(rollout=PAPER_LIMIT, lapo=lapo))
+    return Discovery(make_config(rollout=PAPER, lapo=lapo))
 
 
 def internalization(entries: dict[str, float | None], **lapo: object) -> Internalization:
-    method = Internalization(make_config(rollout=PAPER_LIMIT, lapo=lapo))
+    method = Internalization(make_config(rollout=PAPER, lapo=lapo))
     method.length_map.entries = dict(entries)
     return method
 
@@ -200,7 +200,7 @@ def test_E3_ratchet_never_falls_below_the_smallest_length_seen():
 
 
 def test_E4_two_prompts_in_one_call_have_two_ranges():
-    method = Discovery(make_config(rollout=PAPER_LIMIT | {"group_size": 2, "prompts_per_step": 2}))
+    method = Discovery(make_config(rollout=PAPER | {"group_size": 2, "prompts_per_step": 2}))
     rollouts = make_rows([100, 300, 3000, 3100], correct=[True] * 4)
     r1 = np.array([0.4, 0.4, 0.7, 0.7])  # 60 tokens outside [160, 240], 30 outside [3030, 3070]
     np.testing.assert_allclose(method.reward(rollouts)["length"], 0.7 * r1)

@@ -22,8 +22,10 @@ from nanolapo.rollouts import Rollouts
 GOOD, NO_BOX, NO_END, OPEN_BOX = r"x </think> \boxed{1}", "x </think> 1", r"x \boxed{1}", r"x </think> \boxed{1"
 
 
-def make(kind: type[Laser], limit: int = 16384, group_size: int = 4, prompts: int = 4, **options: object) -> Any:
-    rollout = {"max_new_tokens": limit, "group_size": group_size, "prompts_per_step": prompts}
+def make(
+    kind: type[Laser], limit: int = 16384, group_size: int = 4, prompts: int = 4, base: float = 8086, **options: object
+) -> Any:
+    rollout = {"max_new_tokens": limit, "base_tokens": base, "group_size": group_size, "prompts_per_step": prompts}
     return kind(make_config(rollout=rollout, method={"options": options}))
 
 
@@ -61,11 +63,12 @@ def test_think_tags_are_asked_for_where_the_prompt_names_them():
     assert well_formed(rollouts, True).tolist() == [True, False]
 
 
-def test_lengths_scale_with_the_limit():
+def test_lengths_scale_with_the_base():
     assert make(Laser).target == 8192 and make(LaserD).target == 4096
-    assert make(Laser, limit=256).target == 128
-    demo = make(LaserD, limit=256)  # a sixty-fourth: bound 64, interval 16
-    assert demo.candidates == list(range(64, 257, 16))
+    assert make(Laser, limit=8192).target == 4096  # half the limit: near the limit no right answer would miss it
+    assert make(Laser, limit=8192, target=8000).target == 8000
+    small = make(LaserD, limit=256, base=8086 / 64)  # bound 64, interval 16
+    assert small.candidates == list(range(64, 257, 16))
     assert make(LaserD).candidates == list(range(4096, 16385, 1024))
     assert make(LaserD, target=600).candidates == [600, *range(1024, 16385, 1024)]  # below I: the bound, then 1024, ...
     assert make(LaserD, target=1024).candidates[:2] == [1024, 2048]
@@ -136,7 +139,7 @@ def test_search_equals_a_slow_one():
 
 
 def test_monitor_runs_before_training_and_every_20_steps_on_the_same_problems():
-    method = make(LaserD, limit=256, group_size=8, prompts=32)
+    method = make(LaserD, limit=256, base=126, group_size=8, prompts=32)
     method.start(make_problems(350))
     plans = {step: method.monitor(step) for step in range(41)}
     assert [step for step, plan in plans.items() if plan] == [0, 20, 40]
@@ -150,7 +153,7 @@ def test_monitor_runs_before_training_and_every_20_steps_on_the_same_problems():
 
 
 def test_on_monitor_sets_the_targets_and_falls_back_to_the_limit():
-    method = make(LaserD, limit=256, group_size=3, target=16)
+    method = make(LaserD, limit=256, base=126, group_size=3, target=16)
     assert set(method.adaptive.values()) == {256}  # before the first search
     logged = method.on_monitor(group([20, 40, 90, 10, 10, 10], [True] * 3 + [False] * 3, size=3))
     # Easy: |C| = 2, half of {20, 40, 90} within 48. Hard: all of {10, 10, 10} within 16. Medium: no group.
@@ -161,7 +164,7 @@ def test_on_monitor_sets_the_targets_and_falls_back_to_the_limit():
 
 
 def test_state_survives_json_and_gives_the_same_rewards():
-    method, again = (make(LaserD, limit=256, group_size=3, target=16) for _ in range(2))
+    method, again = (make(LaserD, limit=256, base=126, group_size=3, target=16) for _ in range(2))
     method.on_monitor(group([20, 40, 90, 10, 10, 10], [True] * 3 + [False] * 3, size=3))
     again.load_state_dict(json.loads(json.dumps(method.state_dict())))
     rollouts = group([30, 50, 60], [True] * 3)

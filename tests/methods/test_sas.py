@@ -111,9 +111,9 @@ def test_pieces_come_from_the_models_tokenizer(tmp_path: Path):
     tokenizer.save_pretrained(tmp_path)
     method = Sas(make_config(tmp_path, method={"options": {"separator": "."}}))
     method.start([])
-    text = " Short. A: 3 + 8 = 1. B: 1 * 7 = 7. </think> \\boxed{7} <end>"
+    text = " Quick. A: 3+2=6 4+8=3. B: 6+0=6 3+1=4. </think> \\boxed{648} <end>"
     ids = tokenizer(text)["input_ids"]
     pieces = [method.piece(token) for token in ids]
     assert "".join(pieces) == text
     steps = ["".join(pieces[s]) for s in split_steps(pieces, ".")]
-    assert steps == [" Short.", " A: 3 + 8 = 1.", " B: 1 * 7 = 7."]
+    assert steps == [" Quick.", " A: 3+2=6 4+8=3.", " B: 6+0=6 3+1=4."]

@@ -37,8 +37,8 @@ def test_shorter_right_answers_get_more_and_equal_lengths_are_told_apart_by_corr
     assert (np.diff(got[:3]) < 0).all() and (got[:3] > got[3:]).all()
 
 
-def test_price_scales_with_the_inverse_of_the_limit_and_groups_are_separate():
-    method = ShorterBetter(make_config(rollout={"max_new_tokens": 600}))  # a tenth of 6000
+def test_price_scales_with_the_inverse_of_the_bases_length_and_groups_are_separate():
+    method = ShorterBetter(make_config(rollout={"base_tokens": 808.6}))  # a tenth of the published base's mean
     assert method.beta == pytest.approx(0.01)
     rollouts = make_rows([10, 110, 40, 60], correct=[True, True, False, False])
     parts = method.reward(rollouts)

@@ -12,8 +12,9 @@ from nanolapo.config import UserError
 from nanolapo.methods.thinkprune import ThinkPrune4k, ThinkPruneIterative, Truncation
 
 
-def build(kind: type, limit: int = 4000, steps: int = 90, **options: object) -> Truncation:
-    return kind(make_config(rollout={"max_new_tokens": limit}, train={"steps": steps}, method={"options": options}))
+def build(kind: type, limit: int = 4000, steps: int = 90, base: float = 6229, **options: object) -> Truncation:
+    rollout = {"max_new_tokens": limit, "base_tokens": base}
+    return kind(make_config(rollout=rollout, train={"steps": steps}, method={"options": options}))
 
 
 def limits(method: Truncation, steps: list[int]) -> list[int]:
@@ -27,14 +28,15 @@ def limits(method: Truncation, steps: list[int]) -> list[int]:
 def test_published_limits():
     assert limits(build(ThinkPrune4k), [0, 50, 89]) == [4000] * 3
     assert limits(build(ThinkPruneIterative), [0, 29, 30, 59, 60, 89]) == [4000, 4000, 3000, 3000, 2000, 2000]
-    assert limits(build(Truncation, 16384), [0, 89]) == [8192] * 2
+    assert limits(build(Truncation, 16384), [0, 89]) == [4000] * 2
 
 
-def test_limits_scale_with_the_recipe():
-    """The demo's limit of 256: 256, 192, 128; never below one token, and the rest of the plan is the recipe's."""
-    method = build(ThinkPruneIterative, 256)
-    assert limits(method, [0, 30, 60]) == [256, 192, 128]
-    assert limits(build(ThinkPruneIterative, 1), [0, 30, 60]) == [1, 1, 1]
+def test_limits_scale_with_the_base_and_stay_below_the_runs_own():
+    """0.64, 0.48 and 0.32 of the base's mean; never below one token, and the rest of the plan is the recipe's."""
+    method = build(ThinkPruneIterative, 256, base=100)
+    assert limits(method, [0, 30, 60]) == [64, 48, 32]
+    assert limits(build(ThinkPruneIterative, 50, base=100), [0, 30, 60]) == [50, 48, 32]
+    assert limits(build(ThinkPruneIterative, 256, base=0.1), [0, 30, 60]) == [1, 1, 1]
     plan = method.sampling(60)
     assert (plan.num_prompts, plan.group_size, plan.temperature) == (4, 2, 1.0)
 

@@ -13,7 +13,8 @@ from nanolapo.methods.train_long import TrainLongThinkShort, format_score, trian
 
 
 def make(prompt: dict | None = None, **options: object) -> TrainLongThinkShort:
-    return TrainLongThinkShort(make_config(prompt=prompt or {}, method={"options": options}))
+    rollout = {"max_new_tokens": 512, "base_tokens": 258.4}  # the published base's mean
+    return TrainLongThinkShort(make_config(prompt=prompt or {}, rollout=rollout, method={"options": options}))
 
 
 def budgets_at(method: TrainLongThinkShort, steps: int, wanted: list[int]) -> list[int]:

@@ -5,6 +5,7 @@ Run: python -m pytest tests/report/test_report.py
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import runpy
@@ -14,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from matplotlib.text import Text
 from tiny import make_answer, make_config
 
 from nanolapo.config import EvaluateConfig
@@ -31,6 +33,7 @@ from nanolapo.report.tables import (
     tokens_at,
     training_dynamics,
 )
+from nanolapo.report.tradeoff import evaluation_figure
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,7 +53,49 @@ def test_tables():
     assert label({"model": "m", "guidance": "2x own length"}) == "m, told 2x own length"
     text = markdown(results(level=2))
     assert text.count("### ") == 3 and "### average, temperature 0.6\n" in text and "level 2" in text
+    assert "adaptivity |\n| :--" not in text  # one level: the main table has no such column
     assert "| base | 100.0% | 100.0% to 100.0% | 6.0 |" in text and "| new | 100.0% | 100.0% to 100.0% | 6.0 |" in text
+
+
+def leveled(*lengths: int) -> dict:
+    """One model for each length, at levels 0 and 1. An answer at level 1 has 30 tokens more, the second one 6 more."""
+    rows = []
+    for i, n in enumerate(lengths):
+        found = [make_answer(f"{q}", k, n + 30 * (q % 2) + 6 * k, level=q % 2) for q in range(4) for k in range(2)]
+        rows += score_sets(f"m{i}", 0.6, "", found, make_config())
+    add_aes(rows, "m0")
+    return {"base": "m0", "rows": rows}
+
+
+def test_how_length_follows_need_is_in_the_tables():
+    main, *_, levels = (part.splitlines() for part in markdown(leveled(10)).split(":\n\n")[:3])
+    assert main[2].endswith("| cut | AES | adaptivity |") and main[4].endswith("| 0.0% | +0.00 | +30.0 |")
+    assert levels[0] == "| model | level 0 | level 1 | adaptivity | 95% interval | rank correlation | length spread |"
+    assert levels[2] == "| m0 | 100 / 13 | 100 / 43 | +30.0 | +30.0 to +30.0 | 1.00 | 3.0 |"
+
+
+def test_names_of_points_that_coincide_do_not_cover_each_other():
+    """Three models at one point and one beside it: no name lies on another, in either panel, and all are there."""
+    rows = leveled(10, 10, 10, 11, 90)["rows"]
+    figure = evaluation_figure(rows, rows)
+    figure.draw_without_rendering()
+    for axis, more in zip(figure.axes, ("", " (+30 tokens)"), strict=True):
+        assert [text.get_text() for text in axis.texts if text.get_text() == f"m4{more}"]
+        assert sorted(text.get_text() for text in axis.texts) == [f"m{i}{more}" for i in range(5)]
+        boxes = [Text.get_window_extent(text) for text in axis.texts]  # of the words, without the line to the point
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
+def test_one_set_with_levels_has_them_in_the_first_picture(tmp_path):
+    written = [path.name for path in write_figures(leveled(10, 20), {}, tmp_path)]
+    assert written == ["tradeoff.png", "keywords.png"]
+    rows = leveled(10, 20)["rows"]
+    left, right = evaluation_figure(rows, rows).axes
+    assert [list(line.get_ydata()) for line in right.get_lines()] == [[13, 43], [23, 53]]
+    drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in left.get_lines()]
+    for r in rows:
+        x, y, bars = r["tokens"], 100 * r["accuracy"], [100 * bound for bound in r["accuracy_interval"]]
+        assert ([x], [y]) in drawn and (list(r["tokens_interval"]), [y] * 2) in drawn and ([x] * 2, bars) in drawn
 
 
 def test_no_nan_in_tables_or_json(tmp_path):

@@ -15,8 +15,9 @@ import yaml
 from small_recipe import run_recipe, write_recipe
 
 from nanolapo.config import UserError
+from nanolapo.config_file import load_config
 from nanolapo.evaluation.scores import bootstrap_interval
-from nanolapo.report.plots import write_pareto
+from nanolapo.report.plots import write_comparison_figures
 from nanolapo.reproduce.over_seeds import costs, mark_pareto, mean_row, summarize_methods
 from nanolapo.reproduce.pipeline import Pipeline
 from nanolapo.reproduce.recipe import (
@@ -51,10 +52,12 @@ def trainings(recipe: Recipe, seed: int, method: str) -> list:
 def test_every_method_is_in_and_has_the_same_tokens() -> None:
     """Each file of configs/methods, and LAPO; its runs share out the whole budget, and only that ends them."""
     recipe = demo()
-    assert {path.stem for path in METHODS.glob("*.yaml")} | {"lapo", "lapo-d"} == set(recipe.methods)
+    assert {path.stem for path in METHODS.glob("*.yaml")} | {"lapo-d", "lapo-d-continued", "lapo-i"} == set(
+        recipe.methods
+    )
     for name in recipe.methods:
         configs = [json.loads(step.config)[1]["train"] for step in trainings(recipe, 0, name)]
-        assert sum(config["sampled_tokens"] for config in configs) == recipe.tokens == 400_000, name
+        assert sum(config["sampled_tokens"] for config in configs) == recipe.tokens == 750_000, name
         assert all(config["steps"] == 1000 and "match_runs" not in config for config in configs), name
 
 
@@ -67,26 +70,39 @@ def test_all_start_from_the_same_base_and_continue_from_their_own() -> None:
         for before, step, path in zip(steps, steps[1:], paths[1:], strict=False):
             assert step.needs == ("seed1/base", before.name) and path == f"{before.clear}/model"
         assert str(steps[-1].clear) == f"runs/compare/demo/seed1/{name}"  # where evaluate looks
-    stage2 = json.loads(trainings(recipe, 1, "lapo")[1].config)
+    stage2 = json.loads(trainings(recipe, 1, "lapo-i")[1].config)
     assert stage2[0] == "train_stage2.py" and stage2[1]["lapo"]["length_map"].endswith("seed1/stage1/length_map.json")
-    folders = [str(step.clear) for name in recipe.methods for step in trainings(recipe, 0, name)]
-    assert len(set(folders)) == len(folders) == len(recipe.runs)  # no two runs share a directory, and none is left out
+    folders = {name: str(step.clear) for method in recipe.methods for name, step in
+               zip(recipe.phases(method), trainings(recipe, 0, method), strict=True)}  # fmt: skip
+    assert set(folders) == set(recipe.runs) and len(set(folders.values())) == len(folders)  # no two share a directory
     methods = {name: run.method for name, run in recipe.runs.items() if run.method != name}
-    assert methods == dict.fromkeys(["lapo-d", "stage1", "lapo"], "") | {
+    assert methods == dict.fromkeys(["lapo-d", "stage1", "lapo-i", "lapo-d-continued"], "") | {
         "da-dler-start": "dler",
         "l1-max-start": "l1-exact",
     }
 
 
+def test_the_second_base_goes_on_from_the_demos() -> None:
+    """The mixture and the start are of the base alone; the runs only know its mean length."""
+    recipe = Recipe(DEMO / "compare_too_long.yaml", Path("runs/long"), ["python"], methods=["lapo-d", "truncation"])
+    base = load_config(Path(recipe.base_step(3).command[3]), list(recipe.base_step(3).command[4:]))
+    assert base.demo.start == "runs/demo/seed3/base" and base.model.path == "runs/long/seed3/base"
+    assert (base.demo.mixture, base.demo.steps) == ("too-long", 300)
+    for method in recipe.methods:
+        [step] = trainings(recipe, 3, method)
+        assert "demo" not in json.loads(step.config)[1] and step.needs == ("seed3/base",)
+        assert json.loads(step.config)[1]["rollout"]["base_tokens"] == 155
+
+
 def test_the_evaluation_is_the_same_for_all() -> None:
-    recipe = demo("lapo", "dler")
+    recipe = demo("lapo-i", "dler")
     [step] = [recipe.evaluation_step(0, name, one) for name, one in recipe.evaluations.items()]
     config = json.loads(step.config)[1]
-    assert [entry.partition("=")[0] for entry in config["evaluate"]["models"]] == ["base", "lapo", "dler"]
-    assert step.needs == ("seed0/base", "seed0/lapo", "seed0/dler") and "guidance_factors" not in config["evaluate"]
+    assert [entry.partition("=")[0] for entry in config["evaluate"]["models"]] == ["base", "lapo-i", "dler"]
+    assert step.needs == ("seed0/base", "seed0/lapo-i", "seed0/dler") and "guidance_factors" not in config["evaluate"]
     assert step.clear is None  # samples are kept when the list of models changes
     names = recipe.pipeline([0]).closure(recipe.wanted("", [0]))
-    assert names == [f"seed0/{name}" for name in ("base", "stage1", "lapo", "dler", "evaluate")]
+    assert names == [f"seed0/{name}" for name in ("base", "stage1", "lapo-i", "dler", "evaluate")]
 
 
 def test_unknown_methods_and_shares_that_do_not_add_up_are_refused(tmp_path: Path) -> None:
@@ -124,7 +140,7 @@ def test_folders_and_names_that_yaml_would_read_otherwise(tmp_path: Path) -> Non
 def test_unverified_methods_are_marked_from_their_files() -> None:
     found = unverified(demo().methods)
     assert {"palu", "r2vpo", "dhpo", "minpro", "conciser", "grpo-lambda"} <= found
-    assert not found & {"dler", "l1-exact", "lapo", "accuracy-only"}
+    assert not found & {"dler", "l1-exact", "lapo-i", "accuracy-only"}
 
 
 # --------------------------------------------------------------------------------------------------------------- the table
@@ -133,7 +149,8 @@ def test_unverified_methods_are_marked_from_their_files() -> None:
 def evaluation_row(model: str, accuracy: float, tokens: float, aes: float | None) -> dict[str, object]:
     return {
         "model": model, "set": "demo", "temperature": 0.6, "guidance": "", "accuracy": accuracy, "tokens": tokens,
-        "truncated": 0.0, "aes": aes, "accuracy_interval": [accuracy - 0.1, accuracy + 0.1],
+        "truncated": 0.0, "adaptivity": tokens * 1.5, "adaptivity_interval": [tokens, tokens * 2.5],
+        "aes": aes, "accuracy_interval": [accuracy - 0.1, accuracy + 0.1],
         "by_level": {"1": {"accuracy": 1.0, "tokens": tokens / 2}, "10": {"accuracy": 0.5, "tokens": tokens * 2}},
     }  # fmt: skip
 
@@ -158,6 +175,8 @@ def test_rows_over_seeds_by_hand() -> None:
     assert (a["best"]["tokens"], a["worst"]["tokens"]) == (50, 70) and a["worst"]["accuracy"] == 0.7
     assert [r["unverified"] for r in rows] == [False, False, True]
     text = comparison_table(rows)
+    assert (a["adaptivity"], a["adaptivity_interval"]) == (90, pytest.approx((60, 150)))
+    assert "| AES | adaptivity |" in text and "| +0.35 | +90.0 |" in text
     assert "| b (u) \\* |" in text and "| base |" in text and "| a \\* |" in text
 
 
@@ -272,8 +291,8 @@ def test_a_base_model_of_another_config_is_made_anew(recipe: Path, tmp_path: Pat
 
 def test_a_name_that_is_no_formula_can_be_drawn(tmp_path: Path) -> None:
     seeds = [{"rows": [row | {"model": f"{row['model']} $\\bad{{$"} for row in seed["rows"]]} for seed in two_seeds()]
-    write_pareto(tmp_path / "pareto.png", summarize_methods(seeds, {}, set()))
-    assert (tmp_path / "pareto.png").stat().st_size > 5000
+    [path] = write_comparison_figures(tmp_path, summarize_methods(seeds, {}, set()))
+    assert path == tmp_path / "methods-demo-T0.6.png" and path.stat().st_size > 5000
 
 
 @pytest.mark.slow
@@ -286,7 +305,9 @@ def test_a_real_comparison_and_its_second_run(recipe: Path, tmp_path: Path, caps
     assert (found["tokens"], found["seeds"]) == (300, [3])
     for model in ("lapo", "accuracy-only"):  # each phase overshoots by at most the last step: 16 answers of 8 tokens
         assert 300 <= rows[model, 0.6]["sampled_tokens"] < 300 + 2 * 128
-    assert (tmp_path / "pareto.png").stat().st_size > 5000 and "accuracy-only" in (tmp_path / "results.md").read_text()
+    assert (tmp_path / "methods-demo-T0.6.png").stat().st_size > 5000 and "accuracy-only" in (
+        tmp_path / "results.md"
+    ).read_text()
     run_recipe(recipe / "compare.yaml", tmp_path, "--methods", "lapo accuracy-only", "--seeds", "3")
     again = capsys.readouterr().out.split("###")[0]
     assert "4 of 4 steps are done already" in again and "[" not in again, "a step ran again"

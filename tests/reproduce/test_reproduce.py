@@ -71,7 +71,7 @@ def test_ablations_change_their_key_and_nothing_else() -> None:
         other = configs[f"seed0/{name}"]
         assert other["lapo"] == reference["lapo"] | {"statistic": name}
         assert other["model"] == reference["model"]  # the one stage 1: what it rewards does not depend on the statistic
-    for name in ("short", "long"):
+    for name in ("easy", "hard"):
         first, second = configs[f"seed0/stage1_{name}"], configs[f"seed0/stage2_{name}"]
         assert first["data"] == second["data"] != reference["data"]
         assert second["train"] == reference["train"] and second["model"]["path"].endswith(f"seed0/stage1_{name}/model")

@@ -26,7 +26,8 @@ def results(aes: float | None, accuracy: float = 0.5, model: str = "m") -> dict:
         "accuracy": accuracy,
         "tokens": 100 * accuracy,
     }
-    return {"base": model, "rows": [row | {"aes": aes, "by_level": by_level}]}
+    need = {"adaptivity": 40 * accuracy, "need_correlation": accuracy, "length_spread": 10 * accuracy}
+    return {"base": model, "rows": [row | need | {"aes": aes, "by_level": by_level}]}
 
 
 def write(folder: Path, content: object) -> Path:
@@ -38,8 +39,12 @@ def write(folder: Path, content: object) -> Path:
 def test_means_and_ranges_by_hand():
     table = seed_table([results(0.1, 0.5), results(0.3, 0.75)], "s", 0.6)
     assert table.splitlines()[2] == (
-        "| m | 62.5% (50.0% to 75.0%) | 62.5 (50.0 to 75.0) | +0.20 | 62% / 10 | 62% / 20 | 62% / 30 |"
+        "| m | 62.5% (50.0% to 75.0%) | 62.5 (50.0 to 75.0) | +0.20 | +25.0 (+20.0 to +30.0) | 0.62 | 6.2 "
+        "| 62% / 10 | 62% / 20 | 62% / 30 |"
     )
+    without = [results(0.1), results(0.3)]
+    without[1]["rows"][0]["adaptivity"] = None
+    assert "| +0.20 | - | 0.50 |" in seed_table(without, "s", 0.6)
 
 
 def test_a_seed_without_an_aes_gives_a_dash():
