@@ -13,6 +13,7 @@ COUNT ?= 50
 RUNS ?= runs/demo/seed$(SEED)/*
 OUT ?= report.html
 WORKERS ?= 2
+$(if $(filter 1,$(words $(SEED))),,$(error SEED="$(SEED)": give one number))
 CORES := $(shell $(PYTHON) -c "import os; print(min(2, os.cpu_count() or 1))")
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --constraint constraints.txt
@@ -50,8 +51,9 @@ demo: install  ## the main result in minutes on a CPU: five methods from one bas
 
 demo-controls: install  ## the demo with its controls: the gate, stage 1 continued, and what a stated length does (SEED=0)
 	$(PY) $(DEMO) --methods "accuracy-only truncation shorter-better lapo-d lapo-d-continued lapo-i"
-	$(PY) -m nanolapo.demo.gate configs/demo/gate.yaml run.seed=$(SEED)
 	$(PY) evaluate.py configs/demo/told.yaml run.seed=$(SEED)
+	$(PY) -m nanolapo.demo.gate configs/demo/gate.yaml run.seed=$(SEED) \
+	  'evaluate.models=["base=$${run.dir}/base","acc=$${run.dir}/accuracy-only/model","limit=$${run.dir}/truncation/model"]'
 
 explain: install  ## one real step of the demo with all its numbers, on the console and in explain.html (SEED=0)
 	$(PY) $(DEMO) --step base

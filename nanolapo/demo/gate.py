@@ -8,7 +8,7 @@ question adds. Errors of earlier additions do not count again.
 
 The command prints one table and says "passed", or what failed with exit code 1. Quick must be wrong in at least 10 % of
 the additions that carry, for every model. Careful must be wrong in at most 3 % of them, and Quick in at most 3 % of the
-additions of level 0, for the first model, the base.
+additions of level 0, for the first model, the base; for the others 10 % is the most.
 """
 
 from __future__ import annotations
@@ -119,8 +119,10 @@ def failures(rows: Sequence[dict[str, Any]]) -> list[str]:
         if row["manner"] == "Quick" and row["carry"] < LEAST_ERROR:
             found.append(f"{name}: wrong at {row['carry']:.1%} of carry, wanted at least {LEAST_ERROR:.0%}")
         kind = "level 0" if row["manner"] == "Quick" else "carry"
-        if row["model"] == base and row[kind] > MOST_ERROR:
-            found.append(f"{name}: wrong at {row[kind]:.1%} of {kind}, wanted at most {MOST_ERROR:.0%}")
+        # Training under a limit may blur what it never samples; but a model that has collapsed is no proof of anything.
+        most = MOST_ERROR if row["model"] == base else LEAST_ERROR
+        if row[kind] > most:
+            found.append(f"{name}: wrong at {row[kind]:.1%} of {kind}, wanted at most {most:.0%}")
     return found
 
 
@@ -142,7 +144,8 @@ def main() -> None:
     rows = measure(config)
     print(gate_table(rows), end="\n\n")
     failed = failures(rows)
-    print("\n".join(failed) if failed else "passed: the terse manner is lossy, and stays so")
+    stays = ", and stays so" * (len({row["model"] for row in rows}) > 1)
+    print("\n".join(failed) if failed else f"passed: the terse manner is lossy{stays}")
     sys.exit(bool(failed))
 
 

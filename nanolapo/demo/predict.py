@@ -3,9 +3,11 @@
 The policy is a softmax over the three manners, once for the sums of level 0 and once for the others. It starts from the
 base's mixture. A gradient moves both what the two softmaxes share and the one of the sum's own kind. Manners have the
 lengths of demo/pretrain.py and are right as often as the gate measured. Rewards and advantages are the method's own
-code; there is no model, so a prediction takes seconds. A length stated in the prompt is ignored.
+code; there is no model, so a prediction takes seconds. Methods that state a length or watch problems with a monitor are
+refused.
 
-    python -m nanolapo.demo.predict configs/demo/stage1.yaml [method=configs/methods/kimi-k1.5.yaml] [demo.mixture=too-long]
+    python -m nanolapo.demo.predict configs/demo/stage1.yaml [method=configs/methods/kimi-k1.5.yaml]
+    python -m nanolapo.demo.predict configs/demo/stage1.yaml demo.mixture=too-long rollout.base_tokens=155
 
 The command prints accuracy, tokens and AES at temperature 1, and the shares of Quick / Careful / Thorough by kind.
 """
@@ -16,13 +18,14 @@ import numpy as np
 import torch
 
 from nanolapo import cli
-from nanolapo.config import Config
+from nanolapo.config import Config, UserError
 from nanolapo.data.demo_task import LEVELS
 from nanolapo.data.problems import Problem, load_problems
+from nanolapo.data.prompts import NO_GUIDANCE
 from nanolapo.demo.pretrain import MANNERS, MIXTURES
 from nanolapo.evaluation.scores import aes
 from nanolapo.methods import load_method
-from nanolapo.methods.base import Method
+from nanolapo.methods.base import Method, SamplingPlan
 from nanolapo.methods.lapo import Discovery
 from nanolapo.rollouts import Rollout, Rollouts
 
@@ -38,11 +41,11 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return probabilities
 
 
-def draw_rollouts(rng: np.random.Generator, method: Method, problems: list[Problem], shares_KM: np.ndarray) -> tuple[
-    Rollouts, np.ndarray
-]:  # fmt: skip
+def draw_rollouts(
+    rng: np.random.Generator, plan: SamplingPlan, problems: list[Problem], shares_KM: np.ndarray
+) -> tuple[Rollouts, np.ndarray]:
     """The rollouts of one step and the manner of each [B]. K kinds of sums, M manners."""
-    plan, rows, manners = method.sampling(0), [], []
+    rows, manners = [], []
     for place, index in enumerate(rng.integers(len(problems), size=plan.num_prompts)):
         problem = problems[index]
         level = problem.level or 0
@@ -58,14 +61,17 @@ def draw_rollouts(rng: np.random.Generator, method: Method, problems: list[Probl
 
 
 def predict(config: Config, method: Method) -> np.ndarray:
-    """Shares of the manners after training, [K, M]."""
+    """Shares of the manners after training, [K, M]. Raises UserError for a method that this cannot predict."""
     rng = np.random.default_rng(config.run.seed)
     problems, _ = load_problems(config.data.sources)
+    if method.guidance(problems[0], 0, 0) != NO_GUIDANCE or method.possible_monitor(0) is not None:
+        raise UserError(f"method.name={method.config.method.name}: it states lengths or has a monitor, and neither is "
+                        "predicted; run it")  # fmt: skip
     method.start(problems)
     shared_M, own_KM = np.zeros(len(MANNERS)), np.log(np.array(MIXTURES[config.demo.mixture]))
     for step in range(STEPS):
         method.progress = step / STEPS
-        rollouts, manners_B = draw_rollouts(rng, method, problems, softmax(shared_M + own_KM))
+        rollouts, manners_B = draw_rollouts(rng, method.sampling(step), problems, softmax(shared_M + own_KM))
         rollouts.set_rewards(method.reward(rollouts))
         advantages_B = method.advantage(rollouts, torch.from_numpy(rollouts.rewards_PG)).numpy().reshape(len(rollouts))
         method.after_step(rollouts)
@@ -86,8 +92,12 @@ def outcome(shares_KM: np.ndarray, levels: list[int]) -> tuple[float, float]:
 
 
 def main() -> None:
-    config, _ = cli.parse(__doc__ or "")
+    config, action = cli.parse(__doc__ or "")
+    if config.lapo.length_map:
+        raise UserError("lapo.length_map is set: stage 2 states lengths, which is not predicted; give a stage1.yaml")
     method = load_method(config, default=Discovery)
+    if action == "dry-run":
+        return print(method.config.method)
     levels = [problem.level or 0 for problem in load_problems(config.data.sources)[0]]
     base = outcome(np.array(MIXTURES[config.demo.mixture]), levels)
     shares_KM = predict(method.config, method)

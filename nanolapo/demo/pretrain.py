@@ -18,7 +18,8 @@ does.
 
     python -m nanolapo.demo.pretrain configs/demo/base.yaml [run.seed=1]    # writes config.model.path
 
-Seed and number of steps are fixed, so the same machine and thread count give the same weights, bit for bit.
+The number of steps does not depend on the clock. So the same seed, machine and thread count give the same weights, bit
+for bit.
 """
 
 from __future__ import annotations

@@ -75,6 +75,8 @@ ROW = {"model": "base", "temperature": 1.0, "manner": "Quick", "carry": 0.3, "no
         ({"model": "truncation", "carry": 0.09}, ["truncation, temperature 1, Quick: wrong at 9.0%"]),
         ({"level 0": 0.04}, ["Quick: wrong at 4.0% of level 0, wanted at most 3%"]),
         ({"model": "truncation", "level 0": 0.04}, []),  # only the base must be exact there
+        ({"model": "truncation", "level 0": 0.11}, ["wrong at 11.0% of level 0, wanted at most 10%"]),
+        ({"model": "truncation", "manner": "Careful", "carry": 1.0}, ["Careful: wrong at 100.0% of carry"]),
         ({"manner": "Careful", "carry": 0.04}, ["Careful: wrong at 4.0% of carry, wanted at most 3%"]),
         ({"manner": "Careful", "carry": 0.01, "level 0": 0.5}, []),
     ],

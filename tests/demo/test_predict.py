@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanolapo.config import Config
+from nanolapo.config import Config, UserError
 from nanolapo.config_file import load_config
 from nanolapo.demo import predict as module
 from nanolapo.demo.predict import outcome, predict
@@ -46,5 +46,11 @@ def test_ends_that_follow_from_the_rewards() -> None:
     assert (
         shares("method.name=thinkprune:Truncation", "method.options.limits=[64]")[:, 0].min() > 0.9
     )  # nothing else fits
-    typical, too_long = shares(), shares("demo.mixture=too-long")
+    typical, too_long = shares(), shares("demo.mixture=too-long", "rollout.base_tokens=155")
     assert typical[1, 1] > 0.9 and too_long[:, 2].min() > 0.9  # LAPO goes where most right answers are
+
+
+@pytest.mark.parametrize("name", ["l1-exact", "thinkprune-4k", "laser-d"])
+def test_what_it_cannot_predict_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="states lengths or has a monitor"):
+        shares(f"method={CONFIGS / 'methods' / name}.yaml")
