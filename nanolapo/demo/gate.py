@@ -25,7 +25,7 @@ from nanolapo.config import Config
 from nanolapo.data.demo_task import LABELS, carries, parse_question
 from nanolapo.data.load import Data
 from nanolapo.data.problems import Problem
-from nanolapo.evaluation.passes import load_sets, parse_models
+from nanolapo.evaluation.passes import decoding_at, load_sets, parse_models
 from nanolapo.grader import Grader
 from nanolapo.report.tables import table
 from nanolapo.rollouts import row_seed
@@ -79,8 +79,7 @@ def measure(config: Config) -> list[dict[str, Any]]:
         for model, data in zip(models, load_sets(config, models, grader), strict=True):
             sampler = make_sampler(config, model.path, e.max_new_tokens, ranks)
             for temperature, manner in product(e.temperatures, FORCED):
-                decoding = Decoding(temperature, e.top_p if temperature < 1 else 1.0)
-                texts = forced_answers(config, data, sampler, manner, decoding)
+                texts = forced_answers(config, data, sampler, manner, decoding_at(config, temperature))
                 right = grader.grade_all(texts, [p.answer for p in data.problems])
                 row = {"model": model.name, "temperature": temperature, "manner": manner}
                 rows.append(row | summarize(data.problems, texts, right))

@@ -71,12 +71,13 @@ def predict(config: Config, method: Method) -> np.ndarray:
     shared_M, own_KM = np.zeros(len(MANNERS)), np.log(np.array(MIXTURES[config.demo.mixture]))
     for step in range(STEPS):
         method.progress = step / STEPS
-        rollouts, manners_B = draw_rollouts(rng, method.sampling(step), problems, softmax(shared_M + own_KM))
+        shares_KM = softmax(shared_M + own_KM)
+        rollouts, manners_B = draw_rollouts(rng, method.sampling(step), problems, shares_KM)
         rollouts.set_rewards(method.reward(rollouts))
         advantages_B = method.advantage(rollouts, torch.from_numpy(rollouts.rewards_PG)).numpy().reshape(len(rollouts))
         method.after_step(rollouts)
         kinds_B = np.array([int((row.problem.level or 0) > 0) for row in rollouts.rows])
-        slopes_BM = np.eye(len(MANNERS))[manners_B] - softmax(shared_M + own_KM)[kinds_B]
+        slopes_BM = np.eye(len(MANNERS))[manners_B] - shares_KM[kinds_B]
         slopes_BM *= advantages_B[:, None] / len(rollouts)
         shared_M += RATE * slopes_BM.sum(axis=0)
         for kind in range(len(own_KM)):

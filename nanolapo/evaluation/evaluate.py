@@ -19,7 +19,7 @@ from nanolapo.config import Config
 from nanolapo.data.load import Data
 from nanolapo.data.problems import Problem
 from nanolapo.data.prompts import NO_GUIDANCE, Guidance, exact_guidance, outside_guidance
-from nanolapo.evaluation.passes import Model, Pass, load_sets, parse_models, passes, wanted_samples
+from nanolapo.evaluation.passes import Model, Pass, decoding_at, load_sets, parse_models, passes, wanted_samples
 from nanolapo.evaluation.scores import (
     Answer,
     add_aes,
@@ -85,7 +85,7 @@ class Benchmark:
     def answers(self, temperature: float, asked: Pass, budgets: dict[str, float]) -> list[Answer]:
         """All answers of one pass at one temperature. budgets: problem id -> the stated length ({} states none)."""
         e = self.config.evaluate
-        decoding = Decoding(temperature, e.top_p if temperature < 1 else 1.0)
+        decoding = decoding_at(self.config, temperature)
         settings = {"model": self.identity, "prompt": asdict(self.config.prompt), "decoding": asdict(decoding),
                     "max_new_tokens": e.max_new_tokens, "seed": self.config.run.seed, "budgets": budgets,
                     "dtype": self.config.rollout.dtype or self.config.model.dtype, "golds": self.references}  # fmt: skip

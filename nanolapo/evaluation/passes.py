@@ -19,6 +19,7 @@ from nanolapo.data.load import Data, fit_prompts, gradable_problems
 from nanolapo.data.prompts import Prompter
 from nanolapo.grader import Grader
 from nanolapo.model.folder import load_tokenizer
+from nanolapo.samplers.sampler import Decoding
 
 PLACES = ("inside", "outside")  # of the thought
 
@@ -111,6 +112,11 @@ def passes(config: Config, model: Model, is_last: bool) -> list[Pass]:
     if model.name in e.instructed or (is_last and not e.instructed):
         told += [instruction(text) for text in e.instructions]
     return [Pass(), *told]
+
+
+def decoding_at(config: Config, temperature: float) -> Decoding:
+    """evaluate.top_p holds below temperature 1; temperature 1 is sampled without it."""
+    return Decoding(temperature, config.evaluate.top_p if temperature < 1 else 1.0)
 
 
 def load_sets(config: Config, models: Sequence[Model], grader: Grader) -> list[Data]:

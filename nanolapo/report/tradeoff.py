@@ -15,6 +15,7 @@ from nanolapo.report.tables import Row, accuracy_limits, number
 
 # Medium lightness: legible on white and on near-black.
 COLOURS = ("#3b82d6", "#e07b2e", "#2f9e63", "#b65fc9", "#d4504f", "#9a8f2a", "#1f9fa8", "#a3704e", "#7c7fd8", "#d166a0")
+SIZE = 8  # of the names, in points
 Name = tuple[float, float, str, str]  # x, y, text, colour
 Bar = tuple[float, float, float]  # from x to x, at height y
 
@@ -47,11 +48,11 @@ def evaluation_figure(rows: Sequence[Row], leveled: Sequence[Row]) -> Figure:
         axis.set_xlim(-0.1 * len(levels), 1.9 * (len(levels) - 1))  # room for the names
         axis.set_title(printable(f"mean tokens by level, {leveled[0]['set']} (in brackets: adaptivity)"))
         axis.set_xlabel("level")
-        write_names(axis, ends, [], 8)
+        write_names(axis, ends, [])
     return figure
 
 
-def tradeoff(axis: Axes, rows: Sequence[Row], colours: dict[str, str], size: float = 8) -> None:
+def tradeoff(axis: Axes, rows: Sequence[Row], colours: dict[str, str]) -> None:
     """Fig. 1: accuracy against tokens, every point named, with 95 % intervals. A comparison of methods has bars from the
     best seed to the worst instead, and the Pareto front."""
     compared = "pareto" in rows[0]
@@ -73,10 +74,10 @@ def tradeoff(axis: Axes, rows: Sequence[Row], colours: dict[str, str], size: flo
     axis.set_ylim(accuracy_limits(heights))
     axis.set_xlabel(f"mean tokens (bars: {'best and worst seed' if compared else '95 % intervals'})")
     axis.set_title(printable(f"accuracy (%), {rows[0]['set']}, temperature {rows[0]['temperature']:g}"))
-    write_names(axis, names, bars, size)
+    write_names(axis, names, bars)
 
 
-def write_names(axis: Axes, names: Sequence[Name], bars: Sequence[Bar], size: float) -> None:
+def write_names(axis: Axes, names: Sequence[Name], bars: Sequence[Bar]) -> None:
     """Write a name beside each point. A name that would cover a bar or another name moves towards half the height of the
     axis, and a thin line leads back to its point. The limits of the axis must be set before."""
     figure = axis.figure
@@ -94,13 +95,13 @@ def write_names(axis: Axes, names: Sequence[Name], bars: Sequence[Bar], size: fl
     ]  # from, to, height
     for i in sorted(range(len(names)), key=lambda i: -abs(places[i][1] - middle)):
         (x, y, text, colour), (left, at) = names[i], places[i]
-        length, side, step = 0.6 * size * len(text), -1 if left > right else 1, -1 if at > middle else 1
+        length, side, step = 0.6 * SIZE * len(text), -1 if left > right else 1, -1 if at > middle else 1
         start, moved = left + 6 * side - length * (side < 0), 0
-        while any(start < b and a < start + length and abs(at + moved - c) < 1.1 * size for a, b, c in taken):
+        while any(start < b and a < start + length and abs(at + moved - c) < 1.1 * SIZE for a, b, c in taken):
             moved += step
         taken.append((start, start + length, at + moved))
         axis.annotate(
-            text, (x, y), (6 * side, moved), textcoords="offset points", fontsize=size, color=colour,
+            text, (x, y), (6 * side, moved), textcoords="offset points", fontsize=SIZE, color=colour,
             ha="right" if side < 0 else "left", va="center",
             arrowprops={"arrowstyle": "-", "color": "0.7", "linewidth": 0.4, "shrinkA": 0, "shrinkB": 0},
         )  # fmt: skip
