@@ -50,6 +50,7 @@ MIXTURES = {"typical": ((0.55, 0.25, 0.20), (0.15, 0.55, 0.30)), "too-long": ((0
 GUIDED = 0.4  # share of the prompts that state a length
 EASY = 0.5  # first part of the training, without Thorough
 MUON_LR, ADAM_LR = 0.01, 3e-3  # of matrices; of embedding, norms, biases
+START_LR = 0.1  # factor for a base that goes on: it changes its manner and keeps what it can
 
 # ------------------------------------------------------------------------------------------------------- tokenizer
 
@@ -231,7 +232,7 @@ def pretrain(out_dir: str, settings: DemoConfig, seed: int) -> None:
         model = load_model(settings.start, torch.device("cpu"), "demo.start")
     else:
         model = make_model(tokenizer, settings)
-    easy_steps = 0 if settings.start else EASY * settings.steps
+    easy_steps, factor = (0.0, START_LR) if settings.start else (EASY * settings.steps, 1.0)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim < 2 or "embed" in n]
     # Muon learns these matrices several times faster than Adam here; it is not meant for embeddings and vectors.
@@ -244,7 +245,7 @@ def pretrain(out_dir: str, settings: DemoConfig, seed: int) -> None:
             batches = draw_batches(tokenizer, rng, settings, easy=step < easy_steps)
         ids_BT, targets_BT = batches.pop()
         for optimizer, rate in ((muon, MUON_LR), (adam, ADAM_LR)):
-            optimizer.param_groups[0]["lr"] = rate * learning_rate_factor(step, settings.steps)
+            optimizer.param_groups[0]["lr"] = rate * factor * learning_rate_factor(step, settings.steps)
             optimizer.zero_grad()
         hidden_BTH = model.model(ids_BT).last_hidden_state
         wanted_BT = targets_BT >= 0  # only these positions need logits

@@ -273,3 +273,10 @@ def test_pretraining_goes_on_from_a_base(tmp_path: Path, monkeypatch: pytest.Mon
     embedding = "model.embed_tokens.weight"
     moved, apart = ((first[embedding] - other[embedding]).norm() for other in (base, fresh))
     assert 0 < moved < 0.2 * apart
+    step = {}  # how far one step goes; at the full rate 300 steps blurred what the base could
+    for rate in (demo.START_LR, 1.0):
+        monkeypatch.setattr(demo, "START_LR", rate)
+        made = run(f"rate {rate}", start=str(tmp_path / "base"), steps=1, mixture="too-long")
+        step[rate] = {name: (made[name] - base[name]).norm().item() for name in base}
+    for name, far in step[1.0].items():
+        assert step[0.1][name] == pytest.approx(0.1 * far, rel=0.02), name
