@@ -137,7 +137,6 @@ class TrainConfig:
     weight_decay: float = 0.0
     grad_clip: Positive[float] = 1.0
     sampled_tokens: int = 0  # stop early once this many tokens were sampled (fair comparisons); 0: off
-    match_runs: tuple[str, ...] = ()  # ... or as many as these run directories sampled together
     max_bad_steps: Positive[int] = 3  # this many non-finite optimizer steps in a row abort the run
 
 

@@ -66,7 +66,7 @@ def record(session: Session, sampled: Rollouts, metrics: dict[str, float], watch
             "tokens_per_second": tokens / watch.total(),
             **{f"seconds/{phase}": seconds for phase, seconds in watch.seconds.items()},
         }
-        session.log.step(step, metrics, progress(config, session.token_limit, step + 1, session.sampled_tokens))
+        session.log.step(step, metrics, progress(config, step + 1, session.sampled_tokens))
         session.log.rollouts(step, sampled)
         if config.run.print_every and step % config.run.print_every == 0:
             session.log.show_examples(step, sampled)

@@ -133,7 +133,7 @@ class Policy:
         """Linear warm-up, then cosine decay to final_lr_fraction of the peak, over the share of the run that is done.
 
         This is the share of optimizer steps taken, or the loop's `progress` if that is larger. Steps alone would end above
-        the floor when a token budget ends the run (train.match_runs) or batches without signal were skipped.
+        the floor when a token budget ends the run (train.sampled_tokens) or batches without signal were skipped.
         """
         t = self.config.train
         done = max(self.num_steps / self.total_steps, self.progress)

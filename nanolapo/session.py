@@ -5,7 +5,6 @@ Config and data are checked before any weight is loaded, so a misspelt file name
 
 from __future__ import annotations
 
-import json
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ import torch
 
 from nanolapo.alarms import Alarms
 from nanolapo.checkpoint import load_checkpoint
-from nanolapo.config import Config, UserError
+from nanolapo.config import Config
 from nanolapo.config_file import validate
 from nanolapo.data.load import Data, load_data
 from nanolapo.grader import Grader
@@ -45,14 +44,13 @@ class Session:
     sampler: Sampler
     alarms: Alarms
     log: RunLog | None  # rank 0 only
-    token_limit: int = 0  # see token_limit()
     step: int = 0
     sampled_tokens: int = 0
     fingerprint: dict[str, Any] = field(default_factory=dict)  # see fingerprint_of()
 
     @property
     def progress(self) -> float:
-        return progress(self.config, self.token_limit, self.step, self.sampled_tokens)
+        return progress(self.config, self.step, self.sampled_tokens)
 
     def say(self, *lines: str) -> None:
         """Print these lines once, on the main rank."""
@@ -66,7 +64,7 @@ def open_session(config: Config, method: Method) -> Iterator[Session]:
 
     A run that is complete needs no sampler and no log, so it has none. No other process can open this run meanwhile.
     """
-    ranks, limit = set_up_process(config), token_limit(config)
+    ranks = set_up_process(config)
     with alone_in(config.run_dir, ranks.is_main), Grader(rule=method.grader_rule) as grader:
         data = load_data(config, grader)
         method.start(data.problems)
@@ -76,7 +74,7 @@ def open_session(config: Config, method: Method) -> Iterator[Session]:
         policy, alarms, fingerprint = Policy(config, ranks.device), Alarms(config), fingerprint_of(config, method, data)
         saved = load_checkpoint(config.run_dir / "checkpoints", policy, fingerprint, ranks) or {}
         session = Session(
-            config, method, ranks, data, grader, policy, None, alarms, None, limit,  # type: ignore[arg-type]
+            config, method, ranks, data, grader, policy, None, alarms, None,  # type: ignore[arg-type]
             saved.get("step", 0), saved.get("sampled_tokens", 0), fingerprint,
         )  # fmt: skip
         if saved:
@@ -126,21 +124,10 @@ def set_up_process(config: Config) -> Ranks:
     return ranks
 
 
-def token_limit(config: Config) -> int:
-    """Return the token budget of the run: train.sampled_tokens plus what train.match_runs sampled; 0: no limit."""
-    total = config.train.sampled_tokens
-    for run in config.train.match_runs:
-        try:
-            lines = (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            total += int(json.loads(lines[-1])["sampled_tokens"])
-        except (OSError, IndexError, ValueError, KeyError, TypeError):
-            raise UserError(f"train.match_runs: {run} has no metrics.jsonl with sampled_tokens; run it first") from None
-    return total
-
-
-def progress(config: Config, token_limit: int, steps_done: int, sampled_tokens: int) -> float:
+def progress(config: Config, steps_done: int, sampled_tokens: int) -> float:
     """Return the share of the run that is done, by steps or by tokens, whichever is larger; at 1 it is complete."""
-    return max(steps_done / config.train.steps, sampled_tokens / token_limit if token_limit else 0.0)
+    limit = config.train.sampled_tokens  # 0: none
+    return max(steps_done / config.train.steps, sampled_tokens / limit if limit else 0.0)
 
 
 class StopRequest:

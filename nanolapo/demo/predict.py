@@ -60,10 +60,9 @@ def draw_rollouts(
     return Rollouts(rows, plan.group_size), np.array(manners)
 
 
-def predict(config: Config, method: Method) -> np.ndarray:
+def predict(config: Config, method: Method, problems: list[Problem]) -> np.ndarray:
     """Shares of the manners after training, [K, M]. Raises UserError for a method that this cannot predict."""
     rng = np.random.default_rng(config.run.seed)
-    problems, _ = load_problems(config.data.sources)
     if method.guidance(problems[0], 0, 0) != NO_GUIDANCE or method.possible_monitor(0) is not None:
         raise UserError(f"method.name={method.config.method.name}: it states lengths or has a monitor, and neither is "
                         "predicted; run it")  # fmt: skip
@@ -99,9 +98,10 @@ def main() -> None:
     method = load_method(config, default=Discovery)
     if action == "dry-run":
         return print(method.config.method)
-    levels = [problem.level or 0 for problem in load_problems(config.data.sources)[0]]
+    problems, _ = load_problems(config.data.sources)
+    levels = [problem.level or 0 for problem in problems]
     base = outcome(np.array(MIXTURES[config.demo.mixture]), levels)
-    shares_KM = predict(method.config, method)
+    shares_KM = predict(method.config, method, problems)
     accuracy, tokens = outcome(shares_KM, levels)
     kinds = ", ".join(" / ".join(f"{share:.0%}" for share in shares_M) for shares_M in shares_KM)
     print(f"base {base[0]:.1%}, {base[1]:.0f} tokens; {method.config.method.name} {accuracy:.1%}, {tokens:.0f} tokens, "

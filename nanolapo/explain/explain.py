@@ -47,8 +47,7 @@ def explain(config: Config, method: Method) -> None:
 def beside(config: Config) -> Config:
     """Change the config to a separate directory, no tracker and no printed examples."""
     run = dataclasses.replace(config.run, name=f"explain-{config.run.name}", print_every=0)
-    train = dataclasses.replace(config.train, match_runs=())  # they may not have been run yet
-    return dataclasses.replace(config, run=run, train=train, wandb=dataclasses.replace(config.wandb, mode="disabled"))
+    return dataclasses.replace(config, run=run, wandb=dataclasses.replace(config.wandb, mode="disabled"))
 
 
 def watched_step(session: Session) -> Trace:

@@ -17,12 +17,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from nanolapo.config import Config, UserError
+from nanolapo.config import Config
 from nanolapo.config_file import validate
 from nanolapo.plan.footprint import Expected, bytes_of, cache_rows, expect, fit, memory, prompt_share, remedy, uses_vllm
 from nanolapo.plan.machines import Machine, Shape, load_shape
 from nanolapo.samplers.torch_sampler import REPACK
-from nanolapo.session import token_limit
 
 LOG_PER_STEP, LOG_PER_ROW, LOG_PER_TOKEN = 1200, 350, 4  # bytes of metrics.jsonl; of rollouts.jsonl
 
@@ -90,11 +89,8 @@ def forecast(
     fits, share = fit(config, shape, machine, e), prompt_share(config, machine.count)
     if not fits:
         notes.append(remedy(config, shape, machine, e))
-    try:
-        limit = token_limit(config)
-        steps = min(steps, math.ceil(limit / tokens)) if limit else steps
-    except UserError:
-        notes.append(f"the runs of train.match_runs are not there yet: {steps} steps are an upper bound")
+    if limit := config.train.sampled_tokens:
+        steps = min(steps, math.ceil(limit / tokens))
     phases = memory(config, shape, machine, e)
     return Forecast(
         machine=machine,

@@ -11,14 +11,12 @@ from nanolapo.grader import Grader
 from nanolapo.methods.base import Method
 from nanolapo.plan.cost import forecast
 from nanolapo.plan.machines import this_machine
-from nanolapo.session import token_limit
 
 
 def dry_run(config: Config, method: Method) -> None:
     """Check config and data; print the config, the batch arithmetic, what the run will cost, and one prompt."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     validate(config, ranks)
-    limit = token_limit(config)
     with Grader(rule=method.grader_rule) as grader:
         data = load_data(config, grader)
     method.start(data.problems)
@@ -32,7 +30,7 @@ def dry_run(config: Config, method: Method) -> None:
     print(to_yaml(config))
     print("\n".join([*data.report, f"{len(data.problems)} problems", config.arithmetic(ranks)]))
     print(f"at most {most:,} sampled tokens in {config.train.steps} steps (upper bound: every answer at the limit)")
-    if limit:
+    if limit := config.train.sampled_tokens:
         print(f"stops after the step that reaches {limit:,} sampled tokens")
     prompts = [len(data.prompter.ids(p.question, method.guidance(p, 0, 0))) for p in data.problems[:200]]
     expected = forecast(config, this_machine(config), None, sum(prompts) / len(prompts), monitored / config.train.steps)

@@ -48,8 +48,8 @@ class Expected:
 def expect(
     config: Config, mean_tokens: float | None = None, prompt_tokens: float | None = None, extra_rows: float = 0
 ) -> Expected:
-    """Return the expected lengths: those given, else of earlier steps of this run and train.match_runs, else the paper's,
-    else the limit.
+    """Return the expected lengths: those given, else of earlier steps of this run, else the paper's, else the
+    limit.
 
     Raises UserError for numbers that are not positive.
     """
@@ -58,7 +58,7 @@ def expect(
             raise UserError(f"{name} {value:g}: give a number of tokens above 0")
     limit, rows = config.rollout.max_new_tokens, config.rollouts_per_step
     mean, trained, source = float(limit), float(rows), "the limit: an upper bound"
-    steps = [step for folder in (config.run_dir, *map(Path, config.train.match_runs)) for step in logged_steps(folder)]
+    steps = logged_steps(config.run_dir)
     if mean_tokens:
         mean, source = min(mean_tokens, limit), "given"
     elif steps:

@@ -35,7 +35,7 @@ class Run:
     script: str = "train_stage1.py"
     config: str = "stage1.yaml"  # of the recipe
     method: str = ""  # a file of configs/methods, without its ending, that is laid over the config
-    after: tuple[str, ...] = ()  # runs that it starts from or is matched to
+    after: tuple[str, ...] = ()  # runs that it starts from
     share: float = 1.0  # of Recipe.tokens; a run and all that it comes after share them out
     overrides: tuple[str, ...] = ()  # section.key=value
 

@@ -12,6 +12,7 @@ import pytest
 
 from nanolapo.config import Config, UserError
 from nanolapo.config_file import load_config
+from nanolapo.data.problems import load_problems
 from nanolapo.demo import predict as module
 from nanolapo.demo.predict import outcome, predict
 from nanolapo.demo.pretrain import MIXTURES
@@ -24,7 +25,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 def shares(*overrides: str) -> np.ndarray:
     config: Config = load_config(CONFIGS / "demo" / "stage1.yaml", list(overrides))
     method = load_method(config, default=Discovery)
-    return predict(method.config, method)
+    return predict(method.config, method, load_problems(config.data.sources)[0])
 
 
 def test_outcome_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:

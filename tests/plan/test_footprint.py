@@ -112,13 +112,8 @@ def test_lengths_are_given_or_measured_or_the_limit(tmp_path: Path) -> None:
 
 
 def test_a_token_limit_ends_the_run(tmp_path: Path, tied_model: Path) -> None:
-    """8 rows of 64 tokens a step; the runs to be matched sampled 2,000 together."""
-    runs = [str(tmp_path / name) for name in "ab"]
-    config = planning_config(tied_model, train={"match_runs": runs}, run={"dir": str(tmp_path / "runs")})
-    missing = forecast(config, cpu_machine(config), 64)
-    assert missing.steps == 100 and "upper bound" in missing.notes[0]
-    for run in runs:
-        write_metrics(Path(run), [64.0], trained=1.0)
+    """8 rows of 64 tokens a step, and a limit of 2,000."""
+    config = planning_config(tied_model, train={"sampled_tokens": 2000}, run={"dir": str(tmp_path / "runs")})
     assert forecast(config, cpu_machine(config), 64).steps == math.ceil(2000 / (8 * 64))
 
 
