@@ -31,19 +31,19 @@ def _rules(*pairs: tuple[str, str]) -> Rules:
 # ---- what only changes the look ----
 
 LOOK = _rules(
-    (r"(?<=\d)(?:,\\!|(?<!\\)\\[,;:]|\{,\}|~)\s*(?=\d{3}(?!\d))", ""),  # 10{,}000, 10,\!000, 10\,000: always thousands
+    (r"(?<=\d)(?:,\\!|\{,\})\s*(?=\d{3}(?!\d))", ""),  # 10{,}000 and 10,\!000 are thousands anywhere
     (r"(?<!\\)\\[()\[\]]|\\?\$|\\!|\\(?:displaystyle|limits)(?![a-zA-Z])", ""),
     (r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])\.?", ""),
     (r"(?<!\\)\\[,;: ]|(?<!\\)\\$|~", " "),
-    (r"\\(?:math(?:bf|it|normal)|bm|boldsymbol|pmb|underline)\s*\{([^{}]*)\}", r"\1"),
     (r"\\(?:mbox|hbox|emph|math(?:rm|sf|tt)|text(?:bf|rm|it|sf|tt|up|normal))(?=\s*\{)", r"\\text"),
     (r"\\text\s*\{(\s*[ie]\s*|[^{}]*(?:\d|\b(?:and|or)\b)[^{}]*)\}", r"\1"),  # \mathrm{i}, \text{5 cm}, \text{ or }
+    (r"\\(?:math(?:bf|it|normal)|bm|boldsymbol|pmb|underline)\s*\{([^{}]*)\}", r"\1"),
 )
 
 # ---- which digits belong together ----
 
 COMMAS = re.compile(r"(?<![\w.,^/])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)")  # 1,234, but no part of 1,7,103
-BLANKS = re.compile(r"(?<![\w.,^/])(?<!\d )[1-9]\d{0,2}(?: \d{3})+(?![\d/]| \d)")  # 12 345, but not 5 120/7
+BLANKS = re.compile(r"(?<![\w.,^/])(?<!\d )[1-9]\d{0,2}(?: \d{3})+(?![\d/]| \d)")  # 12 345 and 12\,345, but not 5 120/7
 SEPARATOR = re.compile(r",\s|;|\b(?:and|or)\b|\\q?quad")
 
 
@@ -114,7 +114,7 @@ PHRASES = [  # words behind a number
     re.compile(r"(?<=[\d}])\s+(?P<words>[a-z]{3,}(?:\s+[a-z]+){0,2})" + END),
 ]
 CHANGES_VALUE = re.compile(  # a number with such a word is another number, or none: no unit
-    r"am|pm|noon|midnight|ad|bce?|ce|(?:hundred|thousand|million|billion|trillion|dozen|score|pair|gross)s?"
+    r"k|M|B|am|pm|noon|midnight|ad|bce?|ce|(?:hundred|thousand|million|billion|trillion|dozen|score|pair|gross)s?"
     r"|hal(?:f|ves)|(?:third|quarter|fourth|fifth|sixth|seventh|eighth|ninth|tenth|(?:hundred|thousand|million)th)s?"
     r"|squared|cubed|factorial|times|plus|minus|negative|below|zero|point|remainder|mod|modulo|base|over|out|to|or|and|not"
     r"|if|when|for|where|odd|even|pi|theta|alpha|beta|sqrt|sin|cos|tan|log"
@@ -122,7 +122,8 @@ CHANGES_VALUE = re.compile(  # a number with such a word is another number, or n
 
 
 def _drop_unit(phrase: re.Match[str]) -> str:
-    words = re.findall("[a-z]+", phrase["words"].lower().replace(".", ""))
+    words = re.findall("[A-Za-z]+", phrase["words"].replace(".", ""))
+    words = [word if len(word) == 1 else word.lower() for word in words]  # 5 M is 5 million, 5 m is a length
     is_number = re.search(r"\d|\\(?!text)", phrase.string[: phrase.start()])
     return phrase[0] if not is_number or any(map(CHANGES_VALUE.fullmatch, words)) else ""
 

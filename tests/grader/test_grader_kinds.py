@@ -34,7 +34,8 @@ RIGHT: 12345 ~ 12 345 \text{ cm}
 """
 
 BLANKS = r"""
-WRONG: 2^{63} ~ 2^6 3 | x^{23} ~ x^2 3 | a_{12} ~ a_1 2 | x_{12} ~ x_1 2 | \log_{23} 5 ~ \log_2 35 | 2^{63} ~ 2^{6} 3
+WRONG: 2^{6300} ~ 2^6\,300 | x^{2300} ~ x^2~300 | 2^{63} ~ 2^6 3 | x^{23} ~ x^2 3 | a_{12} ~ a_1 2 | x_{12} ~ x_1 2
+WRONG: \log_{23} 5 ~ \log_2 35 | 2^{63} ~ 2^{6} 3
 WRONG: \frac{1}{23} ~ \frac12 3 | \sqrt{23} ~ \sqrt2 3 | 5000 ~ 5 e 3 | x^{2}+13 ~ x^2+1 3
 RIGHT: 192 ~ 2^6 3 | 3x^2 ~ x^2 3 | 2^{63} ~ 2^63 | x^2 ~ x^{ 2 } | \log_2 3 ~ \log_{2}{3} | a_1 ~ a_{1} | 7 ~ 7\,
 RIGHT: 7 ~ \,7\;
@@ -61,12 +62,14 @@ WRONG: 3 ~ 3 \text{ squared} | 5 ~ 5 \text{ or } 6 | 5 ~ 5 \text{ or 6} | 5 ~ 5 
 WRONG: 5 ~ 5\text{ below zero}
 WRONG: 5 ~ 5 \text{ times } 7 | 5 ~ 5 \text{ times more} | 5 ~ 5 out of six | 5 ~ 5 \text{ factorial}
 WRONG: 5 ~ 5 \text{ degrees below}
-WRONG: \text{A} ~ \text{A} apples | 8:30 ~ 4:15 | 5 ~ 5 BC | 5 ~ 5\text{ B.C.} | 12 ~ 12 \text{ noon}
+WRONG: 5 ~ 5\text{k} | 5 ~ 5 \text{ M} | \text{A} ~ \text{A} apples | 8:30 ~ 4:15 | 5 ~ 5 BC | 5 ~ 5\text{ B.C.}
+WRONG: 12 ~ 12 \text{ noon}
 WRONG: 5 ~ 5 \text{ to four} | 5 ~ 5\text{ pairs of shoes}
 RIGHT: 4:30 pm ~ 4:30 PM | 4:30 pm ~ 4:30 \text{ p.m.} | 4\!:\!51 \text{ p.m.} ~ 4:51 pm | 12 PM ~ 12 \text{ p.m.}
 RIGHT: 5000000 ~ 5 million | 5{,}000{,}000 ~ 5 \text{ million dollars} | 24 ~ 2 dozen eggs | 300 ~ 3 hundred people
 RIGHT: 5.2\text{ million} ~ 5200000 | 5 ~ 5 dollars | 5 ~ 5 \text{ dollars} | 5 ~ 5 red apples | 5 ~ 5 \text{ cm/s}
-RIGHT: (3,4) ~ (3 \text{ cm}, 4 \text{ cm}) | \{5\} ~ \{5 \text{ cm}\} | 6\pi ~ 6 \pi \text{ cm} | 5 ~ 5 \text{ sq. ft.}
+RIGHT: 5 ~ 5 \text{ m} | 5 ~ 5 \text{ K} | (3,4) ~ (3 \text{ cm}, 4 \text{ cm}) | \{5\} ~ \{5 \text{ cm}\}
+RIGHT: 6\pi ~ 6 \pi \text{ cm} | 5 ~ 5 \text{ sq. ft.}
 RIGHT: 5 ~ 5 \text{ miles per hour} | 7:30 ~ 7:30 | 3:5 ~ 3:5
 """
 
@@ -108,7 +111,8 @@ RIGHT: (1,2) ~ \Biggl( 1,2 \Biggr) | \{1,2\} ~ \bigl\{1,2\bigr\} | 10 ~ {5 \choo
 RIGHT: 3\pi ~ 3pi | \frac{\pi}{2} ~ pi/2 | \frac{1}{100} ~ 10^-2 | 0.01 ~ 10^{-2} | 5000 ~ 5e3 | 0.005 ~ 5e-3
 RIGHT: 5e3 ~ 5000
 RIGHT: 1.5e3 ~ 1500 | 5000 ~ 5E3 | \infty ~ infinity | (2,\infty) ~ (2, infinity) | x ~ \mathbf{x} | e^{-x} ~ e^-x
-RIGHT: 3+4i ~ 4i+3 | -1 ~ i^2 | 30 ~ 30^\circ | 1 ~ \sin 90 ^ \circ | 12 ~ \textsf{12} | 12 ~ \underline{12}
+RIGHT: 3+4i ~ 4i+3 | -1 ~ i^2 | 30 ~ 30^\circ | 1 ~ \sin 90 ^ \circ | -2, -12 ~ \mathbf{-2 \text{ or } -12}
+RIGHT: 12 ~ \textsf{12} | 12 ~ \underline{12}
 WRONG: i ~ i^3 | 5000 ~ 5e4 | 2 ~ 17 \bmod 4 | \frac12 ~ \sin 30 | 54 ~ \sum_{i=1}^{10} i | 10 ~ {5 \choose 3}+1
 WRONG: \sin 30^\circ ~ \sin 30
 WRONG: \frac{1}{100} ~ 10^2 | 100 ~ 10^-2 | 3\pi ~ 3p i | 1 ~ \sum_{i=1}^{10} i | 90 ~ \sin 90^\circ
