@@ -43,7 +43,7 @@ LOOK = _rules(
 # ---- which digits belong together ----
 
 COMMAS = re.compile(r"(?<![\w.,^/])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)")  # 1,234, but no part of 1,7,103
-BLANKS = re.compile(r"(?<![\w.,^/])(?<!\d )[1-9]\d{0,2}(?: \d{3})+(?![\d/]| \d)")  # 12 345 and 12\,345, but not 5 120/7
+BLANKS = re.compile(r"(?<![\w.,^/])[1-9]\d{0,2}(?: \d{3})+(?![\d/]| \d)")  # 12 345 and 12\,345, but not 5 120/7
 SEPARATOR = re.compile(r",\s|;|\b(?:and|or)\b|\\q?quad")
 
 

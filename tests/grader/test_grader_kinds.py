@@ -163,6 +163,7 @@ def test_a_box_after_prose_replaces_the_one_before(grader: Grader) -> None:
     for text in (
         r"\boxed{1} is too small, so take \boxed{2}",
         r"First \boxed{1}. Add one and you get the answer \boxed{2}",
+        r"\boxed{1}. One could add one or two to this in many ways, so we get \boxed{2}",
         r"\boxed{1}. Wait, I made a mistake and must add one. The answer is \boxed{2}",
     ):
         assert grader.grade_all([text] * 2, ["2", "1, 2"]) == [True, False], text
