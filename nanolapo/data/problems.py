@@ -12,11 +12,11 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from hashlib import sha256
 from typing import Any
 
 from nanolapo.config import SourceConfig, UserError
+from nanolapo.data.answers_of_rows import reference_answer
 from nanolapo.data.problem_files import BadRow, read_rows, source_key
 
 NUM_SHOWN = 10  # bad rows listed before "..."
@@ -166,7 +166,7 @@ def _problem(row: Any, source: SourceConfig) -> Problem:
         options = [_text(row, field) for field in source.choices]
         question, answer = _multiple_choice(question, options, source.seed)
     else:
-        answer = _answer(_field(row, source.answer), source.answer)
+        answer = reference_answer(_field(row, source.answer), source.answer)
     return _make(source.name, question, answer, _level(row.get(source.level)))
 
 
@@ -200,66 +200,6 @@ def _multiple_choice(question: str, options: list[str], seed: int) -> tuple[str,
     lines = [f"{letter}) {options[index]}" for letter, index in zip(LETTERS, order, strict=False)]
     text = "\n".join([question, "", *lines, "", "Answer with the letter of the right choice."])
     return text, LETTERS[order.index(0)]
-
-
-# ---- answers and levels ----
-
-
-def _answer(value: Any, field: str) -> str:
-    """Return the reference answer as plain text, from the forms that published sets use.
-
-    >>> [_answer(v, "answer") for v in (36.0, 0.25, "6 * 7 = 42\\n#### 1,042", ["$2$"], ["1", "3"])]
-    ['36', '0.25', '1042', '2', '1, 3']
-    >>> _answer("So $x = \\\\boxed{\\\\frac{1}{2}}$.", "solution")
-    '\\\\frac{1}{2}'
-    """
-    if isinstance(value, list):
-        if not value:
-            raise BadRow(f"field {field!r} is an empty list")
-        if any(isinstance(item, list) for item in value):
-            raise BadRow(f"field {field!r} is a list of lists")
-        return ", ".join(_answer(item, field) for item in value)
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise BadRow(f"field {field!r} is {type(value).__name__}, not text, a number or a list of these")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise BadRow(f"field {field!r} is {value}")
-    text = _answer_text(value) if isinstance(value, str) else _number_text(value)
-    if not text:
-        raise BadRow(f"field {field!r} is empty")
-    return text
-
-
-def _number_text(value: int | float) -> str:
-    if isinstance(value, int) or value.is_integer():
-        return str(int(value))
-    return f"{Decimal(repr(value)):f}"  # 1e-05 -> 0.00001
-
-
-def _answer_text(text: str) -> str:
-    if "####" in text:  # GSM8K: rationale #### 1,042
-        return text.rpartition("####")[2].replace(",", "").strip()
-    text = _last_box(text).strip()
-    # "$2$" -> "2", "$69$,$84$" -> "69,84"; but "\$18.90" is a price, and words between formulas stay.
-    formula = r"\$(?:[^$\\]|\\.)+\$"
-    if re.fullmatch(rf"{formula}(\s*,\s*{formula})*", text, re.DOTALL):
-        text = re.sub(r"(?<!\\)\$", "", text).strip()
-    return text
-
-
-def _last_box(text: str) -> str:
-    r"""Return the content of the last \boxed (in MATH also \fbox and \boxed 2), or the whole text if it has none."""
-    _, box, tail = re.sub(r"\\fbox\b", r"\\boxed", text).rpartition("\\boxed")
-    if not box:
-        return text
-    tail = tail.lstrip()
-    if not tail.startswith("{"):
-        return re.split(r"[\s$]", tail, maxsplit=1)[0]
-    depth = 0
-    for brace in re.finditer(r"\\.|[{}]", tail, re.DOTALL):  # "\{" is a printed brace, not a group
-        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-        if depth == 0 and brace.group() == "}":
-            return tail[1 : brace.start()]
-    raise BadRow("its last \\boxed is not closed")
 
 
 def _level(value: Any) -> int | None:
