@@ -101,6 +101,8 @@ class PromptConfig:
     instruction: str = "Please think step by step and output the final answer within \\boxed{}."
     system: str = ""  # chat; empty leaves the template's own default
     think_prefix: str = ""  # chat: first words of the assistant's answer, e.g. "<think>"
+    # chat: variables that the template reads, e.g. {enable_thinking: false}
+    template_options: dict[str, Any] = field(default_factory=dict)
     length_multiple: Positive[int] = 1  # lengths stated in prompts are rounded to a multiple of this
 
 
