@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from nanolapo.config import UserError
-from nanolapo.model.folder import sync
+from nanolapo.model.folder import publish
 from nanolapo.model.sharding import shard_like, to_host
 from nanolapo.policy import Policy
 from nanolapo.ranks import Ranks
@@ -54,11 +54,7 @@ def save_checkpoint(
         counters = {"optimizer_steps": policy.num_steps, "bad_steps": policy.bad_steps}
         record = {"step": step, **counters, "sizes": sizes, **state}
         (temporary / "state.json").write_text(json.dumps(record), encoding="utf-8")
-        for path in [*temporary.iterdir(), temporary]:
-            sync(path)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        sync(folder)
+        publish(temporary, final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"{final}: could not be written ({error}); free some disk and run the same command") from None

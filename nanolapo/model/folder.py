@@ -131,10 +131,25 @@ def save_model(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"{folder}: could not be written ({error}); free some disk and run the same command") from None
-    for path in [*temporary.iterdir(), temporary]:
+    publish(temporary, folder)
+
+
+def publish(temporary: Path, folder: Path) -> None:
+    """Give a folder that is complete its final name, in place of an older one. A kill leaves one of the two, whole.
+
+    Its files get the mode that the umask asks for. safetensors writes 0600, which nobody else could read.
+    """
+    probe = temporary / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in temporary.iterdir():
+        path.chmod(mode)
         sync(path)
+    sync(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+    sync(folder.parent)
 
 
 def sync(path: Path) -> None:
