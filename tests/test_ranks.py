@@ -146,7 +146,8 @@ def test_on_gpus_each_process_needs_its_local_rank() -> None:
         {"PMI_SIZE": "1", "SLURM_NTASKS": "8", "MASTER_ADDR": "x"},
         TORCHRUN,
         TORCHRUN | {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"},  # torchrun within a job of mpirun
-        {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+        {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "a",
+         "MASTER_PORT": "1"},
         {"LOCAL_RANK": "-1"},
         TORCHRUN | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"},
     ],
