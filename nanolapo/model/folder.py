@@ -115,8 +115,8 @@ def save_model(
 ) -> None:
     """Write a plain Hugging Face folder, complete or not at all. The model's float32 weights are stored as `dtype`.
 
-    transformers (4 and 5) and vLLM load the folder as it is. A tied head is stored once, as transformers expects. All ranks must call
-    this; the main rank writes.
+    transformers (4 and 5) and vLLM load the folder as it is. A tied head is stored once, as transformers expects. All ranks
+    must call this; the main rank writes.
     """
     state = to_host(((name, tensor.to(dtype)) for name, tensor in named_weights(model)), keep=is_main)
     if not is_main:
