@@ -1,8 +1,8 @@
 """Exports can be read by transformers 4 as well: it needs other keys, and without them computes other positions.
 
 Run: python -m pytest tests/model/test_version4.py
-What is expected here was checked with transformers 4.57.6: the logits of all these families agree. Without the keys they are off
-by 0.7 to 11.
+What is expected here was checked with transformers 4.57.6: the logits of all these families agree. Without the keys they
+are off by 0.7 to 11.
 """
 
 from __future__ import annotations
