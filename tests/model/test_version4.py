@@ -91,12 +91,13 @@ def test_a_config_without_rope_is_left_alone(tmp_path):
 
 def test_keys_that_version_5_would_read_otherwise_are_not_written(tmp_path):
     """Version 5 prefers rope_scaling. A family that reads it in its own way must not lose what it had."""
-    AutoConfig.for_model("llama", rope_parameters=dict(LLAMA3)).save_pretrained(tmp_path)
-    plain = config_of(tmp_path) | {"max_position_embeddings": 64, "original_max_position_embeddings": 7}
-    (tmp_path / "config.json").write_text(json.dumps(plain))
-    before = AutoConfig.from_pretrained(tmp_path).rope_parameters
+    nested = {"full_attention": dict(LINEAR), "sliding_attention": dict(DEFAULT)}
+    layers = ["full_attention", "sliding_attention"]
+    config = AutoConfig.for_model("qwen3", num_hidden_layers=2, layer_types=layers, rope_parameters=nested)
+    config.save_pretrained(tmp_path)
+    plain = config_of(tmp_path)
     add_version4_keys(tmp_path)
-    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == before
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == nested and config_of(tmp_path) == plain
 
 
 def test_the_tokenizer_of_an_export_names_a_class_of_both_versions(tmp_path):
