@@ -11,6 +11,7 @@ from typing import Any
 
 from nanolapo.config import Config, RunStopped
 
+NEARLY_ALL = 0.9  # of the answers, or of the groups: the rest does not make a run that learns
 FIRST_LIMIT = 0.2  # at step 0 in bf16: 0.01 to 0.05 is normal, a stale tied head gives 0.4 to 1.5
 PATIENCE = {
     "truncated": 3,
@@ -55,24 +56,24 @@ class Alarms:
     def check_learning(self, step: int, metrics: dict[str, float], examples: Sequence[str]) -> list[str]:
         """Return a warning in words for each symptom that lasts; `examples` are completions to show with them."""
         symptoms = {
-            "truncated": metrics["truncated"] == 1.0,
+            "truncated": metrics["truncated"] >= NEARLY_ALL,
             "flat": metrics["no_signal"] == 1.0 and not metrics.get("updates"),  # SPO compares over time, not in groups
             "empty": metrics["empty"] > 0.5,
             "looping": metrics["repetition"] > 0.8,
-            "copies": metrics["unique_per_group"] == 1.0 and self.config.rollout.group_size > 1,
+            "copies": metrics["unique_per_group"] <= 2 - NEARLY_ALL and self.config.rollout.group_size > 1,
             "dropped": metrics.get("kept_groups") == 0,
         }
         limit = self.config.rollout.max_new_tokens
         texts = {
-            "truncated": f"every rollout was cut at rollout.max_new_tokens={limit}: nothing can be right, nothing can be "
-            "learned; raise the limit or choose easier problems",
+            "truncated": f"{100 * metrics['truncated']:.0f} % of the answers were cut at rollout.max_new_tokens={limit}: "
+            "a cut answer is wrong, so next to nothing can be learned; raise the limit or choose easier problems",
             "flat": "the rewards of every group were all equal, so there is no signal: problems too hard or too easy, or "
             "the grader does not understand the prompt's answer format; three completions: " + " | ".join(examples[:3]),
             "empty": "more than half of the answers had at most one token: the policy has collapsed; lower "
             "train.learning_rate, or weaken the length reward",
             "looping": "answers mostly repeated themselves (4-grams): the policy is stuck in loops; one completion: "
             + "".join(examples[:1]),
-            "copies": "all answers of a group were the same: the policy has become deterministic, or the sampler ignores "
+            "copies": "in nearly all groups all answers were the same: the policy is deterministic, or the sampler ignores "
             "its seeds; no group can teach anything",
             "dropped": "the method has kept no group to train on (dynamic sampling: in none of its rounds), so nothing "
             "was learned: problems too hard or too easy, or too few rounds",

@@ -23,7 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from nanolapo.config import UserError
-from nanolapo.model.folder import sync
+from nanolapo.fingerprint import refuse_changes
+from nanolapo.model.folder import publish
 from nanolapo.model.sharding import shard_like, to_host
 from nanolapo.policy import Policy
 from nanolapo.ranks import Ranks
@@ -54,11 +55,7 @@ def save_checkpoint(
         counters = {"optimizer_steps": policy.num_steps, "bad_steps": policy.bad_steps}
         record = {"step": step, **counters, "sizes": sizes, **state}
         (temporary / "state.json").write_text(json.dumps(record), encoding="utf-8")
-        for path in [*temporary.iterdir(), temporary]:
-            sync(path)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        sync(folder)
+        publish(temporary, final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"{final}: could not be written ({error}); free some disk and run the same command") from None
@@ -107,8 +104,8 @@ def is_complete(path: Path) -> bool:
 def load_checkpoint(folder: Path, policy: Policy, fingerprint: dict[str, Any], ranks: Ranks) -> dict[str, Any] | None:
     """Load the newest complete checkpoint and return its state, or None if there is no checkpoint.
 
-    Raises UserError if it belongs to another model, data set or batch: a resumed run must be the same run. Also raises if
-    all checkpoints are damaged: starting again would delete the logs of the work already done.
+    Raises UserError if it belongs to a run with other numbers (fingerprint.py): a resumed run must be the same run. Also
+    raises if all checkpoints are damaged: starting again would delete the logs of the work already done.
     """
     path = ranks.gather(next(iter(complete_checkpoints(folder)), None))[0]  # the main rank chooses for all
     if path is None:
@@ -119,13 +116,7 @@ def load_checkpoint(folder: Path, policy: Policy, fingerprint: dict[str, Any], r
             )
         return None
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    for key, now in fingerprint.items():
-        then = state["fingerprint"].get(key, now)  # a checkpoint of an earlier version may lack a key
-        if then != now:
-            raise UserError(
-                f"{path} was written with {key}={then!r}, this run has {key}={now!r}: resume with the same settings, or "
-                "choose another run.name"
-            )
+    refuse_changes(path, state["fingerprint"], fingerprint)
     with tensors_in(path / "model.safetensors") as stored:
         shapes = {(name, tuple(p.shape)) for name, p in policy.trained.items()}
         stored_shapes = {(name, tuple(stored.get_slice(name).get_shape())) for name in stored.keys()}  # noqa: SIM118

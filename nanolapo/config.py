@@ -70,13 +70,13 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One set of problems: a hub name, a local .jsonl file, or the procedural `demo`."""
+    """One set of problems: a hub name, a local file (.jsonl, .json, .csv, .parquet), or the procedural `demo`."""
 
     name: str  # becomes Problem.source and the first part of every problem id
     path: str
     split: str = "train"  # hub only
     subset: str = ""  # hub only
-    question: str = "problem"  # field names of this set
+    question: str = "problem"  # field names of this set, or paths such as prompt.0.content
     answer: str = "answer"
     level: str = "level"
     choices: tuple[str, ...] = ()  # multiple choice: fields of the options, the right one first
@@ -101,6 +101,8 @@ class PromptConfig:
     instruction: str = "Please think step by step and output the final answer within \\boxed{}."
     system: str = ""  # chat; empty leaves the template's own default
     think_prefix: str = ""  # chat: first words of the assistant's answer, e.g. "<think>"
+    # chat: variables that the template reads, e.g. {enable_thinking: false}
+    template_options: dict[str, Any] = field(default_factory=dict)
     length_multiple: Positive[int] = 1  # lengths stated in prompts are rounded to a multiple of this
 
 

@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -22,7 +23,14 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
+from nanolapo.config import UserError
+
 T = TypeVar("T")
+# What launchers set, in the order in which accelerate looks.
+SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+VARIABLES = {*SIZES, *RANKS, "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+START = "start several processes with torchrun, which sets all of them, or unset these variables for a single one"
 PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
 TENSOR_PATIENCE = timedelta(minutes=10)
 PATIENCE = timedelta(hours=24)  # 32k-token answers, a slow disk
@@ -40,6 +48,7 @@ class Ranks:
 
     def __init__(self) -> None:
         end_with_launcher()
+        check_launcher(os.environ, torch.cuda.is_available())
         if os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", "1"):
             stay_on_loopback()
         self.state = PartialState(cpu=not torch.cuda.is_available(), timeout=TENSOR_PATIENCE)
@@ -70,6 +79,29 @@ class Ranks:
         """Return once every rank has come here."""
         if self.count > 1:
             dist.barrier(group=self.patient)
+
+
+def check_launcher(environ: Mapping[str, str], has_gpu: bool) -> None:
+    """Raise UserError if a launcher's variables say that there are other processes, but not all that it takes to find them.
+
+    Without an address this process would wait for the others; without LOCAL_RANK on a GPU it would run alone.
+    """
+    given = {name: value for name, value in environ.items() if name in VARIABLES and value}
+    for name, value in given.items():
+        if not value.removeprefix("-").isdecimal() and not name.startswith("MASTER"):
+            raise UserError(f"{name}={value!r} is not a number; {START}")
+    size = next((name for name in SIZES if name in given), "")
+    count = int(given.get(size, "1"))
+    if count < 2 and int(given.get("LOCAL_RANK", "-1")) < 0:
+        return
+    cause = f"{size}={count}" if size else f"LOCAL_RANK={given['LOCAL_RANK']}"
+    rank = next((name for name in RANKS if name in given), "RANK")
+    needed = [rank, "MASTER_ADDR", "MASTER_PORT", *(["LOCAL_RANK"] if has_gpu else [])]
+    missing = [name for name in needed if name not in given]
+    if missing:
+        raise UserError(f"{cause} asks for a process group, but {' and '.join(missing)} is not set; {START}")
+    if not 0 <= int(given[rank]) < count:
+        raise UserError(f"{rank}={given[rank]} must be 0 to {count - 1}; {START}")
 
 
 def end_with_launcher() -> None:

@@ -9,7 +9,6 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,6 +20,7 @@ from nanolapo.checkpoint import load_checkpoint
 from nanolapo.config import Config
 from nanolapo.config_file import validate
 from nanolapo.data.load import Data, load_data
+from nanolapo.fingerprint import changes, fingerprint_of
 from nanolapo.grader import Grader
 from nanolapo.locks import alone_in
 from nanolapo.methods.base import Method
@@ -46,7 +46,7 @@ class Session:
     log: RunLog | None  # rank 0 only
     step: int = 0
     sampled_tokens: int = 0
-    fingerprint: dict[str, Any] = field(default_factory=dict)  # see fingerprint_of()
+    fingerprint: dict[str, Any] = field(default_factory=dict)  # see fingerprint.py
 
     @property
     def progress(self) -> float:
@@ -83,7 +83,9 @@ def open_session(config: Config, method: Method) -> Iterator[Session]:
             alarms.load_state_dict(saved["alarms"])
         if session.progress < 1:
             if saved:
-                session.say(f"resuming {config.run_dir} at step {session.step}")
+                session.say(
+                    f"resuming {config.run_dir} at step {session.step}", *changes(saved["fingerprint"], fingerprint)
+                )
             session.sampler = make_sampler(config, config.model.path, config.rollout.max_new_tokens, ranks)
             # Before the first rollout too: a resumed run must sample from the model it trains.
             session.sampler.load_weights(policy.named_weights())
@@ -94,24 +96,6 @@ def open_session(config: Config, method: Method) -> Iterator[Session]:
         finally:
             if session.log:
                 session.log.close()
-
-
-def fingerprint_of(config: Config, method: Method, data: Data) -> dict[str, Any]:
-    """Return what a resumed run must share with the run that wrote the checkpoint."""
-    ids = "\n".join(p.id for p in data.problems)
-    return {
-        "model.path": config.model.path,
-        "model.lora_rank": config.model.lora_rank,
-        "model.lora_alpha": config.model.lora_alpha,
-        "method": f"{type(method).__module__}:{type(method).__name__}",
-        "loss.kind": config.loss.kind,
-        "data": sha256(ids.encode()).hexdigest()[:16],
-        "rollout.group_size": config.rollout.group_size,
-        "rollout.prompts_per_step": config.rollout.prompts_per_step,
-        "rollout.max_new_tokens": config.rollout.max_new_tokens,
-        "train.batch_size": config.train.batch_size,
-        "run.seed": config.run.seed,
-    }
 
 
 def set_up_process(config: Config) -> Ranks:

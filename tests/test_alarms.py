@@ -132,12 +132,45 @@ def test_E10_all_cut_warns_naming_the_limit_and_nothing_is_learned(tied_model):
     assert logged["updates"] == 0 and same_tensors(weights_of(policy), before)
 
 
+@pytest.mark.parametrize(("num_cut", "warns"), [(10, True), (9, True), (8, False)])
+def test_a_limit_that_cuts_nearly_everything_warns_as_well(num_cut, warns):
+    """One answer of ten that ends in time does not make the limit right. The line says how many were cut."""
+    rollouts = make_rows(
+        [9] * 10, finished=[i >= num_cut for i in range(10)], correct=[i >= num_cut for i in range(10)]
+    )
+    said = watch(rollouts, 3)
+    found = [warning for warning in said[2] if "rollout.max_new_tokens" in warning]
+    assert bool(found) == warns
+    assert not warns or f"for 3 steps {10 * num_cut} % of the answers were cut at rollout.max_new_tokens=64" in found[0]
+
+
+@pytest.mark.parametrize(("num_spread", "warns"), [(0, True), (1, True), (2, False)])
+def test_groups_that_are_nearly_all_copies_warn_as_well(num_spread, warns):
+    """Of ten groups of four, one with two different answers is no diversity."""
+    alarms, metrics = Alarms(make_config(rollout=GROUP)), metrics_of(make_rows([5, 6, 7, 8], group_size=4))
+    said = [
+        alarms.check_learning(step, metrics | {"unique_per_group": 1 + num_spread / 10, "no_signal": 0.9}, [""] * 4)
+        for step in range(5)
+    ]
+    assert any("all answers were the same" in warning for warning in said[4]) == warns
+
+
+def test_one_group_with_a_signal_is_enough_to_learn():
+    """Groups without signal are normal in any number: what the others teach is used. Only none at all is a symptom."""
+    alarms, metrics = Alarms(make_config(rollout=GROUP)), metrics_of(make_rows([5, 6, 7, 8], group_size=4))
+    for step in range(6):
+        assert (
+            alarms.check_learning(step, metrics | {"no_signal": 0.99, "updates": 1.0, "unique_per_group": 4.0}, [])
+            == []
+        )
+
+
 @pytest.mark.parametrize(
     ("name", "ids", "words"),
     [
         ("empty", [[], [1], [1], [5, 6, 7]], "at most one token"),
         ("looping", [[3, 4] * 30, [7] * 50, [1, 2, 3] * 20, [9] * 40], "stuck in loops"),
-        ("copies", [[3, 9, 1, 4]] * 4, "all answers of a group were the same"),
+        ("copies", [[3, 9, 1, 4]] * 4, "all answers were the same"),
     ],
 )
 def test_E9_collapse_is_said_in_words(name, ids, words):

@@ -283,3 +283,29 @@ def test_final_model_is_a_plain_transformers_folder(tmp_path, tied_model, untied
     for name, tensor in policy.named_weights():
         assert torch.equal(loaded[name], tensor.to(model.dtype))
     assert next(policy.model.parameters()).dtype == torch.float32
+
+
+# ------------------------------------------------------------------------------------------------------ file modes
+
+
+@pytest.mark.parametrize(("mask", "file_mode"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664), (0o077, 0o600)])
+def test_checkpoints_and_models_can_be_read_by_whom_the_umask_says(tmp_path, policy, mask, file_mode):
+    """safetensors alone would write 0600: a colleague could read config.json, and not the weights beside it."""
+    from nanolapo.demo.pretrain import make_tokenizer
+
+    before = os.umask(mask)
+    try:
+        save(tmp_path / "checkpoints", 1, policy)
+        save_model(policy.model, policy.dtype, make_tokenizer(), tmp_path / "model")
+    finally:
+        os.umask(before)
+    written = {path: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert {path.name for path in written} >= {
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+        "config.json",
+    }
+    for path, mode in written.items():
+        assert mode == (0o777 & ~mask if path.is_dir() else file_mode), path
+    assert not [path for path in written if path.name.startswith(".")]

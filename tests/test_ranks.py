@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from nanolapo import cli
 from nanolapo.config import RunStopped, UserError
+from nanolapo.ranks import check_launcher
 
 RANK = """
 from nanolapo.ranks import end_with_launcher
@@ -94,3 +95,73 @@ def test_a_disk_too_full_to_tell_torchrun(tmp_path, monkeypatch, capsys) -> None
         cli.run(main)
     assert capsys.readouterr().err == "error: disk full\n"
     assert not list(Path(tmp_path).iterdir())
+
+
+# ---- what a launcher sets ----
+
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+def without(*names: str) -> dict[str, str]:
+    return {name: value for name, value in TORCHRUN.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE=2 .* MASTER_ADDR"),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, "OMPI_COMM_WORLD_SIZE=2 .* MASTER_ADDR"),
+        ({"PMI_SIZE": "4", "PMI_RANK": "1"}, "PMI_SIZE=4 .* MASTER_ADDR"),
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0 .* MASTER_ADDR"),
+        (without("MASTER_ADDR"), "MASTER_ADDR is not set"),
+        (without("MASTER_PORT"), "MASTER_PORT is not set"),
+        (without("RANK"), "RANK is not set"),
+        (TORCHRUN | {"MASTER_ADDR": ""}, "MASTER_ADDR is not set"),
+        (TORCHRUN | {"RANK": "2"}, "RANK=2 .* 0 to 1"),
+        (TORCHRUN | {"RANK": "-1"}, "RANK=-1 .* 0 to 1"),
+        (TORCHRUN | {"WORLD_SIZE": "two"}, "WORLD_SIZE='two' is not a number"),
+        (TORCHRUN | {"LOCAL_RANK": "x"}, "LOCAL_RANK='x' is not a number"),
+    ],
+)
+def test_half_of_a_launchers_variables_are_one_line_and_no_waiting(environ, words) -> None:
+    """Without an address a process would wait for the others for ten minutes, or take itself for the only one."""
+    for has_gpu in (False, True):
+        with pytest.raises(UserError, match=f"{words}.*torchrun") as error:
+            check_launcher(environ, has_gpu)
+        assert "\n" not in str(error.value)
+
+
+def test_on_gpus_each_process_needs_its_local_rank() -> None:
+    """accelerate reads LOCAL_RANK there and nothing else: each of the two would train alone."""
+    with pytest.raises(UserError, match="LOCAL_RANK is not set.*torchrun"):
+        check_launcher(without("LOCAL_RANK"), has_gpu=True)
+    check_launcher(without("LOCAL_RANK"), has_gpu=False)
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        {"WORLD_SIZE": "1", "RANK": "0"},
+        {"PMI_SIZE": "1", "SLURM_NTASKS": "8", "MASTER_ADDR": "x"},
+        TORCHRUN,
+        TORCHRUN | {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"},  # torchrun within a job of mpirun
+        {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "a",
+         "MASTER_PORT": "1"},
+        {"LOCAL_RANK": "-1"},
+        TORCHRUN | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"},
+    ],
+)  # fmt: skip
+def test_a_whole_set_or_none_is_let_through(environ) -> None:
+    for has_gpu in (False, True):
+        check_launcher(environ, has_gpu)
+
+
+@pytest.mark.slow
+def test_a_script_with_half_of_the_variables_ends_at_once() -> None:
+    program = "from nanolapo import cli\nfrom nanolapo.ranks import Ranks\ncli.run(Ranks)"
+    given = {"RANK": "0", "WORLD_SIZE": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=os.environ | given
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: WORLD_SIZE=2") and done.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Loads problems from hub data sets, local JSONL files and the procedural demo task.
+"""Loads problems from hub data sets, local files and the procedural demo task.
 
 A `SourceConfig` says where the rows are and what their fields are called. `load_problems` turns rows into `Problem`s, whose
 ids depend only on the source's name and the question. A row that cannot be used is reported with file and line, and too
@@ -12,14 +12,13 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from hashlib import sha256
 from typing import Any
 
 from nanolapo.config import SourceConfig, UserError
-from nanolapo.data.problem_files import BadRow, read_rows, source_key
+from nanolapo.data.answers_of_rows import reference_answer
+from nanolapo.data.problem_files import BadRow, field_at, first_few, listing, read_rows, source_key
 
-NUM_SHOWN = 10  # bad rows listed before "..."
 LETTERS = "ABCDEFGHIJ"
 
 
@@ -37,13 +36,22 @@ class Problem:
 def load_problems(sources: Sequence[SourceConfig]) -> tuple[list[Problem], list[str]]:
     """Load the problems of all sources in a fixed order; also return a report of what was loaded and dropped."""
     problems: dict[str, Problem] = {}
+    earlier: dict[str, Problem] = {}  # question -> its first problem, of whatever source
     report: list[str] = []
     for source in sources:
         _check(source)
         found, source_report = _load_source(source)
         report += source_report
+        others = [(p, earlier[p.question]) for p in found if earlier.get(p.question, p).answer != p.answer]
+        if others:
+            here, there = others[0]
+            report.append(
+                f"  {source.name}: other answer texts than in an earlier source: {len(others)}, such as {here.answer!r} to "
+                f"{here.question[:60]!r}, where {there.source} has {there.answer!r}"
+            )
         for problem in found:
             problems.setdefault(problem.id, problem)
+            earlier.setdefault(problem.question, problem)
     if not problems:
         raise UserError("data.sources: no problem left to work on; add a source")
     return list(problems.values()), report
@@ -55,7 +63,7 @@ def load_problems(sources: Sequence[SourceConfig]) -> tuple[list[Problem], list[
 def _check(source: SourceConfig) -> None:
     key = source_key(source)
     if not source.name or not source.path:
-        raise UserError("data.sources: a source needs a name and a path (hub name, FILE.jsonl or demo)")
+        raise UserError("data.sources: a source needs a name and a path (hub name, local file or demo)")
     if source.count < 0:
         raise UserError(f"{key}.count is {source.count}: give a number, or 0 for all")
     if source.path == "demo" and source.count == 0:
@@ -70,9 +78,12 @@ def _load_source(source: SourceConfig) -> tuple[list[Problem], list[str]]:
     if source.path == "demo":
         return _demo_problems(source), [f"{source.name}: made {source.count} demo problems"]
     problems: dict[str, Problem] = {}
-    bad: dict[str, list[int]] = {}  # reason -> line numbers
+    places: dict[str, int] = {}  # problem id -> number of its row
+    others: list[str] = []  # rows with another answer to the same question
+    bad: dict[str, list[int]] = {}  # reason -> numbers of the rows
     num_rows = num_bad = 0
-    for number, row in read_rows(source):
+    word, rows = read_rows(source)
+    for number, row in rows:
         num_rows += 1
         try:
             problem = _problem(row, source)
@@ -80,37 +91,30 @@ def _load_source(source: SourceConfig) -> tuple[list[Problem], list[str]]:
             num_bad += 1
             bad.setdefault(str(error), []).append(number)
         else:
-            problems.setdefault(problem.id, problem)
-    listing = _listing(bad)
+            kept = problems.setdefault(problem.id, problem)
+            first = places.setdefault(problem.id, number)
+            if kept.answer != problem.answer:
+                others.append(f"{word} {number}: answer {problem.answer!r}, but {word} {first} has the same question with "
+                              f"{kept.answer!r}, which is kept")  # fmt: skip
+    dropped = listing(bad, word)
     if num_bad > source.max_bad_fraction * num_rows:
         raise UserError(
-            f"{source.path}: {num_bad} of {num_rows} rows cannot be used ({'; '.join(listing)}): mend them, "
+            f"{source.path}: {num_bad} of {num_rows} rows cannot be used ({'; '.join(dropped)}): mend them, "
             f"check the field names of {source_key(source)}, or raise its max_bad_fraction "
             f"({source.max_bad_fraction:g})"
         )
     if not problems:
         raise UserError(f"{source_key(source)}.path: {source.path} has no rows; give one that has")
-    kept = _choose(list(problems.values()), source)
-    summary = f"{source.name}: {len(kept)} problems of {num_rows} rows from {source.path}"
+    chosen = _choose(list(problems.values()), source)
+    summary = f"{source.name}: {len(chosen)} problems of {num_rows} rows from {source.path}"
     num_repeated = num_rows - num_bad - len(problems)
     if num_repeated:
         summary += f", {num_repeated} repeated questions left out"
+    if others:
+        summary += f", {len(others)} of them with another answer text"
     if num_bad:
         summary += f", {num_bad} bad rows dropped"
-    return kept, [summary, *(f"  {source.path} {reason}" for reason in listing)]
-
-
-def _listing(bad: dict[str, list[int]]) -> list[str]:
-    """One line for each kind of bad row, with the first line numbers.
-
-    >>> _listing({"field 'answer' is empty": [2, 7], "not UTF-8": [5]})
-    ["line 2, 7: field 'answer' is empty", 'line 5: not UTF-8']
-    """
-    lines = []
-    for reason, numbers in bad.items():
-        more = ", ..." if len(numbers) > NUM_SHOWN else ""
-        lines.append(f"line {', '.join(map(str, numbers[:NUM_SHOWN]))}{more}: {reason}")
-    return lines if len(lines) <= NUM_SHOWN else [*lines[:NUM_SHOWN], "..."]
+    return chosen, [summary, *(f"  {source.path} {line}" for line in [*dropped, *first_few(others)])]
 
 
 def _demo_problems(source: SourceConfig) -> list[Problem]:
@@ -166,18 +170,16 @@ def _problem(row: Any, source: SourceConfig) -> Problem:
         options = [_text(row, field) for field in source.choices]
         question, answer = _multiple_choice(question, options, source.seed)
     else:
-        answer = _answer(_field(row, source.answer), source.answer)
-    return _make(source.name, question, answer, _level(row.get(source.level)))
-
-
-def _field(row: dict[str, Any], name: str) -> Any:
-    if name not in row:
-        raise BadRow(f"no field {name!r} (it has {', '.join(map(str, row))})")
-    return row[name]
+        answer = reference_answer(field_at(row, source.answer), source.answer)
+    try:
+        level = _level(field_at(row, source.level))
+    except BadRow:  # not every set has levels
+        level = None
+    return _make(source.name, question, answer, level)
 
 
 def _text(row: dict[str, Any], name: str) -> str:
-    value = _field(row, name)
+    value = field_at(row, name)
     if not isinstance(value, str):
         raise BadRow(f"field {name!r} is {type(value).__name__}, not text")
     if not value.strip():
@@ -200,66 +202,6 @@ def _multiple_choice(question: str, options: list[str], seed: int) -> tuple[str,
     lines = [f"{letter}) {options[index]}" for letter, index in zip(LETTERS, order, strict=False)]
     text = "\n".join([question, "", *lines, "", "Answer with the letter of the right choice."])
     return text, LETTERS[order.index(0)]
-
-
-# ---- answers and levels ----
-
-
-def _answer(value: Any, field: str) -> str:
-    """Return the reference answer as plain text, from the forms that published sets use.
-
-    >>> [_answer(v, "answer") for v in (36.0, 0.25, "6 * 7 = 42\\n#### 1,042", ["$2$"], ["1", "3"])]
-    ['36', '0.25', '1042', '2', '1, 3']
-    >>> _answer("So $x = \\\\boxed{\\\\frac{1}{2}}$.", "solution")
-    '\\\\frac{1}{2}'
-    """
-    if isinstance(value, list):
-        if not value:
-            raise BadRow(f"field {field!r} is an empty list")
-        if any(isinstance(item, list) for item in value):
-            raise BadRow(f"field {field!r} is a list of lists")
-        return ", ".join(_answer(item, field) for item in value)
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise BadRow(f"field {field!r} is {type(value).__name__}, not text, a number or a list of these")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise BadRow(f"field {field!r} is {value}")
-    text = _answer_text(value) if isinstance(value, str) else _number_text(value)
-    if not text:
-        raise BadRow(f"field {field!r} is empty")
-    return text
-
-
-def _number_text(value: int | float) -> str:
-    if isinstance(value, int) or value.is_integer():
-        return str(int(value))
-    return f"{Decimal(repr(value)):f}"  # 1e-05 -> 0.00001
-
-
-def _answer_text(text: str) -> str:
-    if "####" in text:  # GSM8K: rationale #### 1,042
-        return text.rpartition("####")[2].replace(",", "").strip()
-    text = _last_box(text).strip()
-    # "$2$" -> "2", "$69$,$84$" -> "69,84"; but "\$18.90" is a price, and words between formulas stay.
-    formula = r"\$(?:[^$\\]|\\.)+\$"
-    if re.fullmatch(rf"{formula}(\s*,\s*{formula})*", text, re.DOTALL):
-        text = re.sub(r"(?<!\\)\$", "", text).strip()
-    return text
-
-
-def _last_box(text: str) -> str:
-    r"""Return the content of the last \boxed (in MATH also \fbox and \boxed 2), or the whole text if it has none."""
-    _, box, tail = re.sub(r"\\fbox\b", r"\\boxed", text).rpartition("\\boxed")
-    if not box:
-        return text
-    tail = tail.lstrip()
-    if not tail.startswith("{"):
-        return re.split(r"[\s$]", tail, maxsplit=1)[0]
-    depth = 0
-    for brace in re.finditer(r"\\.|[{}]", tail, re.DOTALL):  # "\{" is a printed brace, not a group
-        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-        if depth == 0 and brace.group() == "}":
-            return tail[1 : brace.start()]
-    raise BadRow("its last \\boxed is not closed")
 
 
 def _level(value: Any) -> int | None:

@@ -11,11 +11,13 @@ Where guidance goes:      raw style                                chat style
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from inspect import signature
+from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
 
@@ -103,9 +105,13 @@ class Prompter:
                 raise UserError("prompt.template must contain {question} exactly once")
             if config.system:
                 raise UserError("prompt.system is for prompt.style=chat; for raw, write it into prompt.template")
+            if config.template_options:
+                raise UserError("prompt.template_options is for prompt.style=chat; for raw, set it to {}")
         elif not tokenizer.chat_template:
             name = tokenizer.name_or_path
             raise UserError(f"prompt.style=chat: {name!r} has no chat template; use prompt.style=raw")
+        else:
+            check_template_options(tokenizer, config.template_options)
         # The BOS token, if this tokenizer starts every text with it. (Having one is not enough: ChatML models name
         # <|im_start|> their BOS and put it before every turn, never at the start of plain text.)
         bos, first = tokenizer.bos_token_id, tokenizer("a")["input_ids"][:1]
@@ -157,7 +163,10 @@ class Prompter:
 
     def _chat(self, question: str, guidance: Guidance) -> str:
         text = self.tokenizer.apply_chat_template(
-            self._messages(question, guidance), tokenize=False, add_generation_prompt=True
+            self._messages(question, guidance),
+            tokenize=False,
+            add_generation_prompt=True,
+            **self.config.template_options,
         )
         assert isinstance(text, str)
         return text
@@ -188,6 +197,21 @@ class Prompter:
         if head.rstrip().endswith("<think>"):  # as DeepSeek-R1 and QwQ do; a second tag would be off-policy
             prefix = prefix.rpartition("<think>")[2]
         return _after(head, prefix)
+
+
+def check_template_options(tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> None:
+    """Refuse an option that the chat template does not name, because jinja would leave it unread without a word."""
+    ours = {"messages", *signature(tokenizer.apply_chat_template).parameters} - {"tools", "documents"}
+    words = set(re.findall(r"\w+", tokenizer.get_chat_template()))
+    for name in map(str, options):
+        if name in ours:
+            raise UserError(f"prompt.template_options.{name} is set by the trainer; leave it out")
+        if name not in words:
+            close = difflib.get_close_matches(name, words - ours, n=1)
+            hint = f"did you mean {close[0]}?" if close else "leave it out"
+            raise UserError(
+                f"prompt.template_options.{name}: the chat template of {tokenizer.name_or_path!r} does not read it; {hint}"
+            )
 
 
 def _after(before: str, text: str) -> str:

@@ -86,29 +86,38 @@ class Benchmark:
         """All answers of one pass at one temperature. budgets: problem id -> the stated length ({} states none)."""
         e = self.config.evaluate
         decoding = decoding_at(self.config, temperature)
-        settings = {"model": self.identity, "prompt": asdict(self.config.prompt), "decoding": asdict(decoding),
+        prompts = self.prompts(asked, budgets)
+        settings = {"model": self.identity, "decoding": asdict(decoding),
                     "max_new_tokens": e.max_new_tokens, "seed": self.config.run.seed, "budgets": budgets,
                     "dtype": self.config.rollout.dtype or self.config.model.dtype, "golds": self.references}  # fmt: skip
-        if asked.place == "outside":
-            settings["place"] = asked.place
-        files = {
-            source: sample_file(self.folder, self.model.name, source, temperature, settings)
-            for source in dict.fromkeys(p.source for p in self.data.problems)
-        }
+        files = {}
+        for source in dict.fromkeys(p.source for p in self.data.problems):
+            # What was rendered, not how: a template may write today's date, or change together with the tokenizer.
+            rendered = [prompts[p.id][1] for p in self.data.problems if p.source == source]
+            digest = sha256(json.dumps(rendered).encode()).hexdigest()
+            files[source] = sample_file(
+                self.folder, self.model.name, source, temperature, settings | {"prompts": digest}
+            )
         done = {(a.problem, a.index) for file in files.values() for a in self.read(file)}
         wanted = wanted_samples(self.config, self.data)
         missing = [(i, k) for i, k in wanted if (self.data.problems[i].id, k) not in done]
         engine, engines = self.ranks.engine(self.config.rollout.tensor_parallel)
         mine = missing[engine::engines]
         if self.ranks.any(bool(missing)):
-            guidances = {p.id: guidance_for(p, asked, budgets, self.config) for p in self.data.problems}
-            self.sample(mine, decoding, guidances, files)
+            self.sample(mine, decoding, prompts, files)
         self.ranks.wait()
         order = {p.id: i for i, p in enumerate(self.data.problems)}
         unique = {
             (order[a.problem], a.index): a for file in files.values() for a in self.read(file) if a.problem in order
         }
         return [unique[place] for place in wanted]
+
+    def prompts(self, asked: Pass, budgets: dict[str, float]) -> dict[str, tuple[Guidance, list[int]]]:
+        """Problem id -> its stated length and its prompt. Rendered once: a template may read a clock."""
+        guidances = {p.id: guidance_for(p, asked, budgets, self.config) for p in self.data.problems}
+        return {
+            p.id: (guidances[p.id], self.data.prompter.ids(p.question, guidances[p.id])) for p in self.data.problems
+        }
 
     def read(self, file: Path) -> list[Answer]:
         """The samples of one set, from the files of all ranks."""
@@ -119,7 +128,7 @@ class Benchmark:
         self,
         missing: Sequence[tuple[int, int]],
         decoding: Decoding,
-        guidances: dict[str, Guidance],
+        prompts: dict[str, tuple[Guidance, list[int]]],
         files: dict[str, Path],
     ) -> None:
         """Sample in chunks and append each chunk to disk at once, so that an interruption loses only one chunk."""
@@ -132,10 +141,9 @@ class Benchmark:
             for first in range(0, len(missing), chunk):
                 part = missing[first : first + chunk]
                 problems = [self.data.problems[i] for i, _ in part]
-                prompts = [self.data.prompter.ids(p.question, guidances[p.id]) for p in problems]
                 requests = [
-                    Request(prompt, row_seed(self.config.run.seed, 0, i, k), e.max_new_tokens)
-                    for prompt, (i, k) in zip(prompts, part, strict=True)
+                    Request(prompts[p.id][1], row_seed(self.config.run.seed, 0, i, k), e.max_new_tokens)
+                    for p, (i, k) in zip(problems, part, strict=True)
                 ]
                 samples = self.sampler.generate(requests, decoding)
                 texts = [self.data.decode(s.ids) for s in samples]
@@ -143,7 +151,7 @@ class Benchmark:
                 self.grader.stop_if_untrustworthy()  # before writing: a failure must not look like a wrong answer
                 by_file = defaultdict(list)
                 for (_, k), p, s, text, right in zip(part, problems, samples, texts, verdicts, strict=True):
-                    correct, budget = right and s.finished, guidances[p.id].budget
+                    correct, budget = right and s.finished, prompts[p.id][0].budget
                     answer = Answer(p.id, p.source, p.level, k, len(s.ids), correct, s.finished, text, budget)
                     file = files[p.source]
                     by_file[file.with_stem(f"{file.stem}-rank{self.ranks.index}")].append(asdict(answer))

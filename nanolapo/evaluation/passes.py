@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nanolapo.checkpoint import NAME
 from nanolapo.config import Config, PromptConfig, UserError
-from nanolapo.config_file import build, overlay, to_yaml
+from nanolapo.config_file import build, to_yaml
 from nanolapo.data.load import Data, fit_prompts, gradable_problems
 from nanolapo.data.prompts import Prompter
 from nanolapo.grader import Grader
@@ -86,11 +86,11 @@ def expand(name: str, path: str, prompt: PromptConfig) -> list[Model]:
 
 
 def prompt_of(config: Config, name: str) -> PromptConfig:
-    """The model's prompt: config.prompt with the model's keys of evaluate.prompts laid over it."""
+    """The model's prompt: config.prompt, in which the model's keys of evaluate.prompts replace those given for all."""
     given, key = config.evaluate.prompts.get(name, {}), f"evaluate.prompts.{name}"
     if not isinstance(given, dict):
         raise UserError(f"{key}={given!r} must be a mapping of prompt keys to values, such as {{style: chat}}")
-    return build(PromptConfig, overlay(asdict(config.prompt), given), key)
+    return build(PromptConfig, asdict(config.prompt) | given, key)
 
 
 def instruction(text: str) -> Pass:

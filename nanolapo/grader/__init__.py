@@ -2,15 +2,17 @@ r"""Grades answers: boxed answers are compared exactly, or by math-verify in wor
 
 What counts. Only the text after the last `</think>` counts. Without one the whole completion does, or nothing with
 `require_think_close`. The answer is the last \boxed{...} in it. An empty or unterminated last box scores 0, and so does
-prose. Boxes joined by "or", "and", commas or nothing at all are one list, and a list is right only if the reference answer
-is the same list. Conventions: percent signs, degree signs and units are dropped and never rescaled (50% is 50, not 0.5).
-Integers, decimals and fractions are exact (0.333 is not 1/3). The order matters in tuples but not in sets. The type of
-brackets matters. x is not X.
+prose. Boxes with only LaTeX, signs or words such as "or", "and" between them are one list. A list is right only if the
+reference answer has the same values. Conventions: percent signs, degree signs and units are dropped and never rescaled (50%
+is 50, not 0.5), but a word that changes the value is no unit (4:30 pm, 5 million). Integers, decimals and fractions are
+exact (0.333 is not 1/3). The order matters in tuples, and between values with labels and values without (x=2, y=1 is 2, 1),
+but not in lists and sets. The type of brackets matters. A comma between digits is one of thousands only if no blank follows
+it and no bracket makes it a separator. An equation without a label (0 = x-1) asks for an equation. x is not X, yes is Yes.
 
-Most answers are settled here, as text and exact numbers (answers.py). The others are asked in worker processes (pool.py,
-worker.py). That works from any thread, and no answer can hang the trainer or fill its memory. An answer that misses its
-deadline or crashes three workers is an error, which is counted apart from wrong answers. Model text is never executed
-(worker.py says how this is made sure).
+Most answers are settled here, as text and exact numbers (spelling.py, answers.py). The others are asked in worker processes
+(pool.py, worker.py). That works from any thread, and no answer can hang the trainer or fill its memory. An answer that
+misses its deadline or crashes three workers is an error, which is counted apart from wrong answers. Model text is never
+executed (worker.py says how this is made sure).
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ from concurrent.futures import CancelledError, Future
 from functools import cache, partial
 
 from nanolapo.config import RunStopped
-from nanolapo.grader.answers import equal, hostile, normalise, number
+from nanolapo.grader.answers import equal, hostile, is_list, number
 from nanolapo.grader.boxes import boxed_answer, exact_first_boxed, first_boxed
 from nanolapo.grader.pool import Pool, Question
+from nanolapo.grader.spelling import is_reachable, normalise
 
 MAX_ERROR_RATE = 0.05  # with more errors than this, over at least MIN_ANSWERS, the verdicts cannot be trusted
 MIN_ANSWERS = 200
@@ -51,7 +54,8 @@ def _decide(completion: str, reference: str, require_think_close: bool) -> bool 
         return left == right
     if len(answer) > max(1000, 4 * len(reference)):
         return False
-    question = normalise(answer), normalise(reference)
+    normal = normalise(reference)
+    question = normalise(answer, is_list(normal)), normal
     if not all(question):
         return False
     try:
@@ -112,11 +116,14 @@ class Grader:
         return boxed_answer(completion, self.require_think_close)
 
     def references_that_fail(self, references: Sequence[str]) -> list[int]:
-        """Indices of those that do not accept themselves, accept an unrelated number, or end in an error."""
+        """Indices of those that no answer can reach, do not accept themselves, accept any number, or end in an error."""
         own = [self._reply(rf"\boxed{{{reference}}}", reference, False) for reference in references]
         other = [self._reply(CANARY, reference, False) for reference in references]
-        checks = enumerate(zip(own, other, strict=True))
-        return [i for i, (mine, canary) in checks if not (mine.result() and canary.result() is False)]
+        checks = enumerate(zip(references, own, other, strict=True))
+        return [
+            i for i, (reference, mine, canary) in checks
+            if not (is_reachable(reference) and mine.result() and canary.result() is False)
+        ]  # fmt: skip
 
     @property
     def error_rate(self) -> float:

@@ -1,4 +1,4 @@
-"""Compares two final answers as text: it normalises the LaTeX and decides numbers, words, lists and tuples exactly.
+"""Compares two final answers that spelling.py has normalised: numbers, words, lists, tuples and equations, exactly.
 
 `equal(a, reference, leaf)` walks the structure (lists, tuples, labels, equations) and settles everything that needs no
 algebra. It hands two formulas that it cannot settle to `leaf`. In a worker, `leaf` is math-verify. In the trainer's process
@@ -10,72 +10,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import lru_cache
+from string import ascii_letters
+
+from nanolapo.grader.spelling import closes_at_end
 
 Leaf = Callable[[str, str], bool]
 
-UNICODE = str.maketrans(
-    {
-        **dict.fromkeys("−–—‐‑﹣－", "-"), **dict.fromkeys("\u00a0\u2002\u2003\u3000\t\n\r", " "), "√": r"\sqrt ",
-        **dict.fromkeys("\u2009\u202f\u200a", r"\,"), **dict.fromkeys("\u200b\u2060\ufeff°", ""), "×": r"\times ",
-        "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "⁄": "/", "π": r"\pi ", "θ": r"\theta ", "∞": r"\infty ",
-        "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ", "∪": r"\cup ", "∩": r"\cap ",
-        "∈": r"\in ", "∅": r"\emptyset ", "²": "^2", "³": "^3", "½": r"\frac12", "¼": r"\frac14", "¾": r"\frac34",
-        "，": ",", "（": "(", "）": ")", "％": "%", **{chr(0xFF10 + d): str(d) for d in range(10)},
-    }
-)  # fmt: skip
-UNITS = (
-    "mm|cm|km|kg|mg|mL|ml|ft|mi|yd|lbs?|oz|mph|inch(?:es)?|foot|feet|met(?:er|re)s?|miles?|yards?|dollars?|cents?|USD"
-    "|degrees?|hours?|hrs?|minutes?|mins?|seconds?|secs?|days?|weeks?|months?|years?|(?:square |cubic )?units?"
-)
-QUANTITY = (
-    r"hundred|thousand|million|billion|trillion|dozen|score|pi|theta|alpha|beta|sqrt|sin|cos|tan|log|squared|cubed"
-)
-REWRITES: list[tuple[re.Pattern[str], str]] = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in [
-        (r"(?<=\d)(?:,\\!|(?<!\\)\\[,;:]|\{,\}|~)\s*(?=\d{3}(?!\d))", ""),  # thousands: 10{,}000, 10,\!000, 10\,000
-        (r"(?<!\\)\\[()\[\]]|\\?\$|\\!|\\displaystyle|\\(?:left|right|big|Big)(?![a-zA-Z])\.?", ""),
-        (r"(?<!\\)\\[,;: ]|~", " "),
-        (r"\\[dtc]frac", r"\\frac"),
-        (r"\\(?:mbox|mathrm|mathbf|mathit|mathsf|text(?:bf|rm|it|normal)|bm|boldsymbol)(?=\s*\{)", r"\\text"),
-        (r"\\(?:leqslant|leq|le)(?![a-zA-Z])|<=", r"\\le "),
-        (r"\\(?:geqslant|geq|ge)(?![a-zA-Z])|>=", r"\\ge "),
-        (r"\\(?:neq|ne)(?![a-zA-Z])|!=", r"\\ne "),
-        (r"\\lt(?![a-zA-Z])", "<"),
-        (r"\\gt(?![a-zA-Z])", ">"),
-        (r"\\varnothing", r"\\emptyset"),
-        (r"\\lbrace(?![a-zA-Z])", r"\\{"),
-        (r"\\rbrace(?![a-zA-Z])", r"\\}"),
-        (r"\^\s*\{?\s*\\circ\s*\}?|\\degree", ""),
-        (r"\\?%|\\text\s*\{\s*percent\s*\}|\bpercent\b", ""),  # 50% reads 50, never 0.5
-        (r",?\s*\\text\s*\{[\s,]*(?:and|or)[\s,]*\}|;|\\q?quad(?![a-zA-Z])", ","),
-        (r",?\s*(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])", ","),
-        (r"(?<=[\d}).])\s*\\text\s*\{(?!\s*(?:[ie]|" + QUANTITY + r")\s*\})[^{}]*\}"
-         r"(?:\s*\^\s*\{?\d\}?)?(?=\s*(?:,|$))", ""),  # 5 \text{ cm}^2
-        (r"(?<=\d)\s*(?:" + UNITS + r")(?:\s*\^\s*\{?[23]\}?)?\s*(?=,|$)", ""),
-        (r"^([-+]?[\d.,/]+)\s+(?!(?:" + QUANTITY + r")\b)[a-z]{3,}(?:\s+[a-z]+){0,2}$", r"\1"),  # 18 eggs
-        (r"\\frac\s*(\\[a-zA-Z]+|[^{\s\\])", r"\\frac{\1}"),
-        (r"(\\frac\s*\{[^{}]*\})\s*(\\[a-zA-Z]+|[^{\s\\])", r"\1{\2}"),
-        (r"(?<![\d.])(\d+)\s+(\d+)/(\d+)", r"\1\\frac{\2}{\3}"),  # 3 1/2
-        (r"(?<=\d)(?<![_^]\d)\s+(?=\d)", ","),  # "3 5" is two numbers, not 35
-        (r"(?<![\\a-zA-Z])sqrt", r"\\sqrt"),
-        (r"\\sqrt\s*(\\[a-zA-Z]+|[^{\s\\\[(])", r"\\sqrt{\1}"),
-        (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-        (r"\\text\s*\{([^{}]*\d[^{}]*)\}", r"\1"),  # \mathbf{2340}
-        (r"^\s*(?:[A-Za-z]\s*\\in|\\approx)(?![a-zA-Z])", ""),
-        (r"(\\[a-zA-Z]+)\s+(?=[a-zA-Z])", r"\1" + "\0"),  # \pi r keeps its space
-        (r"\s+", ""),
-        (r"\0", " "),
-        (r",(?:,)+", ","),
-    ]
-]  # fmt: skip
-THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d*)?|-?\d{1,3}(?: \d{3})+")
 DECIMAL = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)")
 FRACTION = re.compile(r"([+-]?)(\d*)\\frac\{([+-]?\d+)\}\{([+-]?\d+)\}|([+-]?\d+)/(\d+)")
 BASED = re.compile(r"([0-9A-Z]+)_\{?(\d+)\}?")  # 1010_2
-WORDS = re.compile(r"\\text\{[^{}]*\}|[A-Za-z]{4,}|\(?[A-Z]\)?")
+CLOCK = re.compile(r"\d{1,2}(?::\d\d)+")  # 8:30 is no ratio
+TEXT = re.compile(r"\\text\{([^{}]*)\}")
+WORDS = re.compile(TEXT.pattern + r"|[A-Za-z]{3,}|(?i:no|on|up|am|pm)|\(?[A-Z]\)?")  # but xy is a product
 NOT_LABELS = re.compile(
     r"\\(?:frac|sqrt|binom|sum|prod|int|pm|in|cup|cap|log|ln|pi|infty|le|ge|ne)(?![a-zA-Z])|[<>!^/*]"
 )
@@ -83,21 +31,37 @@ LABEL = re.compile(r"(?:[A-Za-z+\-|(),']|\\text\{[^{}]*\}|\\[a-zA-Z]++ ?|\\overl
 ONE_SYMBOL = re.compile(r"\(?(?:\\?[A-Za-z](?:,|(?=\))|$))+\)?|[A-Za-z]\([A-Za-z,]+\)|\\[a-zA-Z]+|\\text\{[^{}]*\}")
 
 
-@lru_cache(1000)  # the rows of a group share a reference answer
-def normalise(text: str) -> str:
-    r"""Rewrite an answer so that spellings with the same meaning become equal.
+@dataclass(frozen=True)
+class Members:
+    r"""What an answer consists of: a list ("kind" is empty), a set ("{}"), or a tuple or interval ("()", "[)", ...).
 
-    >>> normalise(r"\dfrac12 \text{ cm}"), normalise("1,234"), normalise(r"x \in \left[ 1, 2\right)")
-    ('\\frac{1}{2}', '1234', '[1,2)')
+    >>> _members("x=2,y=1"), _members("[1,2)").kind
+    (Members(kind='', items=['2', '1'], labels=['x', 'y']), '[)')
     """
-    text = re.sub(r"(?<!\.)\.$", "", text.translate(UNICODE).strip().strip("*").rstrip(",; ")).strip()
-    for pattern, replacement in REWRITES:
-        if THOUSANDS.fullmatch(text):
-            text = text.replace(",", "").replace(" ", "")
-        text = pattern.sub(replacement, text)
-    while text.startswith("{") and text.endswith("}") and _closes_at_end(text):
-        text = text[1:-1]
-    return text.strip(",")
+
+    kind: str
+    items: list[str]
+    labels: list[str] = field(default_factory=list)  # one per item if the items have different labels, else empty
+
+    @property
+    def is_single(self) -> bool:
+        return self.kind == "" and len(self.items) == 1
+
+    @property
+    def is_tuple(self) -> bool:
+        return self.kind not in ("", "{}")
+
+    @property
+    def has_order(self) -> bool:
+        """True for a tuple, and for x=2, y=1, but not for x_1=2, x_2=1: these are two values of one unknown."""
+        return self.is_tuple or bool(self.labels) and len({*map(_bare, self.labels)}) == len(self.labels)
+
+    @property
+    def in_order(self) -> list[str]:
+        """The items; labels that are neighbours in the alphabet have an order of their own: b=1, a=2 is (2,1)."""
+        if self.labels and "".join(sorted(self.labels)) in ascii_letters:
+            return [item for _, item in sorted(zip(self.labels, self.items, strict=True))]
+        return self.items
 
 
 def number(text: str) -> Fraction | None:
@@ -145,19 +109,54 @@ def equal(answer: str, reference: str, leaf: Leaf) -> bool:
         return left == right
     if WORDS.fullmatch(answer) or WORDS.fullmatch(reference):
         return _plain(answer) == _plain(reference)
-    kind_a, items_a = _items(answer)
-    kind_r, items_r = _items(reference)
-    tuple_a, tuple_r = _tuple(answer), _tuple(reference)
-    if (tuple_a and right is not None) or (tuple_r and left is not None):
+    if CLOCK.fullmatch(answer) and CLOCK.fullmatch(reference):
+        return answer.lstrip("0") == reference.lstrip("0")
+    a, r = _members(answer), _members(reference)
+    if (a.is_tuple and right is not None) or (r.is_tuple and left is not None):
         return False
-    if not (kind_a == kind_r == "bare" and len(items_a) == len(items_r) == 1):  # a set or a list on either side
-        if tuple_r:  # "1, 2" may stand for (1,2), in that order; {1,2} may not
-            return kind_a == "bare" and _in_order(items_a, tuple_r[1:], leaf)
-        if tuple_a:
-            return kind_r == "bare" and tuple_a[0] == "()" and _any_order(tuple_a[1:], items_r, leaf)
-        return _any_order(items_a, items_r, leaf)
-    if tuple_a and tuple_r:
-        return tuple_a[0] == tuple_r[0] and _in_order(tuple_a[1:], tuple_r[1:], leaf)
+    # One formula beside a tuple or interval may be x>2 for (2,\infty): that is not settled by the members.
+    if (a.is_single or a.is_tuple) and (r.is_single or r.is_tuple) and (a.is_single or r.is_single):
+        return _same_formula(answer, reference, leaf)
+    return _same_members(a, r, leaf)
+
+
+def is_list(text: str) -> bool:
+    """True if a normalised answer has several members, so that the comma in an answer such as 81,256 separates."""
+    return len(_members(text).items) > 1
+
+
+def _same_members(a: Members, r: Members, leaf: Leaf) -> bool:
+    """By label where both have labels, in order where one has or where a tuple asks for it, otherwise in any order."""
+    if a.labels and r.labels:
+        value = dict(zip(a.labels, a.items, strict=True))
+        same = len(a.labels) == len(r.labels) and value.keys() == {*r.labels}
+        return same and _in_order([value[label] for label in r.labels], r.items, leaf)
+    if r.has_order or (a.has_order and not a.is_tuple):  # "1, 2" may stand for (1,2), but {1,2} and [1,2] may not
+        return a.kind in ("", r.kind or "()") and _in_order(a.in_order, r.in_order, leaf)
+    return (not a.is_tuple or (a.kind, r.kind) == ("()", "")) and _any_order(a.items, r.items, leaf)
+
+
+def _in_order(answers: list[str], references: list[str], leaf: Leaf) -> bool:
+    return len(answers) == len(references) and all(equal(a, r, leaf) for a, r in zip(answers, references, strict=True))
+
+
+def _any_order(answers: list[str], references: list[str], leaf: Leaf) -> bool:
+    """True if each reference has an answer of its own. Another answer may only repeat a value: 1/2, 0.5 is 1/2.
+
+    The first match of each answer is enough, because equality is transitive.
+    """
+    left, used = list(references), []
+    for answer in answers if len(answers) >= len(references) else []:
+        match = next((reference for reference in left if equal(answer, reference, leaf)), None)
+        if match is not None:
+            left.remove(match)
+            used.append(match)
+        elif not any(equal(answer, reference, leaf) for reference in used):
+            return False
+    return not left
+
+
+def _same_formula(answer: str, reference: str, leaf: Leaf) -> bool:
     based_a, based_r = BASED.fullmatch(answer), BASED.fullmatch(reference)
     if based_a and based_r:
         return based_a.groups() == based_r.groups()
@@ -167,35 +166,24 @@ def equal(answer: str, reference: str, leaf: Leaf) -> bool:
     if len(parts_a) > 1 and len(parts_r) == 1:  # "x = 5" for 5: every side that is not a label must be right
         values = [part for part in parts_a if not _is_label(part)] or parts_a[-1:]
         return all(equal(value, reference, leaf) for value in values)
-    if len(parts_r) > 1 and len(parts_a) == 1:
-        if ONE_SYMBOL.fullmatch(_bare(parts_r[0])) or number(parts_r[0]) is not None:
-            return any(equal(answer, part, leaf) for part in parts_r if not _is_label(part))
-        return False
-    if len(parts_a) == len(parts_r) == 2 and parts_a[0] == parts_r[0]:
-        return equal(parts_a[1], parts_r[1], leaf)
+    if len(parts_r) > 1 and len(parts_a) == 1:  # 5 for "x = 5", but 0 = x-1 asks for an equation
+        values = [part for part in parts_r if not ONE_SYMBOL.fullmatch(_bare(part))]
+        named = parts_r[0] not in values or parts_r[-1] not in values
+        return named and any(equal(answer, value, leaf) for value in values)
+    if len(parts_a) == len(parts_r) == 2:
+        if parts_a[0] == parts_r[0]:
+            return equal(parts_a[1], parts_r[1], leaf)
+        if ONE_SYMBOL.fullmatch(_bare(parts_a[0])) and _bare(parts_a[0]) == _bare(parts_r[0]):
+            return False  # f(1) = 3 says nothing about f(2)
+    words_a, words_r = TEXT.findall(answer), TEXT.findall(reference)
+    if words_a or words_r:  # words that are left change the value: 4:30 pm is not 4:30
+        same = [*map(_plain, words_a)] == [*map(_plain, words_r)]
+        return same and equal(TEXT.sub("", answer), TEXT.sub("", reference), leaf)
     return leaf(answer, reference)
 
 
-def _in_order(answers: list[str], references: list[str], leaf: Leaf) -> bool:
-    return len(answers) == len(references) and all(equal(a, r, leaf) for a, r in zip(answers, references, strict=True))
-
-
-def _any_order(answers: list[str], references: list[str], leaf: Leaf) -> bool:
-    """Takes the first match of each answer, which is enough because equality is transitive."""
-    if len(answers) != len(references):
-        return False
-    left = list(references)
-    for answer in answers:
-        match = next((i for i, reference in enumerate(left) if equal(answer, reference, leaf)), None)
-        if match is None:
-            return False
-        del left[match]
-    return True
-
-
 def _plain(text: str) -> str:
-    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"[\s().]", "", text)
+    text = re.sub(r"[\s().]", "", TEXT.sub(r"\1", text))
     return text if len(text) == 1 else text.casefold()
 
 
@@ -207,16 +195,6 @@ def _bare(text: str) -> str:
 def _is_label(text: str) -> bool:
     text = _bare(text)
     return LABEL.fullmatch(text) is not None and NOT_LABELS.search(text) is None
-
-
-def _closes_at_end(text: str) -> bool:
-    """True if the bracket that opens the text is closed by its last character."""
-    depth = 0
-    for i, char in enumerate(text):
-        depth += (char in "{([") - (char in "})]")
-        if depth == 0 and char in "})]":
-            return i == len(text) - 1
-    return False
 
 
 def _split(text: str, separator: str) -> list[str]:
@@ -233,25 +211,31 @@ def _split(text: str, separator: str) -> list[str]:
     return pieces if depth == 0 and all(pieces) else [text]
 
 
-def _items(text: str) -> tuple[str, list[str]]:
-    """The kind ("set" or "bare") and the members of a set or list. A member with +- becomes two."""
-    kind = "bare"
-    if text.startswith(r"\{") and text.endswith(r"\}") and _closes_at_end(text[1:-2] + "}"):
-        kind, text = "set", text[2:-2]
-    items = []
-    for item in _split(text, ","):
-        if item.count(r"\pm") == 1:
-            before, after = item.split(r"\pm")
-            items += [f"{before}+{after.strip()}" if before else after.strip(), f"{before}-{after.strip()}"]
+def _members(text: str) -> Members:
+    names, *value = _split(text, "=")
+    if len(value) == 1 and names[0] == "(" and _is_label(names):  # (x,y)=(2,1)
+        left, right = _members(names), _members(value[0])
+        if left.kind == right.kind == "()" and len(left.items) == len(right.items):
+            return Members("()", right.items, left.items)
+    if text[:1] in ("(", "[") and text[-1:] in (")", "]") and closes_at_end(text):
+        coordinates = _split(text[1:-1], ",")
+        return Members(text[0] + text[-1], coordinates) if len(coordinates) > 1 else Members("", [text])
+    is_set = text.startswith(r"\{") and text.endswith(r"\}") and closes_at_end(text[1:-2] + "}")
+    kind, items = ("{}", _both_signs(_split(text[2:-2], ","))) if is_set else ("", _both_signs(_split(text, ",")))
+    sides = [_split(item, "=") for item in items]
+    labels = [side[0] for side in sides]
+    if len({*labels}) == len(items) > 1 and all(len(side) == 2 and _is_label(side[0]) for side in sides):
+        return Members(kind, [side[1] for side in sides], labels)
+    return Members(kind, items)
+
+
+def _both_signs(items: list[str]) -> list[str]:
+    """A member with +- becomes two."""
+    found = []
+    for item in items:
+        before, sign, after = item.partition(r"\pm")
+        if sign and r"\pm" not in after:
+            found += [f"{before}+{after.strip()}" if before else after.strip(), f"{before}-{after.strip()}"]
         else:
-            items.append(item)
-    return kind, items
-
-
-def _tuple(text: str) -> list[str]:
-    """['()', 'a', 'b'] for (a,b), ['[)', 'a', 'b'] for [a,b); [] if the text is not one bracket with commas."""
-    if text[:1] in ("(", "[") and text[-1:] in (")", "]") and _closes_at_end(text):
-        items = _split(text[1:-1], ",")
-        if len(items) > 1:
-            return [text[0] + text[-1], *items]
-    return []
+            found.append(item)
+    return found

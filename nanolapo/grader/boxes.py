@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 
-BOX_TOKEN = re.compile(r"\\+boxed\s*\{|\\.|[{}]", re.DOTALL)
-WORD_OR_COMMAND = re.compile(r"\\(?:text|mathrm|q?quad)(?![a-zA-Z])|\\[^a-zA-Z]|[^A-Za-z]+")
+BOX = re.compile(r"\\+(?:boxed|fbox)\s*\{")
+BOX_TOKEN = re.compile(BOX.pattern + r"|\\.|[{}]", re.DOTALL)
+UNBRACED = re.compile(r"\\boxed\s+(-?\d+(?:[./]\d+)?)")  # \boxed 2
+LAYOUT = re.compile(r"\\(?:begin|end|[hv]space)\s*\*?\{[^{}]*\}|\\(?:[a-zA-Z]+|.)|[^A-Za-z\\]+", re.DOTALL)
+JOINING = {"and", "or", "also", "as", "well", "else", "both"}
 ALTERNATIVE = {"or", "either", "alternatively", "maybe", "perhaps", "possibly", "otherwise"}
 
 
@@ -15,7 +18,7 @@ def _boxes(text: str) -> list[tuple[int, int, str | None]]:
     starts: dict[int, int] = {}
     closed: list[tuple[int, int, str | None]] = []
     for token in BOX_TOKEN.finditer(text):
-        if token[0].endswith("{") and "boxed" in token[0]:
+        if BOX.fullmatch(token[0]):
             stack.append(token.start())
             starts[token.start()] = token.end()
         elif token[0] == "{":
@@ -35,22 +38,26 @@ def last_boxed(text: str) -> str | None:
     >>> last_boxed(r"\boxed{1} so \boxed{\frac{1}{2}}"), last_boxed(r"\boxed{\boxed{5}}"), last_boxed(r"\boxed{1} \boxed{2")
     ('\\frac{1}{2}', '5', None)
     """
-    boxes = _boxes(text)
+    boxes = _boxes(UNBRACED.sub(r"\\boxed{\1}", text))
     return _content(boxes[-1][2]) if boxes else None
 
 
 def _content(box: str | None) -> str | None:
     while box is not None and (inner := _boxes(box)) and (inner[0][0], inner[0][1]) == (0, len(box)):
         box = inner[0][2]
-    return re.sub(r"\\+boxed\s*\{", "{", box).strip() or None if box is not None else None
+    return BOX.sub("{", box).strip() or None if box is not None else None
 
 
 def _joined(between: str) -> bool:
-    """True if two boxes with this text between them are alternatives or parts of one list."""
+    r"""True if two boxes with this text between them are alternatives or parts of one list, not steps of a calculation.
+
+    >>> _joined(r"} \quad \text{ and } x ="), _joined(" cm or "), _joined(" is too small, so take ")
+    (True, True, False)
+    """
     if len(between) > 100:
         return False
-    words = WORD_OR_COMMAND.sub(" ", between).lower().split()
-    return all(len(w) == 1 or w in ("and", "or") for w in words) or (len(words) <= 8 and bool(ALTERNATIVE & {*words}))
+    words = [word for word in LAYOUT.sub(" ", between).lower().split() if len(word) > 1]
+    return {*words} <= JOINING or (len(words) <= 8 and (words[-1] in ("and", "or") or bool(ALTERNATIVE & {*words})))
 
 
 def boxed_answer(completion: str, require_think_close: bool) -> str | None:
@@ -58,6 +65,7 @@ def boxed_answer(completion: str, require_think_close: bool) -> str | None:
     head, closing, tail = completion.rpartition("</think>")
     if require_think_close and not closing:
         return None
+    tail = UNBRACED.sub(r"\\boxed{\1}", tail)
     boxes = _boxes(tail)
     answer = _content(boxes[-1][2]) if boxes else None
     if answer is None:

@@ -32,6 +32,7 @@ from nanolapo.grader.answers import equal
 
 MAX_DIGITS = 3e4  # digits, or terms, of what is worth evaluating: 2^{2008} is, 9^{9^9} is not
 IMAGINARY_UNIT = re.compile(r"(?<![A-Za-z\\])i(?![A-Za-z])")
+INDEX = re.compile(r"\\(?:sum|prod)\s*_\s*\{\s*i\s*=")
 CLEANING = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none", equations=False
 )
@@ -51,8 +52,10 @@ class Reader(_Latex2Sympy):
 
 
 def parse(text: str, is_real: bool) -> Any:
-    if not is_real:
-        text = IMAGINARY_UNIT.sub("I", text)
+    if INDEX.search(text):  # in \sum_{i=1}^{n} i, the letter i is an index
+        text = IMAGINARY_UNIT.sub(next(letter for letter in "kjmnpqst" if letter not in text), text)
+    elif not is_real:
+        text = IMAGINARY_UNIT.sub("{I}", text)  # the reader would drop the power of a bare I
     reader = Reader(is_real=is_real, config=ConversionConfig(lowercase_symbols=False))
     return reader.parse(normalize_latex(text, CLEANING))
 
@@ -77,6 +80,11 @@ def digits(e: Any) -> float:
     if isinstance(e, (sympy.Sum, sympy.Product)):
         return parts[0] + max(10 ** min(part, 99) for part in parts[1:])
     return sum(parts)
+
+
+def remainders(e: Any) -> Any:
+    """Evaluate 17 mod 5, which math-verify cannot compare as long as it is not a number."""
+    return e.replace(sympy.Mod, sympy.Mod) if isinstance(e, sympy.Basic) and e.has(sympy.Mod) else e
 
 
 def same_value(a: Any, r: Any) -> bool:
@@ -115,6 +123,7 @@ def algebra(answer: str, reference: str) -> bool:
         return False
     if a is None or r is None or max(digits(a), digits(r)) > MAX_DIGITS:
         return False
+    a, r = remainders(a), remainders(r)
     # The one call site: reference first, the comparison is not symmetric. No alarm: the parent keeps the time.
     right = verify(r, a, numeric_precision=100, allow_set_relation_comp=True, timeout_seconds=None)
     return bool(right) and same_value(a, r) or same_range(a, r)

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from nanolapo.config import UserError
 from nanolapo.model.lora import lora_layers, merged_delta
 from nanolapo.model.sharding import gather_full, to_host
+from nanolapo.model.version4 import add_version4_keys
 
 NO_FOLDER = "no such folder; the run that writes it comes first (the demo's models: make demo)"
 
@@ -114,8 +115,8 @@ def save_model(
 ) -> None:
     """Write a plain Hugging Face folder, complete or not at all. The model's float32 weights are stored as `dtype`.
 
-    transformers and vLLM load the folder as it is. A tied head is stored once, as transformers expects. All ranks must call
-    this; the main rank writes.
+    transformers (4 and 5) and vLLM load the folder as it is. A tied head is stored once, as transformers expects. All ranks
+    must call this; the main rank writes.
     """
     state = to_host(((name, tensor.to(dtype)) for name, tensor in named_weights(model)), keep=is_main)
     if not is_main:
@@ -128,13 +129,29 @@ def save_model(
         model.save_pretrained(temporary, state_dict=state)
         config.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        add_version4_keys(temporary)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"{folder}: could not be written ({error}); free some disk and run the same command") from None
-    for path in [*temporary.iterdir(), temporary]:
+    publish(temporary, folder)
+
+
+def publish(temporary: Path, folder: Path) -> None:
+    """Give a folder that is complete its final name, in place of an older one. A kill leaves one of the two, whole.
+
+    Its files get the mode that the umask asks for. safetensors writes 0600, which nobody else could read.
+    """
+    probe = temporary / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in temporary.iterdir():
+        path.chmod(mode)
         sync(path)
+    sync(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+    sync(folder.parent)
 
 
 def sync(path: Path) -> None:

@@ -186,7 +186,7 @@ def test_repeated_questions_are_counted_and_left_out(tmp_path):
     rows = rows_of(1, 2) + rows_of(1, 2) + [{"problem": " question 0 ", "answer": "9"}]
     problems, report = load_rows(tmp_path, rows)
     assert [p.answer for p in problems] == ["1", "2"]
-    assert "2 problems of 5 rows" in report[0] and "3 repeated questions left out" in report[0]
+    assert "2 problems of 5 rows" in report[0] and "3 repeated questions left out, 1 of them" in report[0]
 
 
 def test_levels_and_count(tmp_path):
@@ -348,7 +348,7 @@ def test_hub_set_is_loaded_by_name(tmp_path):
     source = SourceConfig(name="hub", path=str(tmp_path), subset="maths", split="test", **fields)
     problems, report = load_problems([source])
     assert [(p.question, p.answer, p.level) for p in problems] == [("q", "2", 3)]
-    assert "line 2: field 'question' is empty" in report[1]
+    assert "row 2: field 'question' is empty" in report[1]
     with pytest.raises(UserError, match=r"data.sources\[hub\].*check path, subset, split"):
         load_problems([replace(source, split="train")])
 
@@ -366,7 +366,7 @@ def test_hub_out_of_reach_is_one_line_with_the_remedy():
     )
     assert run.returncode == 0, run.stderr
     (line,) = run.stdout.splitlines()
-    assert "data.sources[gsm]" in line and "openai/gsm8k" in line and "local .jsonl file as path" in line
+    assert "data.sources[gsm]" in line and "openai/gsm8k" in line and "give a local file as path" in line
 
 
 @pytest.mark.slow

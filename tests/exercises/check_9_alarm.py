@@ -100,6 +100,6 @@ def test_the_other_alarms_are_as_they_were():
     for step in range(3):
         metrics = HEALTHY | {"accuracy": 0.0, "length": 64.0, "truncated": 1.0}
         said.append(alarms.check_learning(step, metrics, ["one"]))
-    assert said[:2] == [[], []] and "every rollout was cut" in " ".join(said[2]), (
+    assert said[:2] == [[], []] and "100 % of the answers were cut" in " ".join(said[2]), (
         f"three steps of cut answers now say {said}"
     )

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from nanolapo.checkpoint import load_checkpoint, optimizer_tensors, save_checkpoint
 from nanolapo.demo.pretrain import make_tokenizer
+from nanolapo.fingerprint import fingerprint_of
 from nanolapo.microbatches import make_microbatch
 from nanolapo.model.folder import save_model
 from nanolapo.policy import Policy
 from nanolapo.ranks import Ranks
-from nanolapo.session import fingerprint_of
 
 LORA = {"lora_rank": 4, "lora_alpha": 8}
 

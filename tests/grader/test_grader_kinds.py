@@ -1,0 +1,194 @@
+r"""Kinds of answers that users of other projects saw graded wrongly, each with siblings of the reported case.
+
+    pytest tests/grader/test_grader_kinds.py
+
+A table has pairs: reference ~ text inside \boxed{}. RIGHT pairs must be accepted and WRONG pairs refused. Every pair goes
+through a real pool with a real worker process.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from grader.references import exceptions
+
+from nanolapo.grader import Grader
+
+GROUPING = r"""
+WRONG: 5, 120 ~ 5120 | 5120 ~ 5, 120 | 2128 ~ 2, 128 | 2128 ~ \{2,128\} | 1234 ~ (1,234) | (1,234) ~ 1234
+WRONG: 1, 000 ~ 1000 | 1234567 ~ 1, 234, 567 | 1234 ~ 1,2,34 | 5120 ~ 5 \text{ and } 120 | 5120 ~ 5;120 | 1,234 ~ 1, 234
+WRONG: 0.5 ~ 0,500 | 5120 ~ 5,\quad 120 | 81256 ~ x=81,y=256 | (2,251,252) ~ 2251252 | [0,100] ~ 100 | 5120.7 ~ 5, 120.7
+WRONG: 12345 ~ 12, 345 | 12345 ~ 12 34 5 | 1234 ~ 1 23 4 | 15 ~ 1 5 | 1.5 ~ 1. 5 | 1.5 ~ 1 .5 | 1000 ~ (1 000, 2)
+RIGHT: 5, 120 ~ 120, 5 | 81, 256 ~ 256, 81 | 81, 256 ~ x=81 or x=256 | 81, 256 ~ \{81,256\} | 81, 256 ~ \{256, 81\}
+RIGHT: 81, 256 ~ 81 \text{ and } 256 | 81, 256 ~ 81;\ 256 | 81, 256 ~ 81,~256 | 81, 256 ~ 81,256 | (0,100) ~ (0, 100)
+RIGHT: 1,234 ~ 1234 | 1234567 ~ 1,234,567 | 1234.5 ~ 1,234.5 | 5120 ~ x = 5,120 | 5120 ~ 5,120 \text{ cm}
+RIGHT: 5120 ~ \$5,120
+RIGHT: -1234 ~ -1,234 | \frac{1234}{5} ~ \frac{1,234}{5} | 1000, 2000 ~ 1,000, 2,000
+RIGHT: 1000, 2000 ~ 2,000 \text{ and } 1,000
+RIGHT: 1000, 2000 ~ \{1,000, 2,000\} | (1000, 7) ~ (1{,}000, 7) | 12345 ~ 12\,345 | 12345 ~ 12 345 | 12345 ~ 12,\!345
+RIGHT: (2,251,252) ~ (2, 251, 252) | 27,54,108,135 ~ 135, 108, 54, 27 | \sqrt{1234} ~ \sqrt{1,234}
+RIGHT: 12345 ~ 12 345 \text{ cm}
+"""
+
+BLANKS = r"""
+WRONG: 2^{6300} ~ 2^6\,300 | x^{2300} ~ x^2~300 | 2^{63} ~ 2^6 3 | x^{23} ~ x^2 3 | a_{12} ~ a_1 2 | x_{12} ~ x_1 2
+WRONG: \log_{23} 5 ~ \log_2 35 | 2^{63} ~ 2^{6} 3
+WRONG: \frac{1}{23} ~ \frac12 3 | \sqrt{23} ~ \sqrt2 3 | 5000 ~ 5 e 3 | x^{2}+13 ~ x^2+1 3
+RIGHT: 192 ~ 2^6 3 | 3x^2 ~ x^2 3 | 2^{63} ~ 2^63 | x^2 ~ x^{ 2 } | \log_2 3 ~ \log_{2}{3} | a_1 ~ a_{1} | 7 ~ 7\,
+RIGHT: 7 ~ \,7\;
+RIGHT: 7 ~ 7~ | 7 ~ 7 \quad | 7 ~ 7\! | 7 ~ 7\;\;
+"""
+
+BOXED_TOGETHER = [
+    r"\boxed{1} \quad \text{and} \quad \boxed{2}", r"\boxed{1} \quad \boxed{2}", r"\boxed{1}\qquad\boxed{2}",
+    r"$\boxed{1}$ and $\boxed{2}$", r"\boxed{1} \lor \boxed{2}", r"\boxed{1} \\ \boxed{2}", "\\boxed{1}\n\n\\boxed{2}",
+    r"\[\boxed{1}\] \[\boxed{2}\]", r"\boxed{1}, \;\; \boxed{2}", r"$$\boxed{1}$$ or $$\boxed{2}$$",
+    r"\begin{align*} &\boxed{1} \\ &\boxed{2} \end{align*}", r"\boxed{1} \text{ or else } \boxed{2}",
+    r"\begin{align} \boxed{1} \end{align} \begin{align} \boxed{2} \end{align}", r"\boxed{1} \hspace{1cm} \boxed{2}",
+    r"\boxed{1} \text{ cm and } \boxed{2} \text{ cm}", r"$x = \boxed{1}$ and $x = \boxed{2}$", r"\boxed{1}/\boxed{2}",
+    r"\boxed{1} as well as \boxed{2}", r"(a) \boxed{1} (b) \boxed{2}", r"\boxed 1 or \boxed 2", r"\fbox{1} or \boxed{2}",
+]  # fmt: skip
+
+VALUES = r"""
+WRONG: 4:30 pm ~ 4:30 am | 4:30 pm ~ 4:30 \text{ a.m.} | 12 ~ 12 PM | 12 PM ~ 12 AM | 12 AM ~ 12 PM
+WRONG: 12 pm ~ 12 \text{ am}
+WRONG: 12 \text{ p.m.} ~ 12 \text{ a.m.} | 5 ~ 5 million dollars | 5 ~ 5\text{ million dollars} | 5 ~ 5 \text{ million}
+WRONG: 2 ~ 2 dozen eggs | 2 ~ 2 \text{ dozen eggs} | 3 ~ 3 hundred people | 3 ~ 3\text{ hundred people} | 4 ~ 4 billion
+WRONG: 4 ~ 4 \text{ billion people} | 5 ~ 5 \text{ thousand km} | 2 ~ 2 \text{ thirds} | 2 ~ 2 thirds | 3 ~ 3 tenths
+WRONG: 3 ~ 3 \text{ squared} | 5 ~ 5 \text{ or } 6 | 5 ~ 5 \text{ or 6} | 5 ~ 5 \text{ or maybe six}
+WRONG: 5 ~ 5\text{ below zero}
+WRONG: 5 ~ 5 \text{ times } 7 | 5 ~ 5 \text{ times more} | 5 ~ 5 out of six | 5 ~ 5 \text{ factorial}
+WRONG: 5 ~ 5 \text{ degrees below}
+WRONG: 5 ~ 5\text{k} | 5 ~ 5 \text{ M} | \text{A} ~ \text{A} apples | 8:30 ~ 4:15 | 5 ~ 5 BC | 5 ~ 5\text{ B.C.}
+WRONG: 12 ~ 12 \text{ noon}
+WRONG: 5 ~ 5 \text{ to four} | 5 ~ 5\text{ pairs of shoes}
+RIGHT: 4:30 pm ~ 4:30 PM | 4:30 pm ~ 4:30 \text{ p.m.} | 4\!:\!51 \text{ p.m.} ~ 4:51 pm | 12 PM ~ 12 \text{ p.m.}
+RIGHT: 5000000 ~ 5 million | 5{,}000{,}000 ~ 5 \text{ million dollars} | 24 ~ 2 dozen eggs | 300 ~ 3 hundred people
+RIGHT: 5.2\text{ million} ~ 5200000 | 5 ~ 5 dollars | 5 ~ 5 \text{ dollars} | 5 ~ 5 red apples | 5 ~ 5 \text{ cm/s}
+RIGHT: 5 ~ 5 \text{ m} | 5 ~ 5 \text{ K} | (3,4) ~ (3 \text{ cm}, 4 \text{ cm}) | \{5\} ~ \{5 \text{ cm}\}
+RIGHT: 6\pi ~ 6 \pi \text{ cm} | 5 ~ 5 \text{ sq. ft.}
+RIGHT: 5 ~ 5 \text{ miles per hour} | 7:30 ~ 7:30 | 3:5 ~ 3:5
+"""
+
+WORDS = r"""
+WRONG: no ~ on | on ~ no | yes ~ no | yes ~ yes, but no | yes ~ yes and no | no ~ know | odd ~ odds | was ~ saw | no ~ n
+WRONG: even ~ seven
+WRONG: true ~ false | no ~ not | odd ~ \text{even} | \text{May} ~ \text{Amy} | no ~ n \cdot o | yes ~ 1
+WRONG: \text{no} ~ \text{on}
+RIGHT: yes ~ Yes | yes ~ YES | yes ~ \text{Yes} | \text{odd} ~ Odd | odd ~ \text{Odd.} | no ~ No | no ~ \text{NO}
+RIGHT: Yes ~ \textbf{yes}
+RIGHT: \text{May} ~ may | xy ~ yx | 2ab ~ 2ba | true ~ \mathrm{True} | \text{no} ~ \mathbf{No} | no ~ No.
+"""
+
+LABELS = r"""
+WRONG: x = 2, y = 1 ~ 1, 2 | x = 2, y = 1 ~ x=1, y=2 | x = 2, y = 1 ~ y=2, x=1 | x = 2, y = 1 ~ (1,2) | (1,2) ~ b=1, a=2
+WRONG: (1,2) ~ y=1, x=2 | x=2, y=1 ~ 2 | x=2, y=1 ~ a=2, b=1 | a=1, b=2, c=3 ~ 1, 3, 2 | (x,y)=(1,2) ~ y=1, x=2
+WRONG: f(1)=2, f(2)=3 ~ f(1)=3, f(2)=2 | x=2, y=1 ~ \{1,2\} | x = 2, y = 1 ~ (x,y)=(1,2) | x=2,y=1 ~ (y,x)=(2,1)
+RIGHT: x = 2, y = 1 ~ 2, 1 | x = 2, y = 1 ~ y=1, x=2 | x = 2, y = 1 ~ (2,1) | x = 2, y = 1 ~ (x,y)=(2,1)
+RIGHT: (1,2) ~ a=1, b=2
+RIGHT: AB=9, CD=4 ~ \{CD=4, AB=9\} | (2,1) ~ b=1, a=2 | x=1, x=2 ~ 2, 1 | x=1 \text{ or } x=2 ~ 2, 1
+RIGHT: 1, 2 ~ x_1=2, x_2=1 | x=2,y=1 ~ x = 2 \text{ and } y = 1
+RIGHT: (x,y)=(2,1) ~ y=1, x=2 | (2,3) ~ m=2, b=3 | x=2, y=1 ~ (y,x)=(1,2) | x=0.5, y=1 ~ y=1, x=\frac12
+"""
+
+EQUATIONS = r"""
+WRONG: 0=x-1 ~ 0 | 3 = x+y ~ 3 | 1=x^2+y^2 ~ x^2+y^2 | 1=x^2+y^2 ~ 1 | x^2+y^2=1 ~ 1 | x^2+y^2=1 ~ x^2+y^2 | 2x=6 ~ 6
+WRONG: 0=x-1 ~ x-1 | 0 = x - 1 ~ x=0 | 6=2x ~ 6 | y=2x+3 ~ y | x=5 ~ x | xy=1 ~ 1 | 1=xy ~ 1
+RIGHT: 0=x-1 ~ x-1=0 | 3 = x+y ~ x+y=3 | 1=x^2+y^2 ~ x^2+y^2=1 | 5=x ~ 5 | x=5 ~ 5 | x=5 ~ 5=x | y=2x+3 ~ 2x+3
+RIGHT: f(x)=x+1 ~ x+1 | 2x+3=y ~ 2x+3 | x+y=3 ~ 3=y+x | a_{10}=55 ~ 55 | 0=x-1 ~ x=1
+"""
+
+REFUSED = r"""
+RIGHT: 55 ~ \sum_{i=1}^{10} i | 120 ~ \prod_{i=1}^5 i | 55 ~ \sum_{i = 1}^{10} {i} | 2 ~ 17 \bmod 5 | 2 ~ 17 \mod 5
+RIGHT: 2 ~ 17\bmod{5}
+RIGHT: \frac12 ~ \sin 30^\circ | \frac12 ~ \sin(30^\circ) | \frac12 ~ \cos 60° | \frac{\sqrt3}{2} ~ \sin 60^{\circ}
+RIGHT: 1 ~ \tan\left(45^\circ\right) | \frac14 ~ \sin^2 30^\circ | \frac12 ~ \sin{30^\circ} | 1 ~ 2\sin 30^\circ
+RIGHT: \frac12 ~ \sin(10^\circ+20^\circ) | 12 ~ \mathtt{12} | \text{Evelyn} ~ \texttt{Evelyn} | (1,2) ~ \bigl(1,2\bigr)
+RIGHT: (1,2) ~ \Biggl( 1,2 \Biggr) | \{1,2\} ~ \bigl\{1,2\bigr\} | 10 ~ {5 \choose 2} | 10 ~ \dbinom{5}{2} | 3\pi ~ 3 pi
+RIGHT: 3\pi ~ 3pi | \frac{\pi}{2} ~ pi/2 | \frac{1}{100} ~ 10^-2 | 0.01 ~ 10^{-2} | 5000 ~ 5e3 | 0.005 ~ 5e-3
+RIGHT: 5e3 ~ 5000
+RIGHT: 1.5e3 ~ 1500 | 5000 ~ 5E3 | \infty ~ infinity | (2,\infty) ~ (2, infinity) | x ~ \mathbf{x} | e^{-x} ~ e^-x
+RIGHT: 3+4i ~ 4i+3 | -1 ~ i^2 | 30 ~ 30^\circ | 1 ~ \sin 90 ^ \circ | -2, -12 ~ \mathbf{-2 \text{ or } -12}
+RIGHT: 12 ~ \textsf{12} | 12 ~ \underline{12}
+WRONG: i ~ i^3 | 5000 ~ 5e4 | 2 ~ 17 \bmod 4 | \frac12 ~ \sin 30 | 54 ~ \sum_{i=1}^{10} i | 10 ~ {5 \choose 3}+1
+WRONG: \sin 30^\circ ~ \sin 30
+WRONG: \frac{1}{100} ~ 10^2 | 100 ~ 10^-2 | 3\pi ~ 3p i | 1 ~ \sum_{i=1}^{10} i | 90 ~ \sin 90^\circ
+WRONG: \frac\pi6 ~ 30^\circ
+"""
+
+SETS = r"""
+RIGHT: \frac12 ~ \frac12, 0.5 | 5 ~ 5, 5 | \{1,2\} ~ \{1,1,2\} | 1, 1, 2 ~ 2, 1, 1 | 2, 3 ~ 3 \text{ or } 2
+WRONG: 1, 1, 2 ~ 1, 2, 2 | 1, 1, 2 ~ 1, 2 | 1, 2 ~ 1, 1 | 1, 2 ~ 2 | 1, 2 ~ 1, 2, 3 | 5 ~ 5, 5, 6 | (5,5) ~ 5
+"""
+
+
+def pairs(table: str, kind: str) -> list[tuple[str, str]]:
+    rows = [row.split(":", 1)[1] for row in table.strip().splitlines() if row.startswith(kind)]
+    found = [pair.split(" ~ ") for row in rows for pair in row.split(" | ")]
+    return [(reference.strip(), answer) for reference, answer in found]
+
+
+@pytest.fixture(scope="module")
+def grader() -> Iterator[Grader]:
+    with Grader(workers=1) as pool:
+        yield pool
+
+
+def accepted(grader: Grader, rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    verdicts = grader.grade_all([rf"So \boxed{{{answer}}}." for _, answer in rows], [r for r, _ in rows])
+    return [row for row, right in zip(rows, verdicts, strict=True) if right]
+
+
+@pytest.mark.parametrize(
+    "table", [GROUPING, BLANKS, VALUES, WORDS, LABELS, EQUATIONS, REFUSED, SETS],
+    ids=["grouping", "blanks", "values", "words", "labels", "equations", "refused", "sets"],
+)  # fmt: skip
+def test_kind(grader: Grader, table: str) -> None:
+    right, wrong = pairs(table, "RIGHT"), pairs(table, "WRONG")
+    assert [row for row in right if row not in accepted(grader, right)] == []
+    assert accepted(grader, wrong) == []
+    assert grader.errors == 0
+
+
+@pytest.mark.parametrize("completion", BOXED_TOGETHER)
+def test_several_boxes_are_one_set_whatever_stands_between(grader: Grader, completion: str) -> None:
+    text = f"Hence {completion}."
+    assert grader.grade_all([text] * 4, ["1, 2", "2, 1", "2", "1"]) == [True, True, False, False]
+
+
+def test_a_box_after_prose_replaces_the_one_before(grader: Grader) -> None:
+    for text in (
+        r"\boxed{1} is too small, so take \boxed{2}",
+        r"First \boxed{1}. Add one and you get the answer \boxed{2}",
+        r"\boxed{1}. One could add one or two to this in many ways, so we get \boxed{2}",
+        r"\boxed{1}. Wait, I made a mistake and must add one. The answer is \boxed{2}",
+    ):
+        assert grader.grade_all([text] * 2, ["2", "1, 2"]) == [True, False], text
+
+
+def test_references_that_no_answer_reaches_fail_the_check(grader: Grader) -> None:
+    prose = [
+        "None",
+        "N/A",
+        "?",
+        "...",
+        "the proof is left to the reader as an exercise",
+        "Final Answer:",
+        r"\text{}",
+        "-",
+    ]
+    good = ["none", "no", r"\emptyset", "1e3", r"\text{Softball, Kickball, Picnic}", "x=5", r"\infty", "(C)", "18 eggs"]
+    assert grader.references_that_fail(prose + good) == list(range(len(prose)))
+
+
+def test_the_check_of_a_file_lists_what_no_answer_reaches(grader: Grader, tmp_path: Path) -> None:
+    answers = ["5", "4:30 pm", "81, 256", "None", r"so \boxed{3} or \boxed{4}", "x=2, y=1", r"\frac{1", "AB=9, CD=4"]
+    lines = [json.dumps({"question": f"question {i}", "answer": answer}) for i, answer in enumerate(answers)]
+    path = tmp_path / "set.jsonl"
+    path.write_text("\n".join(lines))
+    count, listed = exceptions(path, grader)
+    assert count == 7 and len(listed) == 2
+    assert "line 4: field 'answer' is not a number" in listed[0] and r"'\\frac{1'" in listed[1]
