@@ -20,7 +20,7 @@ from nanolapo.data.problems import load_problems
 
 ROWS = [
     {"problem": 'q,1 "quoted"\nsecond line', "answer": "025", "level": "3"},
-    {"problem": "a\u2028b é", "answer": "NA", "level": "5"},
+    {"problem": "a\u2028b é", "answer": "no", "level": "5"},
     {"problem": "half", "answer": "1.50", "level": ""},
 ]
 EXPECTED = [(row["problem"], row["answer"], int(row["level"]) if row["level"] else None) for row in ROWS]
@@ -70,7 +70,7 @@ NAMES = ["r.jsonl", "r.ndjson", "r.json", "lines.json", "r.csv", "r.parquet", "r
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_kind_of_local_file_gives_the_same_problems(name, tmp_path):
-    """Texts come back as they are: 025 and 1.50 keep their zeros, NA stays text, a field may hold commas and line ends."""
+    """Texts come back as they are: 025 and 1.50 keep their zeros, "no" stays text, a field may hold commas and line ends."""
     problems, report = load(write_file(tmp_path / name, ROWS))
     assert [(p.question, p.answer, p.level) for p in problems] == EXPECTED
     assert report[0].startswith("set: 3 problems of 3 rows from ") and len(report) == 1
