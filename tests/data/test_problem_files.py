@@ -70,7 +70,7 @@ NAMES = ["r.jsonl", "r.ndjson", "r.json", "lines.json", "r.csv", "r.parquet", "r
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_kind_of_local_file_gives_the_same_problems(name, tmp_path):
-    """Texts come back as they are: 025 and 1.50 keep their zeros, "no" stays text, a field may hold commas and line ends."""
+    """Texts come back as they are: 025 and 1.50 keep their zeros, "no" stays text, fields may hold commas and line ends."""
     problems, report = load(write_file(tmp_path / name, ROWS))
     assert [(p.question, p.answer, p.level) for p in problems] == EXPECTED
     assert report[0].startswith("set: 3 problems of 3 rows from ") and len(report) == 1
