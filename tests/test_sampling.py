@@ -476,9 +476,10 @@ def test_B2_two_ranks_sample_and_train_the_same(base, tmp_path):
 def test_progress_goes_by_steps_or_tokens_whichever_is_further():
     """A run under a token limit is as far as its tokens, so schedules end with it; without one, as far as its steps."""
     config = make_config(train={"steps": 40})
-    assert [progress(config, 0, step, 10**9) for step in (0, 10, 40)] == [0, 0.25, 1]
-    assert progress(config, 1000, 4, 750) == 0.75 and progress(config, 1000, 36, 750) == 0.9
-    assert progress(config, 1000, 4, 1000) == 1
+    assert [progress(config, step, 10**9) for step in (0, 10, 40)] == [0, 0.25, 1]
+    limited = replace(config, train=replace(config.train, sampled_tokens=1000))
+    assert progress(limited, 4, 750) == 0.75 and progress(limited, 36, 750) == 0.9
+    assert progress(limited, 4, 1000) == 1
 
 
 def test_method_and_learning_rate_are_told_the_progress_of_the_run(base, tmp_path):
