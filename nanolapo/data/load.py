@@ -23,6 +23,7 @@ class Data:
     prompter: Prompter
     tokenizer: PreTrainedTokenizerBase
     report: list[str] = field(default_factory=list)
+    longest_prompt: int = 0  # tokens, without guidance
 
     def decode(self, ids: np.ndarray) -> str:
         """A response as text. Ids beyond the tokenizer (models with a padded vocabulary can sample them) are left out."""
@@ -56,9 +57,11 @@ def gradable_problems(config: Config, grader: Grader) -> tuple[list[Problem], li
 def fit_prompts(config: Config, prompter: Prompter, problems: Sequence[Problem], report: Sequence[str]) -> Data:
     """Keep the problems whose prompt is short enough, and add a line about the others to `report`."""
     limit, report = config.rollout.max_prompt_tokens, list(report)
-    short, skipped = split_by_length([prompter.ids(p.question) for p in problems], limit)
+    prompts = [prompter.ids(p.question) for p in problems]
+    short, skipped = split_by_length(prompts, limit)
     if skipped:
         report.append(f"skipped {len(skipped)} prompts longer than rollout.max_prompt_tokens={limit}: never cut")
     if not short:
         raise UserError(f"data.sources: no problem is left to work on ({'; '.join(report[-3:])})")
-    return Data([problems[i] for i in short], prompter, prompter.tokenizer, report)
+    longest = max(len(prompts[i]) for i in short)
+    return Data([problems[i] for i in short], prompter, prompter.tokenizer, report, longest)

@@ -18,8 +18,17 @@ from tqdm import tqdm
 from nanolapo.config import Config
 from nanolapo.data.load import Data
 from nanolapo.data.problems import Problem
-from nanolapo.data.prompts import NO_GUIDANCE, Guidance, exact_guidance, outside_guidance
-from nanolapo.evaluation.passes import Model, Pass, decoding_at, load_sets, parse_models, passes, wanted_samples
+from nanolapo.data.prompts import NO_GUIDANCE, Guidance
+from nanolapo.evaluation.passes import (
+    Model,
+    Pass,
+    decoding_at,
+    load_sets,
+    parse_models,
+    passes,
+    preflight,
+    wanted_samples,
+)
 from nanolapo.evaluation.scores import (
     Answer,
     add_aes,
@@ -46,7 +55,10 @@ def evaluate(config: Config) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     with Grader() as grader:
         loaded = load_sets(config, models, grader)  # of all models: a missing folder must not show hours later
+        checked = preflight(config, models, loaded, grader)
         if ranks.is_main:
+            for model, found in zip(models, checked, strict=True):
+                print(*[f"{model.name}: {line}" for line in found.lines()], sep="\n", flush=True)
             write_setup(config, loaded)
         for model, data in zip(models, loaded, strict=True):
             runs = Benchmark(config, model, data, grader, ranks)
@@ -164,8 +176,7 @@ def guidance_for(problem: Problem, asked: Pass, budgets: dict[str, float], confi
     """The stated length, rounded to the same multiples as in training."""
     if problem.id not in budgets:
         return NO_GUIDANCE
-    form = outside_guidance if asked.place == "outside" else exact_guidance
-    return form(stated(config, budgets[problem.id]))
+    return asked.guidance(stated(config, budgets[problem.id]))
 
 
 def write_setup(config: Config, loaded: Sequence[Data]) -> None:

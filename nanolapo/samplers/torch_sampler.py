@@ -24,23 +24,24 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from nanolapo.config import UserError
+from nanolapo.model.folder import load_tokenizer
 from nanolapo.samplers.sampler import Decoding, Request, Sample
 
 REPACK = 0.25  # replace or drop free rows once they are this fraction of the cache
 Cache = list[tuple[Tensor, Tensor]]  # keys and values of each layer, [R, K, S, D]
 
 
-def end_token_ids(model_path: str, model_config: object, generation_config: object) -> list[int]:
+def end_token_ids(
+    tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig, generation_config: GenerationConfig | None
+) -> list[int]:
     """Return every token that ends a response, according to generation_config (one or several), config or tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
     found: set[int] = set()
-    for value in (getattr(generation_config, "eos_token_id", None), getattr(model_config, "eos_token_id", None)):
+    for source in (generation_config, model_config, model_config.get_text_config(), tokenizer):
+        value = getattr(source, "eos_token_id", None)
         found.update([value] if isinstance(value, int) else value or [])
-    if tokenizer.eos_token_id is not None:
-        found.add(tokenizer.eos_token_id)
     return sorted(found)
 
 
@@ -145,7 +146,9 @@ class TorchSampler:
         self.num_kv_heads = config.num_key_value_heads
         self.head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.end_ids = torch.tensor(
-            end_token_ids(model_path, config, self.model.generation_config), device=device, dtype=torch.long
+            end_token_ids(load_tokenizer(model_path), config, self.model.generation_config),
+            device=device,
+            dtype=torch.long,
         )
 
     def sleep(self) -> None:

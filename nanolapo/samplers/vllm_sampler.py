@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
 from nanolapo.config import UserError
+from nanolapo.model.folder import load_tokenizer, position_limit
 from nanolapo.ranks import stay_on_loopback
 from nanolapo.samplers.sampler import Decoding, Request, Sample
 from nanolapo.samplers.torch_sampler import end_token_ids
@@ -112,7 +113,7 @@ class VLLMSampler:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         has_generation = (folder / "generation_config.json").exists()
         generation = GenerationConfig.from_pretrained(folder) if has_generation else None
-        self.end_ids = end_token_ids(str(folder), config, generation)
+        self.end_ids = end_token_ids(load_tokenizer(str(folder)), config, generation)
         self.shapes = checkpoint_shapes(folder)
         text = config.get_text_config()
         self.tied = bool(text.tie_word_embeddings)
@@ -121,6 +122,8 @@ class VLLMSampler:
                 f"model.path={model_path}: a tied model without {EMBEDDING} is not supported; use engine=torch"
             )
         self.vocab_size = int(text.vocab_size)
+        # vLLM refuses a longer one than the model's own limit; preflight.py has seen that every request fits into that
+        max_model_len = min(max_model_len, position_limit(config) or max_model_len)
         self.dtype, self.max_model_len = dtype, max_model_len
         on_cpu = current_platform.is_cpu()
         self.can_sleep = not on_cpu
