@@ -15,7 +15,6 @@ from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -138,8 +137,8 @@ def tokenizer_ids(path: str, key: str, tokenizer: HfTokenizer, texts: Sequence[s
         expected, ids = plain.encode(text).ids, list(tokenizer(text)["input_ids"])
         if ids != expected:
             raise UserError(
-                f"{key}={path!r}: a prompt gets other ids than in tokenizer.json: {tokenizer.convert_ids_to_tokens(ids[:12])} "
-                f"for {plain.encode(text).tokens[:12]}; tokenizer_config.json must not add tokens that tokenizer.json lacks"
+                f"{key}={path!r}: a prompt gets other ids than tokenizer.json's: {tokenizer.convert_ids_to_tokens(ids[:9])} "
+                f"for {plain.encode(text).tokens[:9]}; tokenizer_config.json must not add tokens that tokenizer.json lacks"
             )
     return f"{len(texts)} prompts get the ids of tokenizers.Tokenizer.from_file"
 
@@ -194,7 +193,7 @@ def end_of_turn(key: str, data: Data, ends: list[int]) -> str:
     token = f"{data.tokenizer.decode([first])!r} ({first})"
     if first not in ends:
         raise UserError(
-            f"{key}: the chat template closes an assistant's turn with {token}, which is not an end token (that is {names}): "
+            f"{key}: the chat template closes an assistant's turn with {token}, which is not an end token ({names}): "
             f"answers would run on to the limit. Add {first} to eos_token_id in generation_config.json"
         )
     return f"{token} closes a turn; answers end at {names}"
@@ -218,8 +217,8 @@ def place_of_guidance(prompter: Prompter, asked: Sequence[tuple[str, Guidance]])
 def reference_answers(key: str, data: Data, grader: Grader) -> str:
     """A reference answer written as tokens and read back is still the same answer."""
     texts = [rf"\boxed{{{p.answer}}}" for p in data.problems[:TRIED]]
-    ids = [np.array(data.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-    read = [data.decode(row) for row in ids]
+    ids = [data.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    read = [str(data.tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
     lost = [i for i, text in enumerate(texts) if "".join(read[i].split()) != "".join(text.split())]
     if len(lost) > len(texts) / 2:
         raise UserError(
