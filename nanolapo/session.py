@@ -28,7 +28,7 @@ from nanolapo.methods.base import Method
 from nanolapo.metrics import RunLog
 from nanolapo.policy import Policy
 from nanolapo.ranks import Ranks
-from nanolapo.samplers.choose import make_sampler
+from nanolapo.samplers.choose import check_engine, make_sampler
 from nanolapo.samplers.sampler import Sampler
 
 
@@ -73,6 +73,7 @@ def open_session(config: Config, method: Method) -> Iterator[Session]:
         arithmetic = f"{len(data.problems)} problems; {config.arithmetic(ranks.count)}"
         if ranks.is_main:
             print("\n".join([*data.report, arithmetic]), flush=True)
+        check_engine(config)  # before weights are loaded
         policy, alarms, fingerprint = Policy(config, ranks.device), Alarms(config), fingerprint_of(config, method, data)
         saved = load_checkpoint(config.run_dir / "checkpoints", policy, fingerprint, ranks) or {}
         session = Session(

@@ -62,9 +62,6 @@ def load_model(path: str, device: torch.device, key: str = "model.path") -> PreT
     if info["missing_keys"]:
         raise UserError(f"{key}={path!r}: the files lack {len(info['missing_keys'])} weights of the model, such as "
                         f"{min(info['missing_keys'])}; fetch or save the model again")  # fmt: skip
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):  # log-probs come straight from the head
-        if getattr(model.config, name, None) not in (None, 1.0):
-            raise UserError(f"{key}={path!r}: models that change their logits ({name}) are not supported")
     disable_dropout(model)
     return model.to(device)
 
