@@ -120,9 +120,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # name in the table: model_
 }  # fmt: skip
 
 
-def tiny_family(name: str) -> PreTrainedModel:
+def tiny_family(name: str, **changes: Any) -> PreTrainedModel:
     """A random model of this family with two layers and predictions that are far from uniform."""
     model_type, extra = FAMILIES[name]
+    extra = extra | changes
     options = extra if "text_config" in extra else SIZES | extra
     if isinstance(getattr(CONFIG_MAPPING[model_type], "head_dim", None), property):
         options.pop("head_dim")  # it follows from the other sizes
@@ -142,7 +143,7 @@ class Row(NamedTuple):
     def line(self) -> str:
         trains, samplers = self.refused is None, (self.torch, self.vllm)
         cells = ["yes" if trains and objection is None else "no" for objection in samplers]
-        reason = self.refused or (self.vllm if self.torch and self.vllm else None) or ""
+        reason = self.refused or self.vllm or ""
         return f"| {self.name} | {'yes' if trains else 'no'} | {' | '.join(cells)} | {reason} |\n"
 
 
@@ -168,7 +169,7 @@ def try_family(name: str, folder: Path) -> Row:
 
 def table() -> str:
     lines = [
-        "| kind of model (`model_type`) | trains | torch sampler | vLLM | why not |\n",
+        "| kind of model (`model_type`) | trainer | torch sampler | vLLM | why not |\n",
         "| :-- | :-- | :-- | :-- | :-- |\n",
     ]
     for name in FAMILIES:

@@ -8,22 +8,24 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from engine_helpers import make_requests, reference, save
+from engine_helpers import make_requests, perturb, reference, save
 from families import BEGIN, END, FAMILIES, LONGEST, PAGE, Row, family_config, tiny_family, try_family
 from test_policy import plain_logprobs, scored
 from test_update import gradients, slow_gradients
 from tiny import CPU, make_config, make_rows
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from nanolapo.config import UserError
+from nanolapo.model.folder import named_weights
 from nanolapo.model.trial import PACKED_TOLERANCE, check_packed, packed_difference
 from nanolapo.policy import Policy
 from nanolapo.samplers.choose import check_engine
-from nanolapo.samplers.sampler import Decoding, Request
+from nanolapo.samplers.sampler import Decoding, Request, Sampler
 from nanolapo.samplers.torch_sampler import TorchSampler
 
 TABLE = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].splitlines(keepends=True)[2:]
@@ -31,12 +33,21 @@ LINES = dict(zip(FAMILIES, TABLE, strict=True))
 TRAINS = [name for name, line in LINES.items() if line.split(" | ")[1] == "yes"]
 BY_TORCH = [name for name, line in LINES.items() if line.split(" | ")[2] == "yes"]
 BY_VLLM = [name for name, line in LINES.items() if line.split(" | ")[3] == "yes"]
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": LONGEST}
+LONGROPE |= {"short_factor": [1.5] * 16, "long_factor": [4.0] * 16}
+RUN_IN_VLLM: dict[str, dict[str, Any]] = {
+    "mistral": {},
+    "qwen3": {},
+    "phi3": {"rope_parameters": LONGROPE, "original_max_position_embeddings": LONGEST},
+}
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 
 
 def without_vllm(line: str) -> str:
     cells = line.split(" | ")
-    return " | ".join(cells[:3]) if cells[1] == "yes" else line
+    return (
+        " | ".join(cells[:3]) if cells[1] == "yes" else line
+    )  # the reason of a "no" is vLLM's if the trainer has none
 
 
 @pytest.mark.slow
@@ -51,13 +62,14 @@ def test_the_page_says_what_happens(name: str, tmp_path: Path) -> None:
 
 def test_the_page_is_worth_reading() -> None:
     assert len(TRAINS) >= 25 and len(FAMILIES) - len(TRAINS) >= 15 and len(BY_TORCH) >= 3 and len(BY_VLLM) >= 10
-    assert Row("x", None, None, "why").line() == "| x | yes | yes | no |  |\n"
+    assert Row("x", None, None, "why").line() == "| x | yes | yes | no | why |\n"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINS)
 def test_logprobs_and_gradients_are_those_of_transformers(name: str, tmp_path: Path) -> None:
-    """Rows of 10 to 50 tokens (windows are 32), four in one sequence, against each row alone in float64."""
+    """Rows of 10 to 50 tokens (windows are 32), four in one sequence, against each row alone (gradients in float64,
+    which transformers' experts do not know)."""
     model = tiny_family(name)
     model.save_pretrained(tmp_path)
     rollouts, advantages = make_rows([5, 45, 9, 40]), [1.0, -1.0, 0.5, -0.5]
@@ -68,7 +80,8 @@ def test_logprobs_and_gradients_are_those_of_transformers(name: str, tmp_path: P
         want = plain_logprobs(tmp_path, rollouts, row)
         assert want.std() > 0.3, "too near to uniform: nothing would show"
         np.testing.assert_allclose(got[row, : len(want)], want, atol=1e-4)
-    exact = slow_gradients(tmp_path, rollouts, advantages, "token_mean", [0, 1, 2, 3])
+    dtype = torch.float32 if any("experts" in key for key, _ in model.named_parameters()) else torch.float64
+    exact = slow_gradients(tmp_path, rollouts, advantages, "token_mean", [0, 1, 2, 3], dtype)
     mine = gradients(policy, rollouts, advantages)
     assert mine.keys() == exact.keys()
     largest = max(float(gradient.abs().max()) for gradient in exact.values() if gradient is not None)
@@ -83,9 +96,33 @@ def test_logprobs_and_gradients_are_those_of_transformers(name: str, tmp_path: P
 def test_the_torch_sampler_agrees_with_the_trainer(name: str, tmp_path: Path) -> None:
     model = tiny_family(name)
     sampler = TorchSampler(save(model, tmp_path), torch.float32, CPU, max_rows=4)
+    check_samples(sampler, model)
+
+
+def check_samples(sampler: Sampler, model: PreTrainedModel) -> None:
+    """The log-probs of a few samples are those of transformers, each row alone."""
     requests = [Request([token % 60 for token in r.prompt_ids], r.seed, r.max_new_tokens) for r in make_requests(8)]
     for request, sample in zip(requests, sampler.generate(requests, Decoding()), strict=True):
         np.testing.assert_allclose(sample.logprobs, reference(model, request, sample), atol=1e-4)
+
+
+@needs_vllm
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUN_IN_VLLM)
+def test_vllm_agrees_with_the_trainer_and_takes_new_weights(name: str, tmp_path: Path) -> None:
+    """Heads of 32, which vLLM needs on a CPU. phi3 has longrope, and vLLM is given rows up to its original length."""
+    from nanolapo.samplers.vllm_sampler import VLLMSampler
+
+    model = tiny_family(
+        name, hidden_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=32, **RUN_IN_VLLM[name]
+    )
+    sampler = VLLMSampler(save(model, tmp_path), torch.float32, max_model_len=LONGEST, max_rows=8)
+    check_samples(sampler, model)
+    perturb(model, 0.1, seed=1)
+    sampler.load_weights(named_weights(model))
+    check_samples(sampler, model)
+    sampler.close()
 
 
 # ------------------------------------------------------------------------------------------------- what the trial sees
