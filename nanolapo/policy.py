@@ -24,6 +24,7 @@ from nanolapo.model.logprobs import LogprobHead
 from nanolapo.model.lora import adapters_off, add_lora
 from nanolapo.model.precision import MasterGradients, cast_parameters, make_copy, refresh_copy
 from nanolapo.model.sharding import shard
+from nanolapo.model.trial import check_packed
 
 
 class BadStepsError(RunStopped):
@@ -60,6 +61,8 @@ class Policy:
         # One rank has nothing to split. A model to be split is loaded into host memory and moved layer by layer.
         self.sharded = config.model.sharding == "fsdp2" and dist.is_initialized()
         self.model = load_model(config.model.path, torch.device("cpu") if self.sharded else device)
+        # raises UserError if packed rows do not get the log-probs that transformers gives them
+        self.packed_difference = check_packed(self.model, config.model.path, config.rollout.longest_row)
         self.model.train(config.model.gradient_checkpointing)  # without dropout the two modes compute the same
         if config.model.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -113,7 +116,7 @@ class Policy:
 
     @property
     def vocab_size(self) -> int:
-        return int(self.model.config.vocab_size)
+        return int(self.model.config.get_text_config().vocab_size)
 
     def logprobs(
         self, batch: MicroBatch, with_entropy: bool = False, reference: bool = False

@@ -20,15 +20,25 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as HfTokenizer
 
-from nanolapo.config import Config, UserError
+from nanolapo.config import GUIDANCE_ROOM, Config, UserError
 from nanolapo.data.load import Data
 from nanolapo.data.prompts import Guidance, Prompter
 from nanolapo.grader import Grader
 from nanolapo.methods.base import Method
-from nanolapo.model.folder import file_of, load_model, load_tokenizer, named_weights, position_limit, write_folder
-from nanolapo.samplers.choose import GUIDANCE_ROOM
+from nanolapo.model.folder import (
+    file_of,
+    load_model,
+    load_tokenizer,
+    named_weights,
+    position_limit,
+    read_settings,
+    write_folder,
+)
+from nanolapo.model.trial import PACKED_TOLERANCE
+from nanolapo.policy import Policy
+from nanolapo.samplers.choose import check_engine, pick_engine
 from nanolapo.samplers.torch_sampler import end_token_ids
-from nanolapo.samplers.vllm_sampler import checkpoint_shapes, local_folder
+from nanolapo.samplers.vllm_fit import checkpoint_shapes, local_folder
 
 TRIED = 20  # problems whose prompts and reference answers are tried
 MOST_UNKNOWN = 0.01  # of the prompts' tokens
@@ -70,9 +80,15 @@ def before_training(config: Config, data: Data, method: Method, grader: Grader, 
     checks = sampling_checks(path, key, data, guidances, grader, (new, "rollout.max_new_tokens"))
     if fetch or Path(path).is_dir():
         model = load_model(path, torch.device("meta"))
+        checks.append(partial(kind_of_model, config))
         checks.append(partial(names_and_shapes, path, key, model))
         checks.append(partial(trial_export, key, model, getattr(torch, config.model.dtype), data.tokenizer))
     return Preflight().run(checks)
+
+
+def after_loading(checked: Preflight, policy: Policy) -> Preflight:
+    """Add what was tried with the weights, where the policy was made."""
+    return checked.run([partial(packed_rows, policy)])
 
 
 def before_evaluation(
@@ -108,20 +124,6 @@ def sampling_checks(
     ]
 
 
-def read_settings(path: str, key: str) -> tuple[PreTrainedConfig, GenerationConfig | None]:
-    """Read config.json and generation_config.json. Raises UserError if there is no config."""
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        has_generation = file_of(path, "generation_config.json") is not None
-        return config, GenerationConfig.from_pretrained(path) if has_generation else None
-    except Exception as error:  # a damaged file raises anything, see load_tokenizer
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{key}={path!r}: no config.json or a damaged generation_config.json there ({first}); give a Hugging Face "
-            "model folder or a hub name"
-        ) from None
-
-
 # ----------------------------------------------------------------------------------------- checks without any weights
 
 
@@ -137,7 +139,7 @@ def tokenizer_ids(path: str, key: str, tokenizer: HfTokenizer, texts: Sequence[s
         expected, ids = plain.encode(text).ids, list(tokenizer(text)["input_ids"])
         if ids != expected:
             raise UserError(
-                f"{key}={path!r}: a prompt gets other ids than tokenizer.json's: {tokenizer.convert_ids_to_tokens(ids[:9])} "
+                f"{key}={path!r}: a prompt has other ids than tokenizer.json's: {tokenizer.convert_ids_to_tokens(ids[:9])} "
                 f"for {plain.encode(text).tokens[:9]}; tokenizer_config.json must not add tokens that tokenizer.json lacks"
             )
     return f"{len(texts)} prompts get the ids of tokenizers.Tokenizer.from_file"
@@ -187,8 +189,8 @@ def end_of_turn(key: str, data: Data, ends: list[int]) -> str:
             f"{key}: no end token is known, so no answer would end; set eos_token_id in generation_config.json"
         )
     closing = data.prompter.closing().strip()
-    if not closing:
-        return f"answers end at {names}; no template says how a turn is closed"
+    if not closing.startswith(("<", "[", *data.tokenizer.get_added_vocab())):
+        return f"answers end at {names}; no template says which token closes a turn"
     first = data.tokenizer(closing, add_special_tokens=False)["input_ids"][0]
     token = f"{data.tokenizer.decode([first])!r} ({first})"
     if first not in ends:
@@ -226,6 +228,18 @@ def reference_answers(key: str, data: Data, grader: Grader) -> str:
             "answer could be right; give the tokenizer that belongs to the model"
         )
     return f"{len(texts) - len(lost)} of {len(texts)} are read back, the first as {grader.reads(read[0])!r}"
+
+
+def kind_of_model(config: Config) -> str:
+    """The sampler knows this kind of model and takes over its weights."""
+    check_engine(config)
+    return f"the {pick_engine(config)} sampler can hold it"
+
+
+def packed_rows(policy: Policy) -> str:
+    """Packed rows of different length have the log-probs that transformers gives each row alone."""
+    allowed = PACKED_TOLERANCE[policy.model.dtype]  # Policy itself has refused a larger difference
+    return f"they differ by {policy.packed_difference:.1e} on average, allowed are {allowed:g}"
 
 
 def names_and_shapes(path: str, key: str, model: PreTrainedModel) -> str:

@@ -27,7 +27,7 @@ from nanolapo.locks import alone_in
 from nanolapo.methods.base import Method
 from nanolapo.metrics import RunLog
 from nanolapo.policy import Policy
-from nanolapo.preflight import Preflight, before_training
+from nanolapo.preflight import Preflight, after_loading, before_training
 from nanolapo.ranks import Ranks
 from nanolapo.samplers.choose import make_sampler
 from nanolapo.samplers.sampler import Sampler
@@ -92,7 +92,7 @@ def open_session(config: Config, method: Method) -> Iterator[Session]:
             session.sampler = make_sampler(config, config.model.path, config.rollout.max_new_tokens, ranks)
             # Before the first rollout too: a resumed run must sample from the model it trains.
             session.sampler.load_weights(policy.named_weights())
-            session.say(*checked.lines())
+            session.say(*after_loading(checked, policy).lines())
             if ranks.is_main:
                 session.log = RunLog(config, session.step, saved.get("wandb_id"), session.progress)
         try:

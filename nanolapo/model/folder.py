@@ -14,8 +14,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -64,6 +66,20 @@ def file_of(path: str, name: str) -> Path | None:
     return None if found is None else Path(found)
 
 
+def read_settings(path: str, key: str) -> tuple[PreTrainedConfig, GenerationConfig | None]:
+    """Read config.json and generation_config.json. Raises UserError if there is no config."""
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        has_generation = file_of(path, "generation_config.json") is not None
+        return config, GenerationConfig.from_pretrained(path) if has_generation else None
+    except Exception as error:  # a damaged file raises anything, see load_tokenizer
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{key}={path!r}: no config.json or a damaged generation_config.json there ({first}); give a Hugging Face "
+            "model folder or a hub name"
+        ) from None
+
+
 def load_model(path: str, device: torch.device, key: str = "model.path") -> PreTrainedModel:
     """Load a causal LM in float32 from a local folder or by hub name. Raises UserError naming the config's key.
 
@@ -86,9 +102,6 @@ def load_model(path: str, device: torch.device, key: str = "model.path") -> PreT
     if info["missing_keys"]:
         raise UserError(f"{key}={path!r}: the files lack {len(info['missing_keys'])} weights of the model, such as "
                         f"{min(info['missing_keys'])}; fetch or save the model again")  # fmt: skip
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):  # log-probs come straight from the head
-        if getattr(model.config, name, None) not in (None, 1.0):
-            raise UserError(f"{key}={path!r}: models that change their logits ({name}) are not supported")
     disable_dropout(model)
     return model.to(device)
 

