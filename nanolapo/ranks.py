@@ -15,12 +15,16 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+
+from nanolapo.config import RunStopped, UserError
 
 T = TypeVar("T")
 PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
@@ -61,6 +65,28 @@ class Ranks:
         values: list[Any] = [None] * self.count
         dist.all_gather_object(values, value, group=self.patient)
         return values
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """If one rank ends this block with a UserError or RunStopped, all ranks do. Inside it, ranks must not wait for each
+        other."""
+        error: Exception | None = None
+        try:
+            yield
+        except (UserError, RunStopped) as mine:
+            error = mine
+        for of_rank in self.gather(error):
+            if of_rank is not None:
+                raise of_rank
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """Let the main rank call `make`, and return its result on every rank. This is for whatever depends on a clock or on
+        files, about which ranks could disagree. An error of the user on the main rank is raised on all ranks."""
+        made: Any = None
+        with self.together():
+            if self.is_main:
+                made = make()
+        return self.gather(made)[0]
 
     def any(self, flag: bool) -> bool:
         """True on all ranks when it is true on one."""

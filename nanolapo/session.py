@@ -66,9 +66,10 @@ def open_session(config: Config, method: Method) -> Iterator[Session]:
 
     A run that is complete needs no sampler and no log, so it has none. No other process can open this run meanwhile.
     """
-    ranks, limit = set_up_process(config), token_limit(config)
+    ranks = set_up_process(config)
+    limit = ranks.from_main(lambda: token_limit(config))
     with alone_in(config.run_dir, ranks.is_main), Grader(rule=method.grader_rule) as grader:
-        data = load_data(config, grader)
+        data = load_data(config, grader, ranks)
         method.start(data.problems)
         arithmetic = f"{len(data.problems)} problems; {config.arithmetic(ranks.count)}"
         if ranks.is_main:

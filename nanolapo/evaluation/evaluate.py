@@ -9,13 +9,14 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from nanolapo.config import Config
+from nanolapo.config import Config, UserError
 from nanolapo.data.load import Data
 from nanolapo.data.problems import Problem
 from nanolapo.data.prompts import NO_GUIDANCE, Guidance, exact_guidance, outside_guidance
@@ -37,6 +38,7 @@ from nanolapo.ranks import Ranks
 from nanolapo.rollouts import row_seed
 from nanolapo.samplers.choose import make_sampler
 from nanolapo.samplers.sampler import Decoding, Request, Sampler
+from nanolapo.sampling import sample_beside_grading
 from nanolapo.session import set_up_process
 
 
@@ -45,7 +47,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     ranks, models = set_up_process(config), parse_models(config)
     rows: list[dict[str, Any]] = []
     with Grader() as grader:
-        loaded = load_sets(config, models, grader)  # of all models: a missing folder must not show hours later
+        loaded = load_sets(config, models, grader, ranks)  # of all models: a missing folder must not show hours later
         if ranks.is_main:
             write_setup(config, loaded)
         for model, data in zip(models, loaded, strict=True):
@@ -57,7 +59,8 @@ def evaluate(config: Config) -> dict[str, Any]:
             for temperature in config.evaluate.temperatures:
                 unguided = runs.answers(temperature, asked[0], {})
                 for one in asked:
-                    answers = runs.answers(temperature, one, stated_lengths(one, unguided)) if one.name else unguided
+                    budgets = ranks.from_main(partial(stated_lengths, one, unguided))
+                    answers = runs.answers(temperature, one, budgets) if one.name else unguided
                     rows += [row | origin for row in score_sets(model.name, temperature, one.name, answers, config)]
             runs.close()
     add_aes(rows, models[0].name)
@@ -72,7 +75,7 @@ class Benchmark:
         self.model, self.data, self.grader, self.ranks = model, data, grader, ranks
         self.folder = Path(config.evaluate.samples_dir or config.run_dir / "samples")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.identity = model_identity(model.path)
+        self.identity = ranks.from_main(lambda: model_identity(model.path))
         self.references = sha256("\n".join(f"{p.id} {p.answer}" for p in data.problems).encode()).hexdigest()[:16]
         self.sampler: Sampler | None = None
 
@@ -95,12 +98,11 @@ class Benchmark:
             source: sample_file(self.folder, self.model.name, source, temperature, settings)
             for source in dict.fromkeys(p.source for p in self.data.problems)
         }
-        done = {(a.problem, a.index) for file in files.values() for a in self.read(file)}
         wanted = wanted_samples(self.config, self.data)
-        missing = [(i, k) for i, k in wanted if (self.data.problems[i].id, k) not in done]
+        missing = self.ranks.from_main(lambda: self.missing(wanted, files))
         engine, engines = self.ranks.engine(self.config.rollout.tensor_parallel)
         mine = missing[engine::engines]
-        if self.ranks.any(bool(missing)):
+        if missing:
             guidances = {p.id: guidance_for(p, asked, budgets, self.config) for p in self.data.problems}
             self.sample(mine, decoding, guidances, files)
         self.ranks.wait()
@@ -108,7 +110,17 @@ class Benchmark:
         unique = {
             (order[a.problem], a.index): a for file in files.values() for a in self.read(file) if a.problem in order
         }
+        if lost := set(wanted) - unique.keys():
+            raise UserError(
+                f"{self.folder}: {len(lost)} samples of {self.model.name} are not there although they were written; every "
+                "rank must see this folder, so put it on a disk that all nodes share"
+            )
         return [unique[place] for place in wanted]
+
+    def missing(self, wanted: Sequence[tuple[int, int]], files: dict[str, Path]) -> list[tuple[int, int]]:
+        """Those of the wanted samples that are not on disk yet."""
+        done = {(a.problem, a.index) for file in files.values() for a in self.read(file)}
+        return [(i, k) for i, k in wanted if (self.data.problems[i].id, k) not in done]
 
     def read(self, file: Path) -> list[Answer]:
         """The samples of one set, from the files of all ranks."""
@@ -125,24 +137,25 @@ class Benchmark:
         """Sample in chunks and append each chunk to disk at once, so that an interruption loses only one chunk."""
         e, r = self.config.evaluate, self.config.rollout
         if self.sampler is None:
-            self.sampler = make_sampler(self.config, self.model.path, e.max_new_tokens, self.ranks)
+            self.sampler = make_sampler(self.config, self.model.path, e.max_new_tokens, self.ranks, trains=False)
         chunk = 4 * r.max_rows
         hidden = None if self.ranks.is_main else True  # None: shown on a terminal
         with tqdm(total=len(missing), unit="answer", desc=self.model.name, leave=False, disable=hidden) as bar:
             for first in range(0, len(missing), chunk):
                 part = missing[first : first + chunk]
                 problems = [self.data.problems[i] for i, _ in part]
-                prompts = [self.data.prompter.ids(p.question, guidances[p.id]) for p in problems]
                 requests = [
-                    Request(prompt, row_seed(self.config.run.seed, 0, i, k), e.max_new_tokens)
-                    for prompt, (i, k) in zip(prompts, part, strict=True)
-                ]
-                samples = self.sampler.generate(requests, decoding)
-                texts = [self.data.decode(s.ids) for s in samples]
-                verdicts = self.grader.grade_all(texts, [p.answer for p in problems])
+                    Request(self.data.prompter.ids(p.question, guidances[p.id]), row_seed(self.config.run.seed, 0, i, k),
+                            e.max_new_tokens, p)
+                    for p, (i, k) in zip(problems, part, strict=True)
+                ]  # fmt: skip
+                samples, texts, verdicts = sample_beside_grading(
+                    self.sampler, self.data, self.grader, requests, decoding
+                )
+                rights = [verdict.result() for verdict in verdicts]
                 self.grader.stop_if_untrustworthy()  # before writing: a failure must not look like a wrong answer
                 by_file = defaultdict(list)
-                for (_, k), p, s, text, right in zip(part, problems, samples, texts, verdicts, strict=True):
+                for (_, k), p, s, text, right in zip(part, problems, samples, texts, rights, strict=True):
                     correct, budget = right and s.finished, guidances[p.id].budget
                     answer = Answer(p.id, p.source, p.level, k, len(s.ids), correct, s.finished, text, budget)
                     file = files[p.source]

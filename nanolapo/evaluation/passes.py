@@ -19,6 +19,7 @@ from nanolapo.data.load import Data, fit_prompts, gradable_problems
 from nanolapo.data.prompts import Prompter
 from nanolapo.grader import Grader
 from nanolapo.model.folder import load_tokenizer
+from nanolapo.ranks import Ranks
 from nanolapo.samplers.sampler import Decoding
 
 PLACES = ("inside", "outside")  # of the thought
@@ -119,10 +120,12 @@ def decoding_at(config: Config, temperature: float) -> Decoding:
     return Decoding(temperature, config.evaluate.top_p if temperature < 1 else 1.0)
 
 
-def load_sets(config: Config, models: Sequence[Model], grader: Grader) -> list[Data]:
+def load_sets(
+    config: Config, models: Sequence[Model], grader: Grader, ranks: Ranks | None = None
+) -> list[Data]:
     """The problems for each model's tokenizer. They are read, and their reference answers checked, once for all models."""
     prompters = [Prompter(load_tokenizer(m.path, f"evaluate.models: {m.name}"), m.prompt) for m in models]
-    problems, report = gradable_problems(config, grader)
+    problems, report = gradable_problems(config, grader, ranks)
     return [fit_prompts(config, prompter, problems, report) for prompter in prompters]
 
 

@@ -22,8 +22,13 @@ def pick_engine(config: Config) -> str:
     return "vllm" if importlib.util.find_spec("vllm") else "torch"
 
 
-def make_sampler(config: Config, model_path: str, max_new_tokens: int, ranks: Ranks) -> Sampler:
-    """Make the engine of this rank, holding the weights of `model_path`."""
+def make_sampler(
+    config: Config, model_path: str, max_new_tokens: int, ranks: Ranks, trains: bool = True
+) -> Sampler:
+    """Make the engine of this rank, holding the weights of `model_path`.
+
+    trains: False if no trainer shares the memory or reads log-probs. Then vLLM neither sleeps nor records them.
+    """
     r = config.rollout
     dtype = getattr(torch, r.dtype or config.model.dtype)
     if pick_engine(config) == "torch":
@@ -43,5 +48,5 @@ def make_sampler(config: Config, model_path: str, max_new_tokens: int, ranks: Ra
     return VLLMSampler(
         model_path, dtype, max_model_len=r.max_prompt_tokens + GUIDANCE_ROOM + max_new_tokens, max_rows=r.max_rows,
         gpu_memory_utilization=r.gpu_memory_utilization, tensor_parallel=r.tensor_parallel,
-        seed=config.run.seed,
+        seed=config.run.seed, trains=trains,
     )  # fmt: skip

@@ -102,6 +102,7 @@ class VLLMSampler:
         gpu_memory_utilization: float = 0.45,
         tensor_parallel: int = 1,
         seed: int = 0,
+        trains: bool = True,  # False: no sleep, and samples without log-probs
     ) -> None:
         if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise RuntimeError("VLLMSampler: start the process group first, the engines of all ranks meet in it")
@@ -123,7 +124,7 @@ class VLLMSampler:
         self.vocab_size = int(text.vocab_size)
         self.dtype, self.max_model_len = dtype, max_model_len
         on_cpu = current_platform.is_cpu()
-        self.can_sleep = not on_cpu
+        self.can_sleep, self.records_logprobs = trains and not on_cpu, trains
         self.broken_by = ""  # the call that broke off half-way, see `_whole`
         self.owns_group = not dist.is_initialized()
         if (
@@ -211,7 +212,7 @@ class VLLMSampler:
             min_tokens=0,
             stop_token_ids=self.end_ids,
             ignore_eos=True,  # end_ids has them all; else vLLM would also end at its own reading of the config
-            logprobs=0,  # the sampled token's only
+            logprobs=0 if self.records_logprobs else None,  # the sampled token's only
             flat_logprobs=True,  # flat lists instead of one dict per token
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -284,6 +285,8 @@ class VLLMSampler:
 def _to_sample(completion: Any) -> Sample:
     """Convert vLLM's answer to one request. Each position starts with the sampled token; likelier ones may follow."""
     ids, flat = np.asarray(completion.token_ids, dtype=np.int64), completion.logprobs
+    if flat is None:
+        return Sample(ids, np.zeros(0, dtype=np.float32), finished=completion.finish_reason == "stop")
     first = np.asarray(flat.start_indices, dtype=np.int64)
     if not np.array_equal(np.asarray(flat.token_ids, dtype=np.int64)[first], ids):
         raise RuntimeError("vLLM's log-probs do not belong to the sampled tokens")

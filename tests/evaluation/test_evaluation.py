@@ -208,7 +208,7 @@ def test_ranks_share_the_work_and_a_lost_line_is_sampled_again(tmp_path):
 
         config = evaluation_config(tmp_path / "two")
         first, second = benchmark(config, grader, 0, 2), benchmark(config, grader, 1, 2)
-        with pytest.raises(KeyError):  # rank 1's half is not there yet: in earnest it would wait for it
+        with pytest.raises(UserError, match="6 samples of m are not there"):  # in earnest it waits for rank 1's half
             first.answers(0.6, Pass(), {})
         second.ranks = FakeRanks(0, 1)  # type: ignore[assignment]
         assert second.answers(0.6, Pass(), {}) == want
@@ -232,6 +232,29 @@ def test_a_grader_that_fails_stops_the_evaluation_and_keeps_no_verdict(tmp_path)
         with pytest.raises(RunStopped, match="the grader failed on 2"):
             runs.answers(0.6, Pass(), {})
     assert not list(runs.folder.iterdir())
+
+
+def test_answers_are_graded_while_others_are_being_sampled(tmp_path):
+    """The sampler ends its rows one by one; each is with the grader before the next one ends, and verdicts stay with their
+    rows."""
+
+    class Slow(FakeSampler):
+        def generate(self, requests, decoding, progress=None, finished=None):
+            def watched(number: int, sample: Sample) -> None:
+                finished(number, sample)
+                graded.append(grader.total)
+
+            return super().generate(requests, decoding, progress, watched)
+
+    graded: list[int] = []
+    with Grader() as grader:
+        runs = benchmark(evaluation_config(tmp_path), grader)
+        runs.sampler = Slow()  # type: ignore[assignment]
+        runs.data.decode = lambda ids: rf"\boxed{{{len(ids) - 3}}}"  # type: ignore[method-assign]
+        answers = runs.answers(0.6, Pass(), {})
+    assert graded == list(range(1, 13))
+    assert [a.correct for a in answers] == [a.text == r"\boxed{1}" for a in answers]
+    assert {a.correct for a in answers} == {True, False}
 
 
 def test_a_model_trained_anew_is_another_model(tmp_path):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from nanolapo.config import RunStopped
+from nanolapo.config import RunStopped, UserError
 from nanolapo.grader import Grader, grade
 
 pytestmark = pytest.mark.slow
@@ -92,6 +92,18 @@ def test_C1_errors_are_counted_apart_and_stop_the_run() -> None:
         assert (grader.errors, grader.total, grader.untrustworthy) == (13, 204, True)
         with pytest.raises(RunStopped, match="failed on 6% of 204 answers"):
             grader.stop_if_untrustworthy()
+
+
+def test_a_late_reference_answer_is_asked_again_and_never_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A deadline that no question can meet: all good ones stay and the bad one falls. What is late twice is an error."""
+    good = [rf"\sqrt{{2}}+{i}" for i in range(30)]
+    with Grader(deadline_s=1e-5) as grader:
+        assert grader._reply(r"\boxed{x+1}", good[0], False).result() is None, "a deadline that can be met shows nothing"
+        assert grader.references_that_fail([*good, r"\frac{1}{2", RUNAWAY[:7]]) == [30]
+        assert grader.errors == grader.total == 0  # these are no answers
+        monkeypatch.setattr("nanolapo.grader.PATIENCE_S", 0.3)
+        with pytest.raises(UserError, match=r"reference answer '\(x\+1.*100.*within 0.3 s.*data.exclude"):
+            grader.references_that_fail(["x+1", RUNAWAY])
 
 
 def test_C1_a_worker_that_cannot_start_is_loud(monkeypatch: pytest.MonkeyPatch) -> None:
