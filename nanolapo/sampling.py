@@ -69,9 +69,7 @@ def sample_and_grade(
     return rollouts
 
 
-def sample_and_measure(
-    session: Session, plan: MonitorPlan, draw: Mapping[int, Problem], watch: Stopwatch
-) -> Measured:
+def sample_and_measure(session: Session, plan: MonitorPlan, draw: Mapping[int, Problem], watch: Stopwatch) -> Measured:
     """Sample and grade as `sample_and_grade` does, but bring only lengths and verdicts together: 24 bytes an answer."""
     mine = graded_share(session, plan, draw, watch)
     columns = np.array([(row.place, len(row.response_ids), row.correct) for row in mine.rows], dtype=np.int64)

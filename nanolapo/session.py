@@ -74,7 +74,8 @@ def open_session(config: Config, method: Method) -> Iterator[Session]:
         arithmetic = f"{len(data.problems)} problems; {config.arithmetic(ranks.count)}"
         if ranks.is_main:
             print("\n".join([*data.report, arithmetic]), flush=True)
-        policy, alarms, fingerprint = Policy(config, ranks.device), Alarms(config), fingerprint_of(config, method, data)
+        policy, alarms = Policy(config, ranks.device, ranks), Alarms(config)
+        fingerprint = fingerprint_of(config, method, data)
         saved = load_checkpoint(config.run_dir / "checkpoints", policy, fingerprint, ranks) or {}
         session = Session(
             config, method, ranks, data, grader, policy, None, alarms, None, limit,  # type: ignore[arg-type]

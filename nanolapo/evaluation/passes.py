@@ -120,9 +120,7 @@ def decoding_at(config: Config, temperature: float) -> Decoding:
     return Decoding(temperature, config.evaluate.top_p if temperature < 1 else 1.0)
 
 
-def load_sets(
-    config: Config, models: Sequence[Model], grader: Grader, ranks: Ranks | None = None
-) -> list[Data]:
+def load_sets(config: Config, models: Sequence[Model], grader: Grader, ranks: Ranks | None = None) -> list[Data]:
     """The problems for each model's tokenizer. They are read, and their reference answers checked, once for all models."""
     prompters = [Prompter(load_tokenizer(m.path, f"evaluate.models: {m.name}"), m.prompt) for m in models]
     problems, report = gradable_problems(config, grader, ranks)

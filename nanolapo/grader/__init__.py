@@ -127,8 +127,8 @@ class Grader:
         return [i for i, (mine, canary) in checks if not mine or canary]
 
     def _insist(self, asked: Sequence[tuple[str, str]], verdicts: Sequence[bool | None]) -> list[bool | None]:
-        """Ask those without a verdict again, one after the other, with PATIENCE_S for each. Raises UserError for a reference
-        answer that still cannot be compared."""
+        """Ask those without a verdict again, one after the other, with PATIENCE_S for each. Raises UserError for a
+        reference answer that still cannot be compared."""
         patient, decided = Pool(1, PATIENCE_S, self._max_memory_gb), list(verdicts)
         try:
             for n, (completion, reference) in enumerate(asked):

@@ -22,9 +22,7 @@ def pick_engine(config: Config) -> str:
     return "vllm" if importlib.util.find_spec("vllm") else "torch"
 
 
-def make_sampler(
-    config: Config, model_path: str, max_new_tokens: int, ranks: Ranks, trains: bool = True
-) -> Sampler:
+def make_sampler(config: Config, model_path: str, max_new_tokens: int, ranks: Ranks, trains: bool = True) -> Sampler:
     """Make the engine of this rank, holding the weights of `model_path`.
 
     trains: False if no trainer shares the memory or reads log-probs. Then vLLM neither sleeps nor records them.

@@ -39,9 +39,10 @@ from nanolapo.demo.pretrain import TEMPLATE, make_tokenizer
 from nanolapo.grader import Grader
 from nanolapo.methods.base import Method, MonitorPlan, SamplingPlan
 from nanolapo.metrics import Stopwatch
-from nanolapo.model.folder import save_model
+from nanolapo.model.folder import load_model, save_model
 from nanolapo.model.sharding import to_host
-from nanolapo.policy import Policy
+from nanolapo.model.spread import all_tensors, load_on_main
+from nanolapo.policy import Policy, freeze
 from nanolapo.ranks import Ranks
 from nanolapo.rollouts import Measured, Rollouts
 from nanolapo.samplers.sampler import Decoding, Request, Sample
@@ -118,7 +119,7 @@ def step_up_to_advantages(model: str, ranks: CountingRanks) -> dict[str, Any]:
     data = Data(problems, Prompter(tokenizer, PromptConfig(template=TEMPLATE)), tokenizer)
     method = Method(config)
     with Grader(workers=1, deadline_s=2.0) as grader:
-        s = Session(config, method, ranks, data, grader, Policy(config, ranks.device), EchoEngine(tokenizer),
+        s = Session(config, method, ranks, data, grader, Policy(config, ranks.device, ranks), EchoEngine(tokenizer),
                     Alarms(config), None)  # fmt: skip
         plan = method.sampling(0)
         rollouts = sample_and_grade(s, plan, next_draw(s, plan, []), Stopwatch())
@@ -176,14 +177,33 @@ def stop_on_the_last_rank(s: Session, plan: SamplingPlan) -> None:
     sample_and_grade(s, plan, next_draw(s, plan, []), Stopwatch())
 
 
+def load_split(model: str, ranks: Ranks) -> dict[str, Any]:
+    """What load_on_main gives: nothing, then to the bit what a plain load gives; and one line if it cannot load."""
+    plain = load_model(model, ranks.device)
+    empty, give = load_on_main(model, freeze, ranks)
+    was_empty = all(tensor.is_meta for tensor in all_tensors(empty).values())
+    give(empty)
+    given, wanted = all_tensors(empty), all_tensors(plain)
+    return {
+        "was empty": was_empty,
+        "differ": [name for name in wanted if not torch.equal(wanted[name], given[name])],
+        "names": sorted(given) == sorted(wanted) and len(given) > 10,
+        "buffers": len(dict(empty.named_buffers())),
+        "frozen": not any(p.requires_grad for p in empty.parameters()),
+        "tied": empty.get_output_embeddings().weight is empty.get_input_embeddings().weight,
+        "freed": not give.full,  # type: ignore[attr-defined]
+        "refused": what_all_get(lambda: load_on_main(f"{model}/missing/folder", freeze, ranks)),
+    }
+
+
 def main_rank_decides(out: Path, ranks: Ranks) -> dict[str, Any]:
     """Problems as the ranks see them. Reference answers need algebra; the last rank's grader is too slow for any, and its
     file has lost half of its rows."""
     is_last = ranks.index == ranks.count - 1
-    rows = [{"problem": f"question {i}", "answer": rf"\sqrt{{2}}+{i}"} for i in range(30)]
-    rows[4]["answer"] = r"\frac{1}{2"
+    rows = [{"problem": f"question {i}", "answer": rf"\sqrt{{2}}+{i}"} for i in range(4)]
+    rows[1]["answer"] = r"\frac{1}{2"
     path = out / f"rank{ranks.index}of{ranks.count}.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows[: 15 if ranks.index else 30])), encoding="utf-8")
+    path.write_text("\n".join(map(json.dumps, rows[: 2 if ranks.index else 4])), encoding="utf-8")
     config = make_config(data={"sources": [{"name": "d", "path": str(path)}]})
     missing = make_config(data={"sources": [{"name": "d", "path": str(out / "nothing.jsonl")}]})
     with Grader(workers=1, deadline_s=1e-5 if is_last else 20.0) as grader:
@@ -206,7 +226,7 @@ def train_and_resume(model: str, out: Path, sharding: str, ranks: Ranks) -> None
     def everything(policy: Policy) -> dict[str, Tensor]:
         return to_host((policy.trained | optimizer_tensors(policy)).items(), keep=True)
 
-    whole, first, second = (Policy(config, ranks.device) for _ in range(3))
+    whole, first, second = (Policy(config, ranks.device, ranks) for _ in range(3))
     folder = out / f"checkpoints-{sharding}"
     steps(whole, range(3))
     save_model(whole.model, torch.float32, make_tokenizer(), out / f"models-{sharding}/step-000003", ranks.is_main)
@@ -241,6 +261,7 @@ def main(model: str, out: str) -> None:
     ranks = CountingRanks()
     result = step_up_to_advantages(model, ranks)
     result["decided"] = main_rank_decides(Path(out), ranks)
+    result["split"] = load_split(model, ranks) if ranks.count > 1 else {}
     for sharding in ("ddp", "fsdp2"):
         train_and_resume(model, Path(out), sharding, ranks)
     result["sum after a slow rank"] = slow_rank(ranks)

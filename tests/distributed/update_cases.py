@@ -105,7 +105,7 @@ def run_case(case: Case, folders: dict[str, str], sharding: str) -> tuple[dict[s
     config = make_config(folders[case.model], **sections)
     ranks = Ranks()
     torch.manual_seed(0)  # of LoRA's first matrices
-    policy = Policy(config, ranks.device)
+    policy = Policy(config, ranks.device, ranks)
     start = {name: tensor.clone() for name, tensor in policy.named_weights()}
     logged = what_this_rank_holds(policy)
     seen: dict[str, Tensor] = {}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmark_helpers import FakeRanks, benchmark, evaluation_config
+from benchmark_helpers import FakeRanks, FakeSampler, benchmark, evaluation_config
 from tiny import make_answer, make_config
 
 from nanolapo import cli
@@ -45,6 +45,7 @@ from nanolapo.grader import Grader
 from nanolapo.metrics import append
 from nanolapo.model.folder import load_tokenizer
 from nanolapo.samplers.choose import make_sampler
+from nanolapo.samplers.sampler import Sample
 
 ROOT = Path(__file__).parents[2]
 
