@@ -59,6 +59,7 @@ def fingerprint_of(config: Config, method: Method, data: Data) -> dict[str, Any]
 
 
 def digest(lines: list[str]) -> str:
+    """A short hash that says whether two lists are the same."""
     return sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 

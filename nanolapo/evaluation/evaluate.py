@@ -9,7 +9,6 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from nanolapo.evaluation.scores import (
     score_sets,
     without_nan,
 )
+from nanolapo.fingerprint import digest
 from nanolapo.grader import Grader
 from nanolapo.methods.tools import stated
 from nanolapo.metrics import append, write_config
@@ -73,7 +73,7 @@ class Benchmark:
         self.folder = Path(config.evaluate.samples_dir or config.run_dir / "samples")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.identity = model_identity(model.path)
-        self.references = sha256("\n".join(f"{p.id} {p.answer}" for p in data.problems).encode()).hexdigest()[:16]
+        self.references = digest([f"{p.id} {p.answer}" for p in data.problems])
         self.sampler: Sampler | None = None
 
     def close(self) -> None:
@@ -93,10 +93,9 @@ class Benchmark:
         files = {}
         for source in dict.fromkeys(p.source for p in self.data.problems):
             # What was rendered, not how: a template may write today's date, or change together with the tokenizer.
-            rendered = [prompts[p.id][1] for p in self.data.problems if p.source == source]
-            digest = sha256(json.dumps(rendered).encode()).hexdigest()
+            rendered = digest([str(prompts[p.id][1]) for p in self.data.problems if p.source == source])
             files[source] = sample_file(
-                self.folder, self.model.name, source, temperature, settings | {"prompts": digest}
+                self.folder, self.model.name, source, temperature, settings | {"prompts": rendered}
             )
         done = {(a.problem, a.index) for file in files.values() for a in self.read(file)}
         wanted = wanted_samples(self.config, self.data)

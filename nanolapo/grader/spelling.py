@@ -114,7 +114,7 @@ PHRASES = [  # words behind a number
     re.compile(r"(?<=[\d}])\s+(?P<words>[a-z]{3,}(?:\s+[a-z]+){0,2})" + END),
 ]
 CHANGES_VALUE = re.compile(  # a number with such a word is another number, or none: no unit
-    r"k|M|B|am|pm|noon|midnight|ad|bce?|ce|(?:hundred|thousand|million|billion|trillion|dozen|score|pair|gross)s?"
+    r"k|M|B|am|pm|noon|midnight|ad|bce?|ce|(?:" + "|".join(SCALES) + r"|score|pair|gross)s?"
     r"|hal(?:f|ves)|(?:third|quarter|fourth|fifth|sixth|seventh|eighth|ninth|tenth|(?:hundred|thousand|million)th)s?"
     r"|squared|cubed|factorial|times|plus|minus|negative|below|zero|point|remainder|mod|modulo|base|over|out|to|or|and|not"
     r"|if|when|for|where|odd|even|pi|theta|alpha|beta|sqrt|sin|cos|tan|log"

@@ -48,8 +48,7 @@ class Expected:
 def expect(
     config: Config, mean_tokens: float | None = None, prompt_tokens: float | None = None, extra_rows: float = 0
 ) -> Expected:
-    """Return the expected lengths: those given, else of earlier steps of this run, else the paper's, else the
-    limit.
+    """Return the expected lengths: those given, else of earlier steps of this run, else the paper's, else the limit.
 
     Raises UserError for numbers that are not positive.
     """
