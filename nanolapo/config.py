@@ -20,6 +20,9 @@ PAPER_TEMPLATE = (  # the paper's prompt for stage 1 and for inference, one raw 
 )
 
 
+GUIDANCE_ROOM = 64  # tokens kept free for a method's guidance beyond rollout.max_prompt_tokens
+
+
 class UserError(Exception):
     """A mistake the user can mend: one line that names the file, key or row and the remedy (exit code 2)."""
 
@@ -124,6 +127,11 @@ class RolloutConfig:
     tensor_parallel: Positive[int] = 1  # this many neighbouring ranks share one vLLM engine's weights
     mismatch_factor: float = 5.0  # stop when mean |dlogp| exceeds this times its step-0 value ...
     mismatch_floor: float = 0.02  # ... and this
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest prompt with the longest answer."""
+        return self.max_prompt_tokens + GUIDANCE_ROOM + self.max_new_tokens
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ class MicroBatch:
     """Rows in one sequence of S tokens without padding. Neighbours with equal prompts share one copy.
 
     N counts the response tokens of all B rows, in row order. T is the longest response: after the model, values are padded
-    to [B, T].
+    to [B, T]. One without rows (see make_microbatch) has B = T = 1 and no tokens.
     """
 
     rows: list[int]
@@ -59,7 +59,7 @@ def make_microbatch(rollouts: Rollouts, rows: Sequence[int], device: torch.devic
     prompts = [row.prompt_ids for row in chosen]
     responses = [empty if row.broken else row.response_ids for row in chosen]
     if not rows:
-        rows, prompts, responses = [0], [rollouts.rows[0].prompt_ids[:1]], [empty]
+        prompts, responses = [rollouts.rows[0].prompt_ids[:1]], [empty]
     ids: list[np.ndarray] = []
     positions: list[np.ndarray] = []
     predictors: list[np.ndarray] = []

@@ -7,11 +7,10 @@ over ranks and says why gradients are *summed* over them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
 import torch
-import torch.distributed as dist
 from accelerate import cpu_offload
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -24,10 +23,20 @@ from nanolapo.model.logprobs import LogprobHead
 from nanolapo.model.lora import adapters_off, add_lora
 from nanolapo.model.precision import MasterGradients, cast_parameters, make_copy, refresh_copy
 from nanolapo.model.sharding import shard
+from nanolapo.model.spread import load_on_main
+from nanolapo.model.trial import check_packed
+from nanolapo.ranks import Ranks
 
 
 class BadStepsError(RunStopped):
     """Too many optimizer steps in a row had a gradient that is not finite."""
+
+
+Give = Callable[[nn.Module], None]
+
+
+def freeze(model: PreTrainedModel) -> None:
+    model.eval().requires_grad_(False)
 
 
 class Scorer(nn.Module):
@@ -54,21 +63,16 @@ class Policy:
     """Model, frozen reference, optimizer and learning-rate schedule. `trained` maps names to the parameters (or this rank's
     slices of them) that the optimizer moves and a checkpoint holds."""
 
-    def __init__(self, config: Config, device: torch.device) -> None:
-        self.config, self.device = config, device
+    def __init__(self, config: Config, device: torch.device, ranks: Ranks | None = None) -> None:
+        self.config, self.device, self.ranks = config, device, ranks or Ranks()
         self.dtype = getattr(torch, config.model.dtype)
-        # One rank has nothing to split. A model to be split is loaded into host memory and moved layer by layer.
-        self.sharded = config.model.sharding == "fsdp2" and dist.is_initialized()
-        self.model = load_model(config.model.path, torch.device("cpu") if self.sharded else device)
-        self.model.train(config.model.gradient_checkpointing)  # without dropout the two modes compute the same
-        if config.model.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        if config.model.lora_rank:
-            add_lora(self.model, config.model.lora_rank, config.model.lora_alpha)
+        self.sharded = config.model.sharding == "fsdp2" and self.ranks.count > 1  # one rank has nothing to split
+        self.packed_difference = 0.0  # see model/trial.py
+        self.model, give = self.load(self.make_trainable, device)
         masters_compute = self.sharded or self.dtype == torch.float32
         self.bf16_copy = None if masters_compute else make_copy(self.model, self.dtype)
         model = self.bf16_copy or self.model
-        self.scorer = self.prepare(model)
+        self.scorer = self.prepare(model, give)
         self.trained = {plain_name(n): p for n, p in self.model.named_parameters() if p.requires_grad}
         self.gradients = MasterGradients(self.trained.values())
         if not self.sharded:  # fsdp2 collects gradients itself
@@ -84,8 +88,31 @@ class Policy:
             weight_decay=t.weight_decay, fused=True,
         )  # fmt: skip
 
-    def prepare(self, model: PreTrainedModel, offload: bool = False) -> Scorer:
-        """Wrap a model for scoring, and split it over the ranks if model.sharding says so.
+    def load(
+        self, adapt: Callable[[PreTrainedModel], None], device: torch.device
+    ) -> tuple[PreTrainedModel, Give | None]:
+        """Load the model that the stage starts from and adapt it. If it is to be split, it is still empty, and the second
+        value gives each part its weights."""
+        if self.sharded:
+            return load_on_main(self.config.model.path, adapt, self.ranks)
+        model = load_model(self.config.model.path, device)
+        adapt(model)
+        return model, None
+
+    def make_trainable(self, model: PreTrainedModel) -> None:
+        """Try the model, then set up gradient checkpointing and LoRA as the config says, in place. Raises UserError if
+        packed rows do not get the log-probs that transformers gives them."""
+        m = self.config.model
+        if model.device.type != "meta":  # with fsdp2 the main rank tries it for all
+            self.packed_difference = check_packed(model, m.path, self.config.rollout.longest_row)
+        model.train(m.gradient_checkpointing)  # without dropout the two modes compute the same
+        if m.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if m.lora_rank:
+            add_lora(model, m.lora_rank, m.lora_alpha)
+
+    def prepare(self, model: PreTrainedModel, give: Give | None, offload: bool = False) -> Scorer:
+        """Wrap a model for scoring, and split it over the ranks if model.sharding says so (`give`: see `load`).
 
         offload: the weights stay in host memory and visit the device while they are used.
         """
@@ -94,8 +121,8 @@ class Policy:
         if self.config.model.compile:
             compile_token_wise(model)
         scorer = Scorer(model)
-        if self.sharded:
-            shard(scorer, model.get_decoder().layers, self.dtype, offload and self.device.type != "cpu")
+        if give:
+            shard(scorer, model.get_decoder().layers, self.dtype, give, offload and self.device.type != "cpu")
         elif offload:
             cpu_offload(model, self.device)  # layer by layer
         return scorer
@@ -105,15 +132,14 @@ class Policy:
         if self.config.model.lora_rank:
             return self.scorer
         offload = self.config.model.offload_reference
-        at_start = torch.device("cpu") if self.sharded or offload else self.device
-        model = load_model(self.config.model.path, at_start).eval().requires_grad_(False)
+        model, give = self.load(freeze, torch.device("cpu") if offload else self.device)
         if not self.sharded:
             cast_parameters(model, self.dtype)
-        return self.prepare(model, offload)
+        return self.prepare(model, give, offload)
 
     @property
     def vocab_size(self) -> int:
-        return int(self.model.config.vocab_size)
+        return int(self.model.config.get_text_config().vocab_size)
 
     def logprobs(
         self, batch: MicroBatch, with_entropy: bool = False, reference: bool = False

@@ -15,7 +15,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -23,7 +24,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
-from nanolapo.config import UserError
+from nanolapo.config import RunStopped, UserError
 
 T = TypeVar("T")
 # What launchers set, in the order in which accelerate looks.
@@ -70,6 +71,28 @@ class Ranks:
         values: list[Any] = [None] * self.count
         dist.all_gather_object(values, value, group=self.patient)
         return values
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """If one rank ends this block with a UserError or RunStopped, all ranks do. Inside it, ranks must not wait for each
+        other."""
+        error: Exception | None = None
+        try:
+            yield
+        except (UserError, RunStopped) as mine:
+            error = mine
+        for of_rank in self.gather(error):
+            if of_rank is not None:
+                raise of_rank
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """Let the main rank call `make`, and return its result on every rank. This is for whatever depends on a clock or on
+        files, about which ranks could disagree. An error of the user on the main rank is raised on all ranks."""
+        made: Any = None
+        with self.together():
+            if self.is_main:
+                made = make()
+        return self.gather(made)[0]
 
     def any(self, flag: bool) -> bool:
         """True on all ranks when it is true on one."""

@@ -52,6 +52,23 @@ def column(read: Callable[[Rollout], Any], dtype: type) -> property:
 
 
 @dataclass
+class Measured:
+    """Lengths and verdicts of groups of answers, without the answers. It reads like Rollouts."""
+
+    problems: tuple[Problem, ...]  # P
+    group_size: int
+    lengths_B: np.ndarray  # int64, sampled tokens
+    correct_B: np.ndarray  # bool
+
+    def __len__(self) -> int:
+        return len(self.lengths_B)
+
+    def by_group(self, values_B: np.ndarray) -> np.ndarray:
+        """View a row array [B, ...] as [P, G, ...]."""
+        return values_B.reshape(len(self.problems), self.group_size, *values_B.shape[1:])
+
+
+@dataclass
 class Rollouts:
     """All rollouts of one step over every rank, groups in prompt order.
 

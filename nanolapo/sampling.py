@@ -6,17 +6,20 @@ round, and afterwards each holds all rows. Every seed is a pure function of its 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 
+import numpy as np
 from tqdm import tqdm
 
+from nanolapo.data.load import Data
 from nanolapo.data.order import round_indices
 from nanolapo.data.problems import Problem
+from nanolapo.grader import Grader
 from nanolapo.methods.base import MonitorPlan, SamplingPlan
 from nanolapo.metrics import Stopwatch
-from nanolapo.rollouts import Rollout, Rollouts, join, make_rollouts, row_seed
-from nanolapo.samplers.sampler import Decoding, Request, Sample
+from nanolapo.rollouts import Measured, Rollout, Rollouts, join, make_rollouts, row_seed
+from nanolapo.samplers.sampler import Decoding, Request, Sample, Sampler
 from nanolapo.session import Session
 
 MONITOR_PLACE = 2**30  # the first place of a monitor pass: beyond the places of all rounds, so its seeds differ
@@ -45,7 +48,10 @@ def monitor_pass(session: Session, watch: Stopwatch) -> dict[str, float]:
     if plan is None:
         return {}
     chosen = (session.data.problems[i] for i in plan.problem_indices)
-    rollouts = sample_and_grade(session, plan, dict(enumerate(chosen, start=MONITOR_PLACE)), watch)
+    draw = dict(enumerate(chosen, start=MONITOR_PLACE))
+    if not plan.whole_rows:
+        return session.method.on_monitor(sample_and_measure(session, plan, draw, watch))
+    rollouts = sample_and_grade(session, plan, draw, watch)
     for row in rollouts.rows:
         row.unmatched = plan.temperature != session.config.rollout.temperature
     return session.method.on_monitor(rollouts)
@@ -55,6 +61,31 @@ def sample_and_grade(
     session: Session, plan: SamplingPlan | MonitorPlan, draw: Mapping[int, Problem], watch: Stopwatch
 ) -> Rollouts:
     """Sample a group for each of these problems and grade them. From here on every rank holds all rows."""
+    mine = graded_share(session, plan, draw, watch)
+    with watch("grade"):
+        parts = session.ranks.gather(mine)
+    rollouts = join(parts[:: session.config.rollout.tensor_parallel])  # ranks of one engine sampled the same
+    session.sampled_tokens += int(rollouts.lengths_B.sum())  # as sampled: a method may shorten answers later
+    return rollouts
+
+
+def sample_and_measure(session: Session, plan: MonitorPlan, draw: Mapping[int, Problem], watch: Stopwatch) -> Measured:
+    """Sample and grade as `sample_and_grade` does, but bring only lengths and verdicts together: 24 bytes an answer."""
+    mine = graded_share(session, plan, draw, watch)
+    columns = np.array([(row.place, len(row.response_ids), row.correct) for row in mine.rows], dtype=np.int64)
+    with watch("grade"):
+        parts = session.ranks.gather(columns.reshape(-1, 3))
+    all_B3 = np.concatenate(parts[:: session.config.rollout.tensor_parallel])
+    places_B, lengths_B, correct_B = all_B3[np.argsort(all_B3[:, 0], kind="stable")].T
+    session.sampled_tokens += int(lengths_B.sum())
+    problems = tuple(draw[place] for place in places_B[:: plan.group_size].tolist())
+    return Measured(problems, plan.group_size, lengths_B, correct_B.astype(bool))
+
+
+def graded_share(
+    session: Session, plan: SamplingPlan | MonitorPlan, draw: Mapping[int, Problem], watch: Stopwatch
+) -> Rollouts:
+    """Sample and grade the groups of this rank."""
     with watch("sample"):
         requests = make_requests(session, plan, draw)
         samples, texts, verdicts = sample(session, requests, plan.temperature)
@@ -62,11 +93,9 @@ def sample_and_grade(
     with watch("grade"):  # wait for the answers still being graded
         for row, text in zip(mine.rows, texts, strict=True):
             row.text = text
-        mark(session, mine.rows, (verdict.result() for verdict in verdicts))
-        parts = session.ranks.gather(mine)
-    rollouts = join(parts[:: session.config.rollout.tensor_parallel])  # ranks of one engine sampled the same
-    session.sampled_tokens += int(rollouts.lengths_B.sum())  # as sampled: a method may shorten answers later
-    return rollouts
+        with session.ranks.together():
+            mark(session, mine.rows, (verdict.result() for verdict in verdicts))
+    return mine
 
 
 def make_requests(session: Session, plan: SamplingPlan | MonitorPlan, draw: Mapping[int, Problem]) -> list[Request]:
@@ -89,25 +118,34 @@ def make_requests(session: Session, plan: SamplingPlan | MonitorPlan, draw: Mapp
 def sample(
     session: Session, requests: Sequence[Request], temperature: float
 ) -> tuple[list[Sample], list[str], list[Future[bool]]]:
-    """Sample every request; returns samples, texts and verdicts. An answer is graded as soon as it is finished, in the
-    background, while others are still being sampled."""
-    if not requests:
-        return [], [], []
-    answers: dict[int, tuple[str, Future[bool]]] = {}
+    """Sample every request with a progress bar; returns samples, texts and verdicts, see `sample_beside_grading`."""
 
     def advance(tokens: int) -> None:
         bar.update(tokens)
 
-    def finished(row: int, sample: Sample) -> None:
-        text, problem = session.data.decode(sample.ids), requests[row].problem
-        assert problem is not None
-        answers[row] = text, session.grader.submit(text, problem.answer)
-
     total, hidden = sum(request.max_new_tokens for request in requests), None if session.ranks.is_main else True
     with tqdm(total=total, unit="tok", desc="sampling", leave=False, disable=hidden) as bar:
-        samples = session.sampler.generate(requests, Decoding(temperature), advance, finished)
-    texts, verdicts = zip(*(answers[row] for row in range(len(requests))), strict=True)
-    return samples, list(texts), list(verdicts)
+        return sample_beside_grading(
+            session.sampler, session.data, session.grader, requests, Decoding(temperature), advance
+        )
+
+
+def sample_beside_grading(
+    sampler: Sampler, data: Data, grader: Grader, requests: Sequence[Request], decoding: Decoding,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[list[Sample], list[str], list[Future[bool]]]:  # fmt: skip
+    """Sample every request; returns samples, texts and verdicts. An answer is graded as soon as it is finished, in the
+    background, while others are still being sampled."""
+    answers: dict[int, tuple[str, Future[bool]]] = {}
+
+    def finished(row: int, sample: Sample) -> None:
+        text, problem = data.decode(sample.ids), requests[row].problem
+        assert problem is not None
+        answers[row] = text, grader.submit(text, problem.answer)
+
+    samples = sampler.generate(requests, decoding, progress, finished) if requests else []
+    in_order = [answers[row] for row in range(len(requests))]
+    return samples, [text for text, _ in in_order], [verdict for _, verdict in in_order]
 
 
 def mark(session: Session, rows: Sequence[Rollout], verdicts: Iterable[bool]) -> None:
@@ -124,8 +162,9 @@ def regrade(session: Session, edited: Sequence[Rollout]) -> None:
         return
     for row in edited:
         row.text = session.data.decode(row.response_ids)
-    if session.ranks.is_main:
-        texts, answers = [row.text for row in edited], [row.problem.answer for row in edited]
-        mark(session, edited, session.grader.grade_all(texts, answers))
+    with session.ranks.together():
+        if session.ranks.is_main:
+            texts, answers = [row.text for row in edited], [row.problem.answer for row in edited]
+            mark(session, edited, session.grader.grade_all(texts, answers))
     for row, correct in zip(edited, session.ranks.gather([row.correct for row in edited])[0], strict=True):
         row.correct = correct

@@ -26,6 +26,7 @@ from nanolapo.locks import alone_in
 from nanolapo.methods.base import Method
 from nanolapo.metrics import RunLog
 from nanolapo.policy import Policy
+from nanolapo.preflight import Preflight, after_loading, before_training
 from nanolapo.ranks import Ranks
 from nanolapo.samplers.choose import make_sampler
 from nanolapo.samplers.sampler import Sampler
@@ -47,6 +48,7 @@ class Session:
     step: int = 0
     sampled_tokens: int = 0
     fingerprint: dict[str, Any] = field(default_factory=dict)  # see fingerprint.py
+    preflight: Preflight = field(default_factory=Preflight)
 
     @property
     def progress(self) -> float:
@@ -66,16 +68,18 @@ def open_session(config: Config, method: Method) -> Iterator[Session]:
     """
     ranks = set_up_process(config)
     with alone_in(config.run_dir, ranks.is_main), Grader(rule=method.grader_rule) as grader:
-        data = load_data(config, grader)
+        data = load_data(config, grader, ranks)
         method.start(data.problems)
         arithmetic = f"{len(data.problems)} problems; {config.arithmetic(ranks.count)}"
         if ranks.is_main:
             print("\n".join([*data.report, arithmetic]), flush=True)
-        policy, alarms, fingerprint = Policy(config, ranks.device), Alarms(config), fingerprint_of(config, method, data)
+        checked = before_training(config, data, method, grader)
+        policy, alarms = Policy(config, ranks.device, ranks), Alarms(config)
+        fingerprint = fingerprint_of(config, method, data)
         saved = load_checkpoint(config.run_dir / "checkpoints", policy, fingerprint, ranks) or {}
         session = Session(
             config, method, ranks, data, grader, policy, None, alarms, None,  # type: ignore[arg-type]
-            saved.get("step", 0), saved.get("sampled_tokens", 0), fingerprint,
+            saved.get("step", 0), saved.get("sampled_tokens", 0), fingerprint, checked,
         )  # fmt: skip
         if saved:
             method.load_state_dict(saved["method"])
@@ -89,6 +93,7 @@ def open_session(config: Config, method: Method) -> Iterator[Session]:
             session.sampler = make_sampler(config, config.model.path, config.rollout.max_new_tokens, ranks)
             # Before the first rollout too: a resumed run must sample from the model it trains.
             session.sampler.load_weights(policy.named_weights())
+            session.say(*after_loading(checked, policy).lines())
             if ranks.is_main:
                 session.log = RunLog(config, session.step, saved.get("wandb_id"), session.progress)
         try:

@@ -80,6 +80,9 @@ def update_policy(
         weights_are_the_samplers = policy.num_steps == first_update
         for rows in batch.microbatches:
             micro = make_microbatch(rollouts, rows, policy.device)
+            if not rows:
+                keep_in_step(policy, micro)
+                continue
             inputs = loss_inputs(policy, rollouts, advantages, micro, old)
             if weights_are_the_samplers:
                 tally_mismatch(tally, inputs)
@@ -178,6 +181,16 @@ def loss_inputs(
         rows=micro.rows,
         rollouts=rollouts,
     )
+
+
+def keep_in_step(policy: Policy, micro: MicroBatch) -> None:
+    """Take part in the passes of the other ranks, in their order, with a micro-batch that has no row. It adds 0 to every
+    gradient. No loss sees it, because nothing can be looked up for it."""
+    logprobs_BT, _ = policy.logprobs(micro)
+    if policy.reference is not None:
+        with torch.no_grad():
+            policy.logprobs(micro, reference=True)
+    logprobs_BT.sum().backward()
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,10 +39,10 @@ from nanolapo.methods.base import Method, MonitorPlan, SamplingPlan
 from nanolapo.metrics import Stopwatch
 from nanolapo.policy import Policy
 from nanolapo.ranks import Ranks
-from nanolapo.rollouts import Rollout, join
+from nanolapo.rollouts import Measured, Rollout, Rollouts, join
 from nanolapo.samplers.sampler import Request, Sample
 from nanolapo.samplers.torch_sampler import TorchSampler
-from nanolapo.sampling import sample, sample_and_grade
+from nanolapo.sampling import sample, sample_and_grade, sample_and_measure
 from nanolapo.session import progress
 from nanolapo.update import update_policy
 
@@ -196,7 +197,7 @@ def test_monitor_pass(base, tmp_path):
 
         def monitor(self, step):  # the step's own problems first: at the same places of their plan
             own = batch_indices(NUM_PROBLEMS, step, 4, 0)
-            return MonitorPlan((*own, *(i for i in range(NUM_PROBLEMS) if i not in own)), 4, 1.0, 6)
+            return MonitorPlan((*own, *(i for i in range(NUM_PROBLEMS) if i not in own)), 4, 1.0, 6, whole_rows=True)
 
         def on_monitor(self, rollouts):
             self.seen.append(("on_monitor", rollouts))
@@ -214,6 +215,32 @@ def test_monitor_pass(base, tmp_path):
         answers = {p.id: set(map(bytes, g)) for p, g in zip(monitored.problems, groups_of(monitored), strict=True)}
         for p, g in zip(own.problems, groups_of(own), strict=True):
             assert not set(map(bytes, g)) & answers[p.id]
+
+
+def test_a_monitor_pass_brings_lengths_and_verdicts_only(base, tmp_path):
+    """Unless the plan asks for whole rows: the same numbers in the same order, and no answer that could be read."""
+
+    class Watch(Dynamic):
+        whole_rows, max_rounds = False, 1
+
+        def monitor(self, step):
+            return MonitorPlan((7, 2, 11, 5, 0), 4, 1.5, 6, self.whole_rows)
+
+        def on_monitor(self, found):
+            self.seen.append(("on_monitor", found))
+            return {"monitor/length": float(found.lengths_B.mean())}
+
+    short, whole = (
+        run(make_run(base, tmp_path / name), type(name, (Watch,), {"whole_rows": name == "whole"}))
+        for name in ("short", "whole")
+    )
+    assert short[1] == whole[1]  # every logged number of every step
+    for found, rollouts in zip(short[0].of("on_monitor"), whole[0].of("on_monitor"), strict=True):
+        assert type(found) is Measured and type(rollouts) is Rollouts and len(found) == len(rollouts) == 20
+        assert found.problems == rollouts.problems and found.correct_B.dtype == bool
+        assert found.lengths_B.tolist() == rollouts.lengths_B.tolist()
+        assert found.correct_B.tolist() == rollouts.correct_B.tolist()
+        assert (found.by_group(found.lengths_B) == rollouts.by_group(rollouts.lengths_B)).all()
 
 
 def groups_of(rollouts) -> list[list[np.ndarray]]:
@@ -407,9 +434,13 @@ def test_ranks_of_one_engine_bring_their_rows_once():
     session.config, session.method, session.policy = config, Method(config), SimpleNamespace(vocab_size=9)
     session.step = session.sampled_tokens = 0
     session.data.prompter = SimpleNamespace(ids=lambda *_: [1])
-    session.ranks = SimpleNamespace(is_main=True, engine=lambda _: (0, 1), gather=lambda part: [part, part])
+    session.ranks = SimpleNamespace(is_main=True, engine=lambda _: (0, 1), gather=lambda part: [part, part],
+                                    together=nullcontext)  # fmt: skip
     draw = dict(enumerate(make_problems(4)))
     rollouts = sample_and_grade(session, session.method.sampling(0), draw, Stopwatch())
+    measured = sample_and_measure(session, session.method.sampling(0), draw, Stopwatch())
+    assert measured.problems == rollouts.problems and measured.lengths_B.tolist() == rollouts.lengths_B.tolist()
+    session.sampled_tokens -= 8
     assert [p.id for p in rollouts.problems] == [f"demo:{i}" for i in range(4)] and session.sampled_tokens == 8
 
 

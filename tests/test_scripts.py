@@ -20,8 +20,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import tiny_family
 from round_methods import make_base
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+
+from nanolapo.demo.pretrain import make_tokenizer
 
 ROOT = Path(__file__).parents[1]
 TIMING = ("seconds/", "tokens_per_second", "memory_gb")  # the only numbers that may differ between equal runs
@@ -315,6 +318,27 @@ def test_bad_input_is_one_line_and_exit_code_2(
 def test_bad_input_ends_the_process_with_code_2(random_base: Path, tmp_path: Path, overrides: list[str]) -> None:
     result = script("train_stage1.py", write_config(random_base, tmp_path), *overrides)
     assert result.returncode == 2 and result.stderr.strip().splitlines()[-1].startswith("error: "), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gpt2", "docs/MODELS.md"),
+        ("llama, dynamic NTK, longer rows", "llama cannot be trained here: short rows are right"),
+    ],
+)
+def test_a_kind_of_model_that_does_not_train_is_one_line(tmp_path: Path, here, name: str, message: str) -> None:
+    """gpt2 has no sampler, and its broken weights are never read. Llama's rotary factors would depend on the batch."""
+    model = tiny_family(name, max_position_embeddings=64)
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "base")
+    if name == "gpt2":
+        tensors = load_file(tmp_path / "base/model.safetensors")
+        save_file({key: tensors[key] for key in list(tensors)[:1]}, tmp_path / "base/model.safetensors")
+    overrides = ["rollout.engine=torch", "rollout.max_new_tokens=4000"]
+    code, _, err = here("train_stage1.py", write_config(tmp_path / "base", tmp_path), *overrides)
+    last = err.strip().splitlines()[-1]
+    assert code == 2 and last.startswith("error: model.path=") and message in last, err
 
 
 def test_stage2_refuses_a_map_of_other_problems(random_base: Path, tmp_path: Path, here) -> None:

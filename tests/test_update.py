@@ -36,9 +36,11 @@ def gradients(policy: Policy, rollouts: Rollouts, advantages, **options) -> dict
     return seen
 
 
-def slow_gradients(folder, rollouts: Rollouts, advantages: list[float], aggregation: str, rows: list[int]):
+def slow_gradients(
+    folder, rollouts: Rollouts, advantages: list[float], aggregation: str, rows: list[int], dtype=torch.float64
+):
     """REINFORCE with these advantages, row by row through plain transformers, in float64."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     tokens = sum(len(rollouts.response_ids[row]) for row in rows)
     for row in rows:
         prompt, response = rollouts.prompt_ids[row], rollouts.response_ids[row]

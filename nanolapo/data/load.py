@@ -13,6 +13,7 @@ from nanolapo.data.problems import Problem, load_problems
 from nanolapo.data.prompts import Prompter, split_by_length
 from nanolapo.grader import Grader
 from nanolapo.model.folder import load_tokenizer
+from nanolapo.ranks import Ranks
 
 
 @dataclass
@@ -23,6 +24,7 @@ class Data:
     prompter: Prompter
     tokenizer: PreTrainedTokenizerBase
     report: list[str] = field(default_factory=list)
+    longest_prompt: int = 0  # tokens, without guidance
 
     def decode(self, ids: np.ndarray) -> str:
         """A response as text. Ids beyond the tokenizer (models with a padded vocabulary can sample them) are left out."""
@@ -30,14 +32,19 @@ class Data:
         return str(self.tokenizer.decode(known.tolist(), skip_special_tokens=True))
 
 
-def load_data(config: Config, grader: Grader) -> Data:
+def load_data(config: Config, grader: Grader, ranks: Ranks | None = None) -> Data:
     """Load the problems whose reference answer can be graded and whose prompt fits; the report counts the rest."""
     prompter = Prompter(load_tokenizer(config.model.path), config.prompt)
-    return fit_prompts(config, prompter, *gradable_problems(config, grader))
+    return fit_prompts(config, prompter, *gradable_problems(config, grader, ranks))
 
 
-def gradable_problems(config: Config, grader: Grader) -> tuple[list[Problem], list[str]]:
-    """Load the problems whose reference answer can be graded, with a report of what came and what was left out."""
+def gradable_problems(config: Config, grader: Grader, ranks: Ranks | None = None) -> tuple[list[Problem], list[str]]:
+    """Load the problems whose reference answer can be graded, with a report of what came and what was left out.
+
+    With several ranks the main one reads and decides for all of them. Raises UserError for sources that cannot be used.
+    """
+    if ranks is not None:
+        return ranks.from_main(lambda: gradable_problems(config, grader))
     if not config.data.sources:
         raise UserError("data.sources is empty: name at least one source of problems in the YAML file")
     problems, report = load_problems(config.data.sources)
@@ -56,9 +63,11 @@ def gradable_problems(config: Config, grader: Grader) -> tuple[list[Problem], li
 def fit_prompts(config: Config, prompter: Prompter, problems: Sequence[Problem], report: Sequence[str]) -> Data:
     """Keep the problems whose prompt is short enough, and add a line about the others to `report`."""
     limit, report = config.rollout.max_prompt_tokens, list(report)
-    short, skipped = split_by_length([prompter.ids(p.question) for p in problems], limit)
+    prompts = [prompter.ids(p.question) for p in problems]
+    short, skipped = split_by_length(prompts, limit)
     if skipped:
         report.append(f"skipped {len(skipped)} prompts longer than rollout.max_prompt_tokens={limit}: never cut")
     if not short:
         raise UserError(f"data.sources: no problem is left to work on ({'; '.join(report[-3:])})")
-    return Data([problems[i] for i in short], prompter, prompter.tokenizer, report)
+    longest = max(len(prompts[i]) for i in short)
+    return Data([problems[i] for i in short], prompter, prompter.tokenizer, report, longest)

@@ -7,6 +7,10 @@ Completions never pass through it, and prompts are never cut.
 Where guidance goes:      raw style                                chat style
   outside (before <think>)  at the end of the question               at the end of the user turn
   inside (after <think>)    at the end of the template               after the think prefix
+
+Inside guidance needs an open thought: a template that ends in <think>, or a think prefix. A prompt that would put it
+before the thought (the model opens it) or behind it (thinking is switched off) is refused. A model that knows no such tag
+thinks in its answer, so inside guidance becomes the first words of the answer.
 """
 
 from __future__ import annotations
@@ -25,6 +29,9 @@ from nanolapo.config import PromptConfig, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# What opens and closes a thought: <think>, </think>, <thinking>, <seed:think>, [THINK], [/THINK], <|begin_of_thought|>, ...
+THOUGHT_TAG = re.compile(r"[<\[]\|?(?P<end>/|end_of_)?(?:[a-z]+[:_])*(?:think|thinking|thought)\|?[>\]]", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -117,16 +124,27 @@ class Prompter:
         bos, first = tokenizer.bos_token_id, tokenizer("a")["input_ids"][:1]
         self.bos_id: int | None = bos if bos is not None and first == [bos] else None
         self.prefix = self._think_prefix() if config.style == "chat" else ""
+        self.before, self.opening = self._around_question()
+        known = (
+            f"{config.template if config.style == 'raw' else tokenizer.chat_template} {[*tokenizer.get_added_vocab()]}"
+        )
+        self.knows_thoughts = THOUGHT_TAG.search(known + self.opening) is not None
 
     def render(self, question: str, guidance: Guidance = NO_GUIDANCE) -> str:
-        """Return the prompt as text, to show it; models get `ids`."""
-        guidance = self.printed(guidance)
+        """Return the prompt as text, to show it; models get `ids`. Raises UserError if guidance would be misplaced."""
+        guidance = self.placed(guidance)
         head = (self._raw if self.config.style == "raw" else self._chat)(question, guidance)
         return head + self._opening(head, guidance)
 
+    def shown(self, question: str, guidance: Guidance, reader: str) -> str:
+        """Return the prompt's ids as text, for --dry-run: what `reader` (a model) sees, which `render` only intends."""
+        ids = self.ids(question, guidance)
+        text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return f"one prompt, as {reader} sees it ({len(ids)} ids, decoded):\n---\n{text}\n---"
+
     def ids(self, question: str, guidance: Guidance = NO_GUIDANCE) -> list[int]:
         """Return the prompt's token ids, with exactly one BOS in front where the tokenizer starts texts with one."""
-        guidance = self.printed(guidance)
+        guidance = self.placed(guidance)
         if self.config.style == "raw":
             ids = self._encode(self.render(question, guidance))
         else:
@@ -137,6 +155,25 @@ class Prompter:
             return ids
         num_bos = next((i for i, token in enumerate(ids) if token != self.bos_id), len(ids))
         return [self.bos_id, *ids[num_bos:]]
+
+    def placed(self, guidance: Guidance) -> Guidance:
+        """Return the guidance as it is printed. Raises UserError if it would not stand where the method wants it."""
+        opened = thought_is_open(self.opening)
+        if guidance.outside and thought_is_open(self.before) and not opened:
+            raise UserError(
+                f"prompt: {guidance.outside.strip()!r} belongs before the thought, but the question stands in the thought; "
+                "open the thought after the question"
+            )
+        if guidance.inside and self.knows_thoughts and not opened:
+            key = (
+                "end prompt.template in <think>" if self.config.style == "raw" else 'set prompt.think_prefix="<think>"'
+            )
+            raise UserError(
+                f"prompt: {guidance.inside.strip()!r} belongs into the thought, but none is open where the answer begins "
+                f"({self.opening[-40:]!r}); {key} (thinking must not be switched off), or state lengths in the question "
+                "(lapo.guidance=outside, evaluate.instructions outside:N)"
+            )
+        return self.printed(guidance)
 
     def printed(self, guidance: Guidance) -> Guidance:
         """Return the guidance with its lengths as multiples of prompt.length_multiple; the budget stays as it is."""
@@ -162,14 +199,32 @@ class Prompter:
         return [{"role": "system", "content": self.config.system}, user] if self.config.system else [user]
 
     def _chat(self, question: str, guidance: Guidance) -> str:
+        return self._apply(self._messages(question, guidance), add_generation_prompt=True)
+
+    def _apply(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         text = self.tokenizer.apply_chat_template(
-            self._messages(question, guidance),
-            tokenize=False,
-            add_generation_prompt=True,
-            **self.config.template_options,
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **self.config.template_options
         )
         assert isinstance(text, str)
         return text
+
+    def closing(self) -> str:
+        """Return what the chat template writes after an assistant's answer ("<|im_end|>\\n"), "" in raw style."""
+        if self.config.style == "raw":
+            return ""
+        answer = "The answer is 7."
+        turns = [*self._messages("What is 3+4?", NO_GUIDANCE), {"role": "assistant", "content": answer}]
+        return self._apply(turns, add_generation_prompt=False).rpartition(answer)[2]
+
+    def _around_question(self) -> tuple[str, str]:
+        """Return the template's text before the question (raw style), and what opens the answer: all after the question
+        (raw style) or after the user's turn."""
+        if self.config.style == "raw":
+            before, _, after = self.config.template.partition("{question}")
+            return before, after
+        question = "What is 3+4?"
+        turn = self._messages(question, NO_GUIDANCE)[-1]["content"].strip()
+        return "", self._chat(question, NO_GUIDANCE).rpartition(turn)[2] + self.prefix
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -212,6 +267,16 @@ def check_template_options(tokenizer: PreTrainedTokenizerBase, options: dict[str
             raise UserError(
                 f"prompt.template_options.{name}: the chat template of {tokenizer.name_or_path!r} does not read it; {hint}"
             )
+
+
+def thought_is_open(text: str) -> bool:
+    """Return True if the last thought tag in `text` opens a thought.
+
+    >>> [thought_is_open(text) for text in ("<think> 1 </think> A: <think>\\n", "<think>\\n\\n</think>\\n", "[THINK]", "")]
+    [True, False, True, False]
+    """
+    tags = list(THOUGHT_TAG.finditer(text))
+    return bool(tags) and tags[-1]["end"] is None
 
 
 def _after(before: str, text: str) -> str:

@@ -76,8 +76,8 @@ def measure(config: Config) -> list[dict[str, Any]]:
     """One row for each model, temperature and manner: shares of wrong additions by kind, and of right answers by level."""
     ranks, models, e, rows = set_up_process(config), parse_models(config), config.evaluate, []
     with Grader() as grader:
-        for model, data in zip(models, load_sets(config, models, grader), strict=True):
-            sampler = make_sampler(config, model.path, e.max_new_tokens, ranks)
+        for model, data in zip(models, load_sets(config, models, grader, ranks), strict=True):
+            sampler = make_sampler(config, model.path, e.max_new_tokens, ranks, trains=False)
             for temperature, manner in product(e.temperatures, FORCED):
                 texts = forced_answers(config, data, sampler, manner, decoding_at(config, temperature))
                 right = grader.grade_all(texts, [p.answer for p in data.problems])

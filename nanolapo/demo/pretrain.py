@@ -41,6 +41,7 @@ from nanolapo.data.demo_task import LABELS, LEVELS, Sums, random_sums
 from nanolapo.data.prompts import NO_GUIDANCE, Guidance
 from nanolapo.locks import make_once
 from nanolapo.model.folder import load_model, load_tokenizer, save_model
+from nanolapo.preflight import before_writing
 
 TEMPLATE = "{question} <think>"  # prompt.template of the demo configs
 BUDGETS = range(10, 401, 10)  # one token each
@@ -232,6 +233,7 @@ def pretrain(out_dir: str, settings: DemoConfig, seed: int) -> None:
         model = load_model(settings.start, torch.device("cpu"), "demo.start")
     else:
         model = make_model(tokenizer, settings)
+    print(*before_writing("demo.start", model, torch.float32, tokenizer).lines(), sep="\n", flush=True)
     easy_steps, factor = (0.0, START_LR) if settings.start else (EASY * settings.steps, 1.0)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim < 2 or "embed" in n]

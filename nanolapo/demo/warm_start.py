@@ -22,6 +22,7 @@ from nanolapo.data.prompts import Prompter
 from nanolapo.demo.pretrain import MANNERS, MIXTURES, learning_rate_factor, make_batches, write_solution
 from nanolapo.locks import make_once
 from nanolapo.model.folder import load_model, load_tokenizer, save_model
+from nanolapo.preflight import before_writing
 
 
 def warm_start(config: Config) -> None:
@@ -37,6 +38,7 @@ def warm_start(config: Config) -> None:
     dtype = getattr(torch, config.model.dtype)
     key = "warm_start.model"
     tokenizer, model = load_tokenizer(w.model, key), load_model(w.model, device, key)
+    print(*before_writing(key, model, dtype, tokenizer).lines(), sep="\n", flush=True)
     prompter, levels = Prompter(tokenizer, config.prompt), config.data.sources[0].levels or LEVELS
     optimizer = torch.optim.AdamW(model.parameters(), lr=w.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     batches: list[tuple[torch.Tensor, torch.Tensor]] = []

@@ -9,16 +9,26 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from nanolapo.config import Config
+from nanolapo.config import Config, UserError
 from nanolapo.data.load import Data
 from nanolapo.data.problems import Problem
-from nanolapo.data.prompts import NO_GUIDANCE, Guidance, exact_guidance, outside_guidance
-from nanolapo.evaluation.passes import Model, Pass, decoding_at, load_sets, parse_models, passes, wanted_samples
+from nanolapo.data.prompts import NO_GUIDANCE, Guidance
+from nanolapo.evaluation.passes import (
+    Model,
+    Pass,
+    decoding_at,
+    load_sets,
+    parse_models,
+    passes,
+    preflight,
+    wanted_samples,
+)
 from nanolapo.evaluation.scores import (
     Answer,
     add_aes,
@@ -37,6 +47,7 @@ from nanolapo.ranks import Ranks
 from nanolapo.rollouts import row_seed
 from nanolapo.samplers.choose import make_sampler
 from nanolapo.samplers.sampler import Decoding, Request, Sampler
+from nanolapo.sampling import sample_beside_grading
 from nanolapo.session import set_up_process
 
 
@@ -45,8 +56,11 @@ def evaluate(config: Config) -> dict[str, Any]:
     ranks, models = set_up_process(config), parse_models(config)
     rows: list[dict[str, Any]] = []
     with Grader() as grader:
-        loaded = load_sets(config, models, grader)  # of all models: a missing folder must not show hours later
+        loaded = load_sets(config, models, grader, ranks)  # of all models: a missing folder must not show hours later
+        checked = preflight(config, models, loaded, grader)
         if ranks.is_main:
+            for model, found in zip(models, checked, strict=True):
+                print(*[f"{model.name}: {line}" for line in found.lines()], sep="\n", flush=True)
             write_setup(config, loaded)
         for model, data in zip(models, loaded, strict=True):
             runs = Benchmark(config, model, data, grader, ranks)
@@ -57,7 +71,8 @@ def evaluate(config: Config) -> dict[str, Any]:
             for temperature in config.evaluate.temperatures:
                 unguided = runs.answers(temperature, asked[0], {})
                 for one in asked:
-                    answers = runs.answers(temperature, one, stated_lengths(one, unguided)) if one.name else unguided
+                    budgets = ranks.from_main(partial(stated_lengths, one, unguided))
+                    answers = runs.answers(temperature, one, budgets) if one.name else unguided
                     rows += [row | origin for row in score_sets(model.name, temperature, one.name, answers, config)]
             runs.close()
     add_aes(rows, models[0].name)
@@ -72,7 +87,7 @@ class Benchmark:
         self.model, self.data, self.grader, self.ranks = model, data, grader, ranks
         self.folder = Path(config.evaluate.samples_dir or config.run_dir / "samples")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.identity = model_identity(model.path)
+        self.identity = ranks.from_main(lambda: model_identity(model.path))
         self.references = digest([f"{p.id} {p.answer}" for p in data.problems])
         self.sampler: Sampler | None = None
 
@@ -86,7 +101,7 @@ class Benchmark:
         """All answers of one pass at one temperature. budgets: problem id -> the stated length ({} states none)."""
         e = self.config.evaluate
         decoding = decoding_at(self.config, temperature)
-        prompts = self.prompts(asked, budgets)
+        prompts = self.ranks.from_main(lambda: self.prompts(asked, budgets))
         settings = {"model": self.identity, "decoding": asdict(decoding),
                     "max_new_tokens": e.max_new_tokens, "seed": self.config.run.seed, "budgets": budgets,
                     "dtype": self.config.rollout.dtype or self.config.model.dtype, "golds": self.references}  # fmt: skip
@@ -97,18 +112,22 @@ class Benchmark:
             files[source] = sample_file(
                 self.folder, self.model.name, source, temperature, settings | {"prompts": rendered}
             )
-        done = {(a.problem, a.index) for file in files.values() for a in self.read(file)}
         wanted = wanted_samples(self.config, self.data)
-        missing = [(i, k) for i, k in wanted if (self.data.problems[i].id, k) not in done]
+        missing = self.ranks.from_main(lambda: self.missing(wanted, files))
         engine, engines = self.ranks.engine(self.config.rollout.tensor_parallel)
         mine = missing[engine::engines]
-        if self.ranks.any(bool(missing)):
+        if missing:
             self.sample(mine, decoding, prompts, files)
         self.ranks.wait()
         order = {p.id: i for i, p in enumerate(self.data.problems)}
         unique = {
             (order[a.problem], a.index): a for file in files.values() for a in self.read(file) if a.problem in order
         }
+        if lost := set(wanted) - unique.keys():
+            raise UserError(
+                f"{self.folder}: {len(lost)} samples of {self.model.name} are not there although they were written; every "
+                "rank must see this folder, so put it on a disk that all nodes share"
+            )
         return [unique[place] for place in wanted]
 
     def prompts(self, asked: Pass, budgets: dict[str, float]) -> dict[str, tuple[Guidance, list[int]]]:
@@ -117,6 +136,11 @@ class Benchmark:
         return {
             p.id: (guidances[p.id], self.data.prompter.ids(p.question, guidances[p.id])) for p in self.data.problems
         }
+
+    def missing(self, wanted: Sequence[tuple[int, int]], files: dict[str, Path]) -> list[tuple[int, int]]:
+        """Those of the wanted samples that are not on disk yet."""
+        done = {(a.problem, a.index) for file in files.values() for a in self.read(file)}
+        return [(i, k) for i, k in wanted if (self.data.problems[i].id, k) not in done]
 
     def read(self, file: Path) -> list[Answer]:
         """The samples of one set, from the files of all ranks."""
@@ -133,7 +157,7 @@ class Benchmark:
         """Sample in chunks and append each chunk to disk at once, so that an interruption loses only one chunk."""
         e, r = self.config.evaluate, self.config.rollout
         if self.sampler is None:
-            self.sampler = make_sampler(self.config, self.model.path, e.max_new_tokens, self.ranks)
+            self.sampler = make_sampler(self.config, self.model.path, e.max_new_tokens, self.ranks, trains=False)
         chunk = 4 * r.max_rows
         hidden = None if self.ranks.is_main else True  # None: shown on a terminal
         with tqdm(total=len(missing), unit="answer", desc=self.model.name, leave=False, disable=hidden) as bar:
@@ -141,15 +165,16 @@ class Benchmark:
                 part = missing[first : first + chunk]
                 problems = [self.data.problems[i] for i, _ in part]
                 requests = [
-                    Request(prompts[p.id][1], row_seed(self.config.run.seed, 0, i, k), e.max_new_tokens)
+                    Request(prompts[p.id][1], row_seed(self.config.run.seed, 0, i, k), e.max_new_tokens, p)
                     for p, (i, k) in zip(problems, part, strict=True)
                 ]
-                samples = self.sampler.generate(requests, decoding)
-                texts = [self.data.decode(s.ids) for s in samples]
-                verdicts = self.grader.grade_all(texts, [p.answer for p in problems])
+                samples, texts, verdicts = sample_beside_grading(
+                    self.sampler, self.data, self.grader, requests, decoding
+                )
+                rights = [verdict.result() for verdict in verdicts]
                 self.grader.stop_if_untrustworthy()  # before writing: a failure must not look like a wrong answer
                 by_file = defaultdict(list)
-                for (_, k), p, s, text, right in zip(part, problems, samples, texts, verdicts, strict=True):
+                for (_, k), p, s, text, right in zip(part, problems, samples, texts, rights, strict=True):
                     correct, budget = right and s.finished, prompts[p.id][0].budget
                     answer = Answer(p.id, p.source, p.level, k, len(s.ids), correct, s.finished, text, budget)
                     file = files[p.source]
@@ -171,8 +196,7 @@ def guidance_for(problem: Problem, asked: Pass, budgets: dict[str, float], confi
     """The stated length, rounded to the same multiples as in training."""
     if problem.id not in budgets:
         return NO_GUIDANCE
-    form = outside_guidance if asked.place == "outside" else exact_guidance
-    return form(stated(config, budgets[problem.id]))
+    return asked.guidance(stated(config, budgets[problem.id]))
 
 
 def write_setup(config: Config, loaded: Sequence[Data]) -> None:

@@ -16,9 +16,11 @@ from nanolapo.checkpoint import NAME
 from nanolapo.config import Config, PromptConfig, UserError
 from nanolapo.config_file import build, to_yaml
 from nanolapo.data.load import Data, fit_prompts, gradable_problems
-from nanolapo.data.prompts import Prompter
+from nanolapo.data.prompts import NO_GUIDANCE, Guidance, Prompter, exact_guidance, outside_guidance
 from nanolapo.grader import Grader
 from nanolapo.model.folder import load_tokenizer
+from nanolapo.preflight import Preflight, before_evaluation
+from nanolapo.ranks import Ranks
 from nanolapo.samplers.sampler import Decoding
 
 PLACES = ("inside", "outside")  # of the thought
@@ -45,6 +47,10 @@ class Pass:
     )
     factor: float = 0.0
     tokens: int = 0
+
+    def guidance(self, tokens: float) -> Guidance:
+        """State this length where the pass states it."""
+        return (outside_guidance if self.place == "outside" else exact_guidance)(tokens)
 
 
 def parse_models(config: Config) -> list[Model]:
@@ -119,11 +125,23 @@ def decoding_at(config: Config, temperature: float) -> Decoding:
     return Decoding(temperature, config.evaluate.top_p if temperature < 1 else 1.0)
 
 
-def load_sets(config: Config, models: Sequence[Model], grader: Grader) -> list[Data]:
+def load_sets(config: Config, models: Sequence[Model], grader: Grader, ranks: Ranks | None = None) -> list[Data]:
     """The problems for each model's tokenizer. They are read, and their reference answers checked, once for all models."""
     prompters = [Prompter(load_tokenizer(m.path, f"evaluate.models: {m.name}"), m.prompt) for m in models]
-    problems, report = gradable_problems(config, grader)
+    problems, report = gradable_problems(config, grader, ranks)
     return [fit_prompts(config, prompter, problems, report) for prompter in prompters]
+
+
+def preflight(config: Config, models: Sequence[Model], loaded: Sequence[Data], grader: Grader) -> list[Preflight]:
+    """Try what the answers of each model rest on, for all of its passes."""
+    checked = []
+    for model, data in zip(models, loaded, strict=True):
+        asked = passes(config, model, model is models[-1])
+        told = [
+            one.guidance(one.tokens or config.evaluate.max_new_tokens) if one.name else NO_GUIDANCE for one in asked
+        ]
+        checked.append(before_evaluation(config, model.path, f"evaluate.models: {model.name}", data, told, grader))
+    return checked
 
 
 def wanted_samples(config: Config, data: Data) -> list[tuple[int, int]]:
@@ -137,6 +155,7 @@ def dry_run(config: Config) -> None:
     models, e = parse_models(config), config.evaluate
     with Grader() as grader:
         loaded = load_sets(config, models, grader)
+        checked = preflight(config, models, loaded, grader)
     print(to_yaml(config))
     most = 0
     for model, data in zip(models, loaded, strict=True):
@@ -145,8 +164,10 @@ def dry_run(config: Config) -> None:
         most += answers * e.max_new_tokens
         print("\n".join([*data.report, f"{model.name}: {len(data.problems)} problems, {answers:,} answers"]))
     print(f"at most {most:,} sampled tokens (upper bound: every answer at the limit)")
-    shown: dict[str, str] = {}  # a prompt -> the first model that sees it
+    for model, found in zip(models, checked, strict=True):
+        print("\n".join([f"{model.name}: {found.lines()[0]}", *found.lines()[1:], *found.table()]))
+    shown: dict[str, str] = {}  # a prompt -> what the first model that is asked it sees
     for model, data in zip(models, loaded, strict=True):
-        shown.setdefault(data.prompter.render(data.problems[0].question), model.name)
-    for prompt, name in shown.items():
-        print(f"one prompt, as {name} sees it:\n---\n{prompt}\n---")
+        question = data.problems[0].question
+        shown.setdefault(data.prompter.render(question), data.prompter.shown(question, NO_GUIDANCE, model.name))
+    print("\n".join(shown.values()))

@@ -25,7 +25,7 @@ from nanolapo.explain.sampled import (
     the_verdicts,
 )
 from nanolapo.explain.trace import Trace
-from nanolapo.explain.trained import the_line, the_memory, the_sync, the_tokens, the_update
+from nanolapo.explain.trained import the_checks, the_line, the_memory, the_sync, the_tokens, the_update
 from nanolapo.loop import run_step
 from nanolapo.methods.base import Method
 from nanolapo.session import Session, open_session
@@ -63,5 +63,5 @@ def story(session: Session, trace: Trace) -> list[Section]:
     v = View(session, trace, most_telling(trace))
     return [
         the_problem(v), the_prompt(v), the_answers(v), the_verdicts(v), the_length(v), the_rewards(v), the_advantages(v),
-        the_memory(v), the_tokens(v), the_update(v), the_sync(v), the_line(v),
+        the_memory(v), the_tokens(v), the_update(v), the_sync(v), the_checks(v), the_line(v),
     ]  # fmt: skip

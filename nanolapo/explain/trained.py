@@ -142,6 +142,18 @@ def the_memory(v: View) -> Section:
     )
 
 
+def the_checks(v: View) -> Section:
+    checked = v.s.preflight
+    return Section(
+        "What was checked before the first rollout",
+        "preflight.py: one function for each check",
+        [
+            f"{len(checked.rows)} checks in {checked.seconds:.1f} s, most of them before the weights were loaded.",
+            Table(["check", "proves", "found"], checked.rows, words=["check", "proves", "found"]),
+        ],
+    )
+
+
 def the_line(v: View) -> Section:
     # A mean over nothing is nan to us, and null in the file.
     rows = [[name, repr(float(x)) if math.isfinite(x) else "null"] for name, x in v.trace.metrics.items()]

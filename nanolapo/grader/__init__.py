@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
 from functools import cache, partial
 
-from nanolapo.config import RunStopped
+from nanolapo.config import RunStopped, UserError
 from nanolapo.grader.answers import equal, hostile, is_list, number
 from nanolapo.grader.boxes import boxed_answer, exact_first_boxed, first_boxed
 from nanolapo.grader.pool import Pool, Question
@@ -31,6 +31,7 @@ from nanolapo.grader.spelling import is_reachable, normalise
 
 MAX_ERROR_RATE = 0.05  # with more errors than this, over at least MIN_ANSWERS, the verdicts cannot be trusted
 MIN_ANSWERS = 200
+PATIENCE_S = 60.0  # for a comparison that came too late, when it is asked once more and alone
 CANARY = r"\boxed{-7919.0625}"  # no reference answer may accept this
 
 
@@ -79,7 +80,7 @@ class Grader:
             raise ValueError(f"rule is 'math' or 'exact_first_boxed', not {rule!r}")
         self.rule, self.require_think_close = rule, require_think_close
         self.errors = self.total = 0
-        self._pool = Pool(workers, deadline_s, max_memory_gb)
+        self._pool, self._max_memory_gb = Pool(workers, deadline_s, max_memory_gb), max_memory_gb
         self._lock = threading.Lock()
 
     def __enter__(self) -> Grader:
@@ -116,14 +117,35 @@ class Grader:
         return boxed_answer(completion, self.require_think_close)
 
     def references_that_fail(self, references: Sequence[str]) -> list[int]:
-        """Indices of those that no answer can reach, do not accept themselves, accept any number, or end in an error."""
-        own = [self._reply(rf"\boxed{{{reference}}}", reference, False) for reference in references]
-        other = [self._reply(CANARY, reference, False) for reference in references]
-        checks = enumerate(zip(references, own, other, strict=True))
-        return [
-            i for i, (reference, mine, canary) in checks
-            if not (is_reachable(reference) and mine.result() and canary.result() is False)
-        ]  # fmt: skip
+        """Indices of those that no answer can reach, do not accept themselves, or accept any number.
+
+        A comparison that is late or crashes says nothing about the reference answer, so it is asked again (see `_insist`).
+        """
+        own = [(rf"\boxed{{{reference}}}", reference) for reference in references]
+        other = [(CANARY, reference) for reference in references]
+        replies = [self._reply(*pair, False) for pair in own + other]
+        verdicts = [reply.result() for reply in replies]
+        if None in verdicts:
+            verdicts = self._insist(own + other, verdicts)
+        checks = enumerate(zip(references, verdicts[: len(references)], verdicts[len(references) :], strict=True))
+        return [i for i, (reference, mine, canary) in checks if not is_reachable(reference) or not mine or canary]
+
+    def _insist(self, asked: Sequence[tuple[str, str]], verdicts: Sequence[bool | None]) -> list[bool | None]:
+        """Ask those without a verdict again, one after the other, with PATIENCE_S for each. Raises UserError for a
+        reference answer that still cannot be compared."""
+        patient, decided = Pool(1, PATIENCE_S, self._max_memory_gb), list(verdicts)
+        try:
+            for n, (completion, reference) in enumerate(asked):
+                if decided[n] is None:
+                    decided[n] = self._reply(completion, reference, False, patient).result()
+                if decided[n] is None:
+                    raise UserError(
+                        f"the reference answer {reference!r} could not be compared within {PATIENCE_S:g} s: start again "
+                        "when the machine has less to do, or leave the problem out with data.exclude"
+                    )
+        finally:
+            patient.close()
+        return decided
 
     @property
     def error_rate(self) -> float:
@@ -142,10 +164,12 @@ class Grader:
                 "answers): its verdicts can no longer be trusted"
             )
 
-    def _reply(self, completion: str, reference: str, require_think_close: bool) -> Future[bool | None]:
+    def _reply(
+        self, completion: str, reference: str, require_think_close: bool, pool: Pool | None = None
+    ) -> Future[bool | None]:
         """True, False, or None for an error."""
         decided = _decide(completion, reference, require_think_close)
-        return _finished(decided) if isinstance(decided, bool) else self._pool.ask(decided)
+        return _finished(decided) if isinstance(decided, bool) else (pool or self._pool).ask(decided)
 
     def _pass_on(self, verdict: Future[bool], reply: Future[bool | None]) -> None:
         """Count a reply, then finish the verdict with it."""

@@ -29,7 +29,7 @@ from nanolapo.config import Config, UserError
 from nanolapo.data.order import batch_indices
 from nanolapo.data.problems import Problem
 from nanolapo.methods.base import Method, MonitorPlan
-from nanolapo.rollouts import Rollout, Rollouts
+from nanolapo.rollouts import Measured, Rollout, Rollouts
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,12 @@ class Aepo(Method):
         plan = self.sampling(step)
         chosen = batch_indices(self.num_problems, step, plan.num_prompts, self.config.run.seed)
         count = max(1, round(self.options.prompts * len(chosen)))
-        return MonitorPlan(tuple(chosen[:count]), plan.group_size, temperature, plan.max_new_tokens)
+        return MonitorPlan(tuple(chosen[:count]), plan.group_size, temperature, plan.max_new_tokens, whole_rows=True)
 
-    def on_monitor(self, rollouts: Rollouts) -> dict[str, float]:
-        self.extra = rollouts
-        return {"aepo/extra_accuracy": float(rollouts.correct_B.mean())}
+    def on_monitor(self, found: Measured | Rollouts) -> dict[str, float]:
+        assert isinstance(found, Rollouts), "the plan asks for whole rows"
+        self.extra = found
+        return {"aepo/extra_accuracy": float(found.correct_B.mean())}
 
     def most_replaced(self, num_rows: int) -> int:
         """K: halved while the entropy is above the target."""

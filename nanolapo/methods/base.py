@@ -25,7 +25,7 @@ from nanolapo.config_file import build
 from nanolapo.data.problems import Problem
 from nanolapo.data.prompts import Guidance
 from nanolapo.losses import Loss, load_loss
-from nanolapo.rollouts import Rollout, Rollouts
+from nanolapo.rollouts import Measured, Rollout, Rollouts
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class MonitorPlan:
     group_size: int
     temperature: float
     max_new_tokens: int
+    whole_rows: bool = False  # True: on_monitor gets Rollouts, so that they can be trained on; else only Measured
 
 
 class Method:
@@ -86,9 +87,12 @@ class Method:
         """The largest monitor pass of this step, for --dry-run. Override it where `monitor` depends on past steps."""
         return self.monitor(step)
 
-    def on_monitor(self, rollouts: Rollouts) -> dict[str, float]:
-        """Receive the graded rollouts of the monitor pass; returns numbers to log. To train on some of them, keep them and
-        put them into the batch in edit_rollouts (rollouts.put)."""
+    def on_monitor(self, found: Measured | Rollouts) -> dict[str, float]:
+        """Receive lengths and verdicts of the monitor pass, and with whole_rows also the answers; returns numbers to log.
+
+        Ids, log-probs and texts of a pass over all problems are gigabytes, which every rank would have to hold. To train on
+        rows, ask for them, keep them, and put them into the batch in edit_rollouts (rollouts.put).
+        """
         return {}
 
     def edit_rollouts(self, rollouts: Rollouts) -> list[Rollout]:

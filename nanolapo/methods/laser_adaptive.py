@@ -30,7 +30,7 @@ from nanolapo.data.problems import Problem
 from nanolapo.methods import laser
 from nanolapo.methods.base import MonitorPlan
 from nanolapo.methods.tools import R1_DISTILL, repetitive, scale
-from nanolapo.rollouts import Rollouts
+from nanolapo.rollouts import Measured, Rollouts
 
 BUCKETS = ("easy", "medium", "hard")
 
@@ -102,10 +102,10 @@ class LaserD(laser.Laser):
         r = self.config.rollout
         return MonitorPlan(self.monitored, r.group_size, r.temperature, r.max_new_tokens)
 
-    def on_monitor(self, rollouts: Rollouts) -> dict[str, float]:
-        lengths, correct = rollouts.by_group(rollouts.lengths_B), rollouts.by_group(rollouts.correct_B)
-        found = adaptive_targets(lengths, correct, self.candidates, self.options.floor_counts)
-        self.adaptive = {bucket: self.limit if n is None else n for bucket, n in found.items()}
+    def on_monitor(self, found: Measured | Rollouts) -> dict[str, float]:
+        lengths, correct = found.by_group(found.lengths_B), found.by_group(found.correct_B)
+        targets = adaptive_targets(lengths, correct, self.candidates, self.options.floor_counts)
+        self.adaptive = {bucket: self.limit if n is None else n for bucket, n in targets.items()}
         return {f"laser/target_{bucket}": float(n) for bucket, n in self.adaptive.items()}
 
     def targets(self, rollouts: Rollouts) -> np.ndarray:

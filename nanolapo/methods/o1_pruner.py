@@ -29,7 +29,7 @@ from torch import Tensor
 from nanolapo.config import Config
 from nanolapo.data.problems import Problem
 from nanolapo.methods.base import Method, MonitorPlan
-from nanolapo.rollouts import Rollouts
+from nanolapo.rollouts import Measured, Rollouts
 
 
 def harmonizing_reward(
@@ -82,18 +82,18 @@ class O1Pruner(Method):
             return None
         return MonitorPlan(tuple(range(self.num_problems)), samples, r.temperature, r.max_new_tokens)
 
-    def on_monitor(self, rollouts: Rollouts) -> dict[str, float]:
-        self.remember(rollouts)
+    def on_monitor(self, found: Measured | Rollouts) -> dict[str, float]:
+        self.remember(found)
         lengths, accuracies = zip(*self.reference.values(), strict=True)
         return {"reference/length": float(np.mean(lengths)), "reference/accuracy": float(np.mean(accuracies))}
 
-    def remember(self, rollouts: Rollouts) -> None:
+    def remember(self, found: Measured | Rollouts) -> None:
         """Take these groups as reference for the problems that have none."""
-        for problem, measured in zip(rollouts.problems, self.measure(rollouts), strict=True):
+        for problem, measured in zip(found.problems, self.measure(found), strict=True):
             self.reference.setdefault(problem.id, measured)
 
-    def measure(self, rollouts: Rollouts) -> list[tuple[float, float]]:
-        lengths, correct = rollouts.by_group(rollouts.lengths_B), rollouts.by_group(rollouts.correct_B)
+    def measure(self, found: Measured | Rollouts) -> list[tuple[float, float]]:
+        lengths, correct = found.by_group(found.lengths_B), found.by_group(found.correct_B)
         return [(float(n.mean()), float(c.mean())) for n, c in zip(lengths, correct, strict=True)]
 
     def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:

@@ -24,10 +24,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from nanolapo.data.problems import Problem
 from nanolapo.methods.base import Method
+from nanolapo.model.folder import load_tokenizer
 from nanolapo.rollouts import Rollouts
 
 
@@ -73,7 +73,7 @@ class Sas(Method):
     Options = Options
 
     def start(self, problems: list[Problem]) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(self.config.model.path, trust_remote_code=False)
+        self.tokenizer = load_tokenizer(self.config.model.path)
         self.texts: dict[int, str] = {}  # of the tokens met so far
 
     def piece(self, token: int) -> str:

@@ -31,7 +31,7 @@ from nanolapo.advantages import MIN_SPREAD
 from nanolapo.config import Config, UserError
 from nanolapo.data.problems import Problem
 from nanolapo.methods.base import Method, MonitorPlan, SamplingPlan
-from nanolapo.rollouts import Rollouts
+from nanolapo.rollouts import Measured, Rollouts
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,10 @@ class Spo(Method):
         r, everyone = self.config.rollout, tuple(range(len(self.ids)))
         return MonitorPlan(everyone, self.options.first_samples, r.temperature, r.max_new_tokens)
 
-    def on_monitor(self, rollouts: Rollouts) -> dict[str, float]:
-        for problem, correct_G in zip(rollouts.problems, rollouts.by_group(rollouts.correct_B), strict=True):
+    def on_monitor(self, found: Measured | Rollouts) -> dict[str, float]:
+        for problem, correct_G in zip(found.problems, found.by_group(found.correct_B), strict=True):
             self.counts[problem.id] = first_counts(int(correct_G.sum()), len(correct_G), self.options.rho)
-        return {"spo/first_accuracy": float(rollouts.correct_B.mean())}
+        return {"spo/first_accuracy": float(found.correct_B.mean())}
 
     def sampling(self, step: int) -> SamplingPlan:
         values = np.array([self.value(problem_id) for problem_id in self.ids])

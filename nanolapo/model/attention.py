@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, PreTrainedModel
 
-from nanolapo.config import UserError
-
 NAME = "nanolapo_shared_prompts"
 
 
@@ -46,14 +44,16 @@ def shared_prompt_attention(
     value_1KSD: Tensor,
     attention_mask: Tensor | None,
     *,
-    shared_prompts: Sequence[SharedPrompt],
     scaling: float,
+    shared_prompts: Sequence[SharedPrompt] | None = None,
     sliding_window: int | None = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
     """Attend causally within each prompt and its responses: [1, S, H, D]. transformers fixes the signature."""
-    if unused.get("s_aux") is not None or unused.get("softcap") is not None:
-        raise UserError("model.path: attention with sinks or capped logits is not supported")
+    if attention_mask is not None or unused.get("s_aux") is not None or unused.get("softcap") is not None:
+        raise NotImplementedError("its attention has sinks, capped logits or a mask of the layer's own")
+    if shared_prompts is None:
+        raise NotImplementedError("its layers do not tell the attention where the rows are")
     # One split for all: the gradient of a slice would be a tensor of the whole length S for each piece.
     sizes = [count for shared in shared_prompts for _, count, _ in shared.pieces()]
     queries, keys, values = (x.split(sizes, dim=2) for x in (query_1HSD, key_1KSD, value_1KSD))
@@ -65,7 +65,7 @@ def shared_prompt_attention(
             if seen:
                 key, value = torch.cat([keys[prompt], key], dim=2), torch.cat([values[prompt], value], dim=2)
             outputs.append(attend(query, key, value, scaling, sliding_window))
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
@@ -83,13 +83,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: in
 
 
 def use_shared_prompts(model: PreTrainedModel) -> None:
-    """Switch the model to `shared_prompt_attention`. Raises UserError if its layers also mix tokens in another way."""
-    kinds = set(getattr(model.config, "layer_types", None) or ())  # not every kind of model lists them
+    """Switch the model to `shared_prompt_attention`. Raises NotImplementedError if the model says that its layers also mix
+    tokens in another way. trial.py tries what models do not say."""
+    kinds = set(
+        getattr(model.config.get_text_config(), "layer_types", None) or ()
+    )  # not every kind of model lists them
     common = model._supports_attention_backend and not model._is_stateful
     if not common or kinds - {"full_attention", "sliding_attention"}:
-        raise UserError(
-            f"model.path: {model.config.model_type} cannot be trained here; its layers must mix tokens by attention only, "
-            "in transformers' common form (llama, mistral, qwen2, qwen3, ...)"
-        )
+        raise NotImplementedError("its layers do not mix tokens by attention only, in transformers' common form")
     AttentionInterface.register(NAME, shared_prompt_attention)
     model.set_attn_implementation(NAME)

@@ -12,7 +12,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import cached_file
 
 from nanolapo.config import UserError
 from nanolapo.model.lora import lora_layers, merged_delta
@@ -33,11 +43,16 @@ def must_be_local(path: str) -> bool:
 
 
 def load_tokenizer(path: str, key: str = "model.path") -> PreTrainedTokenizerBase:
-    """Load a tokenizer. Raises UserError naming the config's key if there is none."""
+    """Load a tokenizer, tokenizer.json as it is if there is one. Raises UserError naming the config's key if there is none.
+
+    AutoTokenizer would take only the vocabulary from tokenizer.json and rebuild the rest as the class in config.json or
+    tokenizer_config.json does it. Where that is another kind, blanks or the whole text vanish.
+    """
     if must_be_local(path) and not Path(path).exists():  # the hub would be asked for a minute without a network
         raise UserError(f"{key}={path!r}: {NO_FOLDER}")
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        kind = PreTrainedTokenizerFast if file_of(path, "tokenizer.json") else AutoTokenizer
+        return kind.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # a damaged file raises anything: KeyError, TypeError, tokenizers' bare Exception
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
@@ -45,15 +60,39 @@ def load_tokenizer(path: str, key: str = "model.path") -> PreTrainedTokenizerBas
         ) from None
 
 
+def file_of(path: str, name: str) -> Path | None:
+    """Return the path of a model's file on this machine, fetched from the hub if need be; None if the model has none."""
+    found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(found)
+
+
+def read_settings(path: str, key: str) -> tuple[PreTrainedConfig, GenerationConfig | None]:
+    """Read config.json and generation_config.json. Raises UserError if there is no config."""
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        has_generation = file_of(path, "generation_config.json") is not None
+        return config, GenerationConfig.from_pretrained(path) if has_generation else None
+    except Exception as error:  # a damaged file raises anything, see load_tokenizer
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{key}={path!r}: no config.json or a damaged generation_config.json there ({first}); give a Hugging Face "
+            "model folder or a hub name"
+        ) from None
+
+
 def load_model(path: str, device: torch.device, key: str = "model.path") -> PreTrainedModel:
-    """Load a causal LM in float32 from a local folder or by hub name. Raises UserError naming the config's key."""
+    """Load a causal LM in float32 from a local folder or by hub name. Raises UserError naming the config's key.
+
+    On the device "meta" its tensors have names and shapes, but no values are read.
+    """
     local = Path(path)
     if not path or (local.exists() and not (local / "config.json").exists()):
         raise UserError(f"{key}={path!r}: no config.json there; give a Hugging Face model folder or a hub name")
     try:  # safetensors only: a pickle file could run code
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, output_loading_info=True
-        )
+            path, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, output_loading_info=True,
+            device_map="meta" if device.type == "meta" else None,
+        )  # fmt: skip
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         missing = "no such local folder, and not to be had from the hub; without a network give a local folder"
@@ -63,9 +102,6 @@ def load_model(path: str, device: torch.device, key: str = "model.path") -> PreT
     if info["missing_keys"]:
         raise UserError(f"{key}={path!r}: the files lack {len(info['missing_keys'])} weights of the model, such as "
                         f"{min(info['missing_keys'])}; fetch or save the model again")  # fmt: skip
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):  # log-probs come straight from the head
-        if getattr(model.config, name, None) not in (None, 1.0):
-            raise UserError(f"{key}={path!r}: models that change their logits ({name}) are not supported")
     disable_dropout(model)
     return model.to(device)
 
@@ -123,13 +159,8 @@ def save_model(
         return
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    config = copy.deepcopy(model.config)
-    config.dtype = dtype  # model.save_pretrained writes float32, the masters' dtype
     try:
-        model.save_pretrained(temporary, state_dict=state)
-        config.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        add_version4_keys(temporary)
+        write_folder(model, state, dtype, tokenizer, temporary)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"{folder}: could not be written ({error}); free some disk and run the same command") from None
@@ -152,6 +183,42 @@ def publish(temporary: Path, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
     sync(folder.parent)
+
+
+def write_folder(
+    model: PreTrainedModel,
+    state: dict[str, Tensor],
+    dtype: torch.dtype,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+) -> None:
+    """Write weights, config, generation config and tokenizer. Without a `state` this is all that is not weights."""
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype  # model.save_pretrained writes float32, the masters' dtype
+    model.save_pretrained(folder, state_dict=state)
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    add_version4_keys(folder)
+
+
+def position_limit(config: PreTrainedConfig) -> int | None:
+    """Return the longest sequence, in tokens, that a model was made for; None if its config names no limit.
+
+    >>> from transformers import LlamaConfig, MambaConfig
+    >>> yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    >>> position_limit(LlamaConfig(max_position_embeddings=512, rope_scaling=yarn)), position_limit(MambaConfig())
+    (2048, None)
+    """
+    text = config.get_text_config()
+    limit, rope = getattr(text, "max_position_embeddings", None), getattr(text, "rope_parameters", None) or {}
+    if not limit:
+        return None
+    kind = rope.get("rope_type")  # a dict by kind of layer has no kind itself, and its limit is already the long one
+    if kind == "yarn":
+        limit = max(limit, rope.get("original_max_position_embeddings", limit) * rope["factor"])
+    elif kind in ("linear", "dynamic"):
+        limit *= rope["factor"]
+    return int(limit)
 
 
 def sync(path: Path) -> None:

@@ -9,7 +9,7 @@ We call fully_shard ourselves: on a CPU, accelerate's FSDP plugin silently gives
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,13 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def shard(scorer: nn.Module, layers: Iterable[nn.Module], dtype: torch.dtype, offload: bool = False) -> None:
+def shard(
+    scorer: nn.Module, layers: Iterable[nn.Module], dtype: torch.dtype, give: Callable[[nn.Module], None],
+    offload: bool = False,
+) -> None:  # fmt: skip
     """Cut every parameter of `scorer` along its first dimension into one slice per rank. Each of `layers` is one unit.
+
+    `give` puts the weights into a unit just before it is cut (spread.py).
 
     The model computes in `dtype`. Slices, gradients and their sums are float32. `offload` keeps the slices in host memory.
     Embedding, head and last norm form one more unit, so a tied head stays tied. This unit is cut up again after every
@@ -26,8 +31,11 @@ def shard(scorer: nn.Module, layers: Iterable[nn.Module], dtype: torch.dtype, of
     """
     policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
     where = CPUOffloadPolicy() if offload else OffloadPolicy()
-    units = [fully_shard(module, mp_policy=policy, offload_policy=where) for module in layers]
-    units.append(fully_shard(scorer, mp_policy=policy, offload_policy=where, reshard_after_forward=True))
+    units = []
+    for module in [*layers, scorer]:
+        give(module)
+        again = True if module is scorer else None  # None: torch's default
+        units.append(fully_shard(module, mp_policy=policy, offload_policy=where, reshard_after_forward=again))
     for unit in units:
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # a plain sum, which every backend knows

@@ -51,7 +51,7 @@ def calibrate(config: Config, machine: Machine, e: Expected) -> Machine:
 def training_rate(config: Config, shape: Shape, machine: Machine, e: Expected, ranks: Ranks) -> float:
     """Measure FLOP/s of a forward and backward pass of one full micro-batch."""
     config = changed(changed(changed(config, "loss.kl_coef", 0.0), "train.batch_size", 0), "train.inner_epochs", 1)
-    policy = Policy(config, ranks.device)
+    policy = Policy(config, ranks.device, ranks)
     prompt, answer = round(e.prompt), round(e.answer)
     rows = max(1, int(microbatch_tokens(config, machine, e) // (prompt + answer)))
     rng = np.random.default_rng(0)  # every row has another prompt: nothing is shared

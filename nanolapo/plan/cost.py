@@ -19,7 +19,18 @@ from dataclasses import dataclass
 
 from nanolapo.config import Config
 from nanolapo.config_file import validate
-from nanolapo.plan.footprint import Expected, bytes_of, cache_rows, expect, fit, memory, prompt_share, remedy, uses_vllm
+from nanolapo.plan.footprint import (
+    Expected,
+    bytes_of,
+    cache_rows,
+    expect,
+    fit,
+    host_memory,
+    memory,
+    prompt_share,
+    remedy,
+    uses_vllm,
+)
 from nanolapo.plan.machines import Machine, Shape, load_shape
 from nanolapo.samplers.torch_sampler import REPACK
 
@@ -41,6 +52,7 @@ class Forecast:
     train_seconds: float  # per step
     steps: int
     disk_gb: dict[str, float]
+    host_gb: dict[str, float]  # phase -> GB of all nodes together, see host_memory; empty on a CPU
     notes: tuple[str, ...]  # what to change if it does not fit, and which numbers are only bounds
 
     @property
@@ -59,6 +71,9 @@ class Forecast:
         for phase, parts in self.memory_gb.items():
             total = f"{sum(parts.values()):.1f} of {m.memory / 1e9:.0f} GB a rank"
             lines.append(f"  {phase + ' memory':<17} {total}: {listed(parts)}")
+        if phases := {phase: gb for phase, gb in self.host_gb.items() if phase != "reference"}:
+            most = max(phases.values()) + self.host_gb["reference"]
+            lines.append(f"  {'host memory':<17} {most:.1f} GB on all nodes together: {listed(self.host_gb)}")
         unit = "CPU" if m.is_cpu else "GPU"
         trained = f"{self.trained_tokens:,.0f} trained in {self.train_seconds:,.1f} s"
         return [
@@ -104,6 +119,7 @@ def forecast(
         train_seconds=training_flops(config, shape, e, share) / machine.count / machine.flops,
         steps=steps,
         disk_gb=disk(config, shape, e, steps),
+        host_gb={} if machine.is_cpu else {k: x / 1e9 for k, x in host_memory(config, shape, machine).items()},
         notes=tuple(notes),
     )
 

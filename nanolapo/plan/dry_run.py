@@ -11,15 +11,18 @@ from nanolapo.grader import Grader
 from nanolapo.methods.base import Method
 from nanolapo.plan.cost import forecast
 from nanolapo.plan.machines import this_machine
+from nanolapo.preflight import before_training
 
 
 def dry_run(config: Config, method: Method) -> None:
-    """Check config and data; print the config, the batch arithmetic, what the run will cost, and one prompt."""
+    """Check config, data and the model's folder; print the config, the batch arithmetic, what the run will cost, what the
+    checks found, and one prompt."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     validate(config, ranks)
     with Grader(rule=method.grader_rule) as grader:
         data = load_data(config, grader)
-    method.start(data.problems)
+        method.start(data.problems)
+        checked = before_training(config, data, method, grader, fetch=False)
     guidance = method.guidance(data.problems[0], 0, 0)
     most = monitored = 0
     for step in range(config.train.steps):
@@ -35,7 +38,8 @@ def dry_run(config: Config, method: Method) -> None:
     prompts = [len(data.prompter.ids(p.question, method.guidance(p, 0, 0))) for p in data.problems[:200]]
     expected = forecast(config, this_machine(config), None, sum(prompts) / len(prompts), monitored / config.train.steps)
     print("\n".join(expected.lines()))
-    print(f"one prompt, as the model sees it:\n---\n{data.prompter.render(data.problems[0].question, guidance)}\n---")
+    print("\n".join([*checked.lines(), *checked.table()]))
+    print(data.prompter.shown(data.problems[0].question, guidance, "the model"))
 
 
 def most_tokens(method: Method, step: int) -> int:

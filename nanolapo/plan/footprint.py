@@ -16,7 +16,7 @@ from typing import Any
 from nanolapo.config import Config, UserError
 from nanolapo.model.logprobs import CPU_LOGITS, GPU_LOGITS
 from nanolapo.plan.machines import Machine, Shape
-from nanolapo.samplers.choose import GUIDANCE_ROOM, pick_engine
+from nanolapo.samplers.choose import pick_engine
 from nanolapo.samplers.vllm_sampler import cpu_cache
 
 LOGIT_COPIES = 4  # live float32 copies of a block of logits: raw, tempered, softmax or gradient, its cast
@@ -136,6 +136,30 @@ def memory(config: Config, shape: Shape, machine: Machine, e: Expected) -> dict[
     return {"update": state | update | runtime, "sampling": state | sampler | runtime}
 
 
+def host_memory(config: Config, shape: Shape, machine: Machine) -> dict[str, float]:
+    """Bytes of host memory on all nodes together beside a GPU: phase -> bytes. Phases do not add up, but `reference`, which
+    stays there, belongs to each.
+
+    loading: one float32 model on the main rank under fsdp2 (model/spread.py), one on every rank under ddp. saving: Adam's
+    moments on the main rank (checkpoint.py). sleeping: the weights of vLLM's engines during the update.
+    """
+    m, split = config.model, config.model.sharding == "fsdp2" and machine.count > 1
+    size, lora = bytes_of(m.dtype), shape.lora_params(m.lora_rank)
+    kept = config.loss.kl_coef and m.offload_reference and not lora
+    weights = sampler_weights(config, shape)
+    return {
+        "loading": 4.0 * shape.num_params * (1 if split else machine.count),
+        "saving": 8.0 * (lora or shape.num_params),
+        "sleeping": weights * machine.count if uses_vllm(config, machine) else 0.0,
+        "reference": shape.num_params * (4.0 if split else float(size * machine.count)) if kept else 0.0,
+    }
+
+
+def sampler_weights(config: Config, shape: Shape) -> float:
+    """Bytes of the sampler's weights on each rank."""
+    return bytes_of(config.rollout.dtype or config.model.dtype) * shape.num_params / config.rollout.tensor_parallel
+
+
 def microbatch_tokens(config: Config, machine: Machine, e: Expected) -> float:
     """Tokens of the largest micro-batch. It holds at least one row, and at most this rank's part of an optimizer batch."""
     rows = math.ceil((config.train.batch_size or config.rollouts_per_step) / machine.count)
@@ -147,7 +171,7 @@ def microbatch_tokens(config: Config, machine: Machine, e: Expected) -> float:
 def sampler_memory(config: Config, shape: Shape, machine: Machine, e: Expected) -> dict[str, float]:
     """Bytes of the sampler while it is awake. On a GPU vLLM fills its part of the memory with cache."""
     r = config.rollout
-    weights = bytes_of(r.dtype or config.model.dtype) * shape.num_params / r.tensor_parallel
+    weights = sampler_weights(config, shape)
     if not uses_vllm(config, machine):
         rows = min(r.max_rows, math.ceil(e.rows / machine.count))
         logits = 20 * shape.vocab  # float32 logits, log-probs and probabilities, float64 sums
@@ -158,7 +182,7 @@ def sampler_memory(config: Config, shape: Shape, machine: Machine, e: Expected) 
     if machine.is_cpu:
         return {
             "sampler": weights + CPU_VLLM,
-            "cache": cpu_cache(cache_bytes(config, shape), r.max_rows, longest(config)),
+            "cache": cpu_cache(cache_bytes(config, shape), r.max_rows, r.longest_row),
         }
     share = r.gpu_memory_utilization * machine.memory
     return {"sampler": weights + VLLM_RUNTIME, "cache": share - weights - VLLM_RUNTIME}
@@ -185,13 +209,7 @@ def fit(config: Config, shape: Shape, machine: Machine, e: Expected) -> bool:
 
 def one_answer(config: Config, shape: Shape) -> float:
     """Bytes of cache for the longest prompt with the longest answer; vLLM refuses to start with less."""
-    return longest(config) * cache_bytes(config, shape)
-
-
-def longest(config: Config) -> int:
-    """Tokens of the longest prompt with the longest answer."""
-    r = config.rollout
-    return r.max_prompt_tokens + GUIDANCE_ROOM + r.max_new_tokens
+    return config.rollout.longest_row * cache_bytes(config, shape)
 
 
 def remedy(config: Config, shape: Shape, machine: Machine, e: Expected) -> str:

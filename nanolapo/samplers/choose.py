@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from transformers import AutoConfig
 
-from nanolapo.config import Config, UserError
+from nanolapo.config import GUIDANCE_ROOM, Config, UserError
 from nanolapo.model.folder import compile_token_wise
 from nanolapo.ranks import Ranks
 from nanolapo.samplers.sampler import Sampler
-
-GUIDANCE_ROOM = 64  # tokens kept free for a method's guidance beyond rollout.max_prompt_tokens
+from nanolapo.samplers.torch_sampler import TorchSampler, torch_objection
+from nanolapo.samplers.vllm_fit import vllm_objection
 
 
 def pick_engine(config: Config) -> str:
@@ -22,13 +24,34 @@ def pick_engine(config: Config) -> str:
     return "vllm" if importlib.util.find_spec("vllm") else "torch"
 
 
-def make_sampler(config: Config, model_path: str, max_new_tokens: int, ranks: Ranks) -> Sampler:
-    """Make the engine of this rank, holding the weights of `model_path`."""
+def check_engine(config: Config) -> None:
+    """Raise UserError if the sampler of this training run cannot hold the model and take over its weights.
+
+    The other sampler is named as the remedy only if that one can. No weights are read."""
+    path = config.model.path
+    try:
+        kind = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError):
+        return  # load_model tells what is wrong with the folder
+    if pick_engine(config) == "torch":
+        reason, remedy = torch_objection(kind), "set rollout.engine=vllm (`make vllm` installs it)"
+        also = vllm_objection(kind, path) if reason and Path(path).is_dir() else None  # no download just to give advice
+    else:
+        reason, remedy, also = vllm_objection(kind, path), "set rollout.engine=torch", torch_objection(kind)
+    if reason and also:
+        remedy = f"{also}; take a model of a kind that docs/MODELS.md lists, such as llama, qwen2, qwen3 or mistral"
+    if reason:
+        raise UserError(f"model.path={path!r}: {reason}; {remedy}")
+
+
+def make_sampler(config: Config, model_path: str, max_new_tokens: int, ranks: Ranks, trains: bool = True) -> Sampler:
+    """Make the engine of this rank, holding the weights of `model_path`.
+
+    trains: False if no trainer shares the memory or reads log-probs. Then vLLM neither sleeps nor records them.
+    """
     r = config.rollout
     dtype = getattr(torch, r.dtype or config.model.dtype)
     if pick_engine(config) == "torch":
-        from nanolapo.samplers.torch_sampler import TorchSampler
-
         if r.engine == "auto" and ranks.is_main:
             print("rollouts: vLLM is not installed, using the torch sampler; `make vllm` installs vLLM")
         try:
@@ -43,5 +66,5 @@ def make_sampler(config: Config, model_path: str, max_new_tokens: int, ranks: Ra
     return VLLMSampler(
         model_path, dtype, max_model_len=r.max_prompt_tokens + GUIDANCE_ROOM + max_new_tokens, max_rows=r.max_rows,
         gpu_memory_utilization=r.gpu_memory_utilization, tensor_parallel=r.tensor_parallel,
-        seed=config.run.seed,
+        seed=config.run.seed, trains=trains,
     )  # fmt: skip

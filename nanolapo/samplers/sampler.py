@@ -35,7 +35,8 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Sample:
-    """One sampled completion: ids int64 [T] (end token included), logprobs float32 [T] after temperature."""
+    """One sampled completion: ids int64 [T] (end token included), logprobs float32 [T] after temperature ([0] if the
+    sampler was told not to record them)."""
 
     ids: np.ndarray
     logprobs: np.ndarray

@@ -24,23 +24,24 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from nanolapo.config import UserError
+from nanolapo.model.folder import load_tokenizer
 from nanolapo.samplers.sampler import Decoding, Request, Sample
 
 REPACK = 0.25  # replace or drop free rows once they are this fraction of the cache
 Cache = list[tuple[Tensor, Tensor]]  # keys and values of each layer, [R, K, S, D]
 
 
-def end_token_ids(model_path: str, model_config: object, generation_config: object) -> list[int]:
+def end_token_ids(
+    tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig, generation_config: GenerationConfig | None
+) -> list[int]:
     """Return every token that ends a response, according to generation_config (one or several), config or tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
     found: set[int] = set()
-    for value in (getattr(generation_config, "eos_token_id", None), getattr(model_config, "eos_token_id", None)):
+    for source in (generation_config, model_config, model_config.get_text_config(), tokenizer):
+        value = getattr(source, "eos_token_id", None)
         found.update([value] if isinstance(value, int) else value or [])
-    if tokenizer.eos_token_id is not None:
-        found.add(tokenizer.eos_token_id)
     return sorted(found)
 
 
@@ -69,6 +70,15 @@ def pick_tokens(logits_RV: Tensor, uniform_R: Tensor, decoding: Decoding) -> tup
         tokens_R = torch.searchsorted(cumulative_RV, threshold_R[:, None], right=True)[:, 0]
         tokens_R = tokens_R.clamp_(max=probs_RV.shape[-1] - 1)
     return tokens_R, logprobs_RV.gather(-1, tokens_R[:, None])[:, 0]
+
+
+def torch_objection(config: PreTrainedConfig) -> str | None:
+    """Say why this file cannot sample from a model; None if it can."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if config.model_type in ("llama", "qwen2") and kinds == {"full_attention"}:
+        return None
+    layers = ", ".join(sorted(kinds))
+    return f"the torch sampler knows llama and qwen2 with full attention, not {config.model_type} with {layers}"
 
 
 class Rows:
@@ -135,18 +145,13 @@ class TorchSampler:
         )
         self.model = cast(Any, loaded.to(device).eval())  # its layers are used by name below
         config = self.model.config
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        if config.model_type not in ("llama", "qwen2") or kinds != {"full_attention"}:
-            raise UserError(
-                f"{model_path}: the torch sampler knows llama and qwen2 with full attention, not {config.model_type} with "
-                f"{', '.join(sorted(kinds))}; install vllm and set rollout.engine=vllm"
-            )
+        if reason := torch_objection(config):
+            raise UserError(f"{model_path}: {reason}; set rollout.engine=vllm (`make vllm` installs it)")
         self.device, self.dtype, self.max_rows = device, dtype, max_rows
         self.num_kv_heads = config.num_key_value_heads
         self.head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.end_ids = torch.tensor(
-            end_token_ids(model_path, config, self.model.generation_config), device=device, dtype=torch.long
-        )
+        ends = end_token_ids(load_tokenizer(model_path), config, self.model.generation_config)
+        self.end_ids = torch.tensor(ends, device=device, dtype=torch.long)
 
     def sleep(self) -> None:
         """Do nothing: the cache lives only inside `generate`."""
@@ -171,6 +176,17 @@ class TorchSampler:
             if tensor.shape != own[name].shape:
                 raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
             own[name].copy_(tensor)  # state_dict shares storage with the model
+
+    def _check_rotary(self, longest: int) -> None:
+        """Raise UserError if rows so long change the rotary factors of all rows in their batch (longrope, dynamic NTK)."""
+        near = torch.tensor([[0, 1]], device=self.device)
+        far = torch.tensor([[0, 1, longest - 1]], device=self.device)
+        cos, beside, _ = (self.model.model.rotary_emb(x.float(), x)[0][:, 1] for x in (near, far, near))
+        if not torch.equal(cos, beside):
+            raise UserError(
+                f"rows of {longest} tokens would change the rotary factors of all rows in their batch, so the torch "
+                "sampler cannot sample them; lower the limit of tokens, or set rollout.engine=vllm"
+            )
 
     def _new_cache(self, rows: int, columns: int) -> Cache:
         """Return a cache of zeros. Uninitialised memory could hold a NaN, which a mask does not hide."""
@@ -223,7 +239,9 @@ class TorchSampler:
             return []
         num = min(self.max_rows, len(requests))
         longest = max(r.max_new_tokens for r in requests)
-        cache = self._new_cache(num, max(len(r.prompt_ids) + r.max_new_tokens for r in requests))
+        columns = max(len(r.prompt_ids) + r.max_new_tokens for r in requests)
+        self._check_rotary(columns)
+        cache = self._new_cache(num, columns)
         rows = Rows(cache, num, longest, self.model.config.vocab_size, self.device)
         waiting = list(range(len(requests)))[::-1]  # popped from the end
         samples: dict[int, Sample] = {}

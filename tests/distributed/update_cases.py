@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
-from tiny import make_config, make_rows
+from tiny import fill, make_config, make_rows
 
 from nanolapo.losses import Loss, LossInputs
 from nanolapo.methods.base import Method
+from nanolapo.methods.hapo_tokens import TokenHapo
 from nanolapo.model.folder import load_model
 from nanolapo.model.sharding import gather_full
 from nanolapo.policy import Policy
@@ -41,25 +42,20 @@ class Case:
     advantages: tuple[float, ...] = ADVANTAGES
     config: dict[str, dict[str, Any]] = field(default_factory=dict)
     nan_on_last_rank: bool = False
+    method: type[Method] = Method
+    loss: type[Loss] | None = None  # instead of the method's own
+    broken: tuple[int, ...] = ()  # rows
 
 
-PLAIN = [
-    Case(f"{model}-{aggregation}", model, aggregation)
-    for model, aggregation in product(("tied", "untied"), ("token_mean", "sequence_mean", "constant"))
-]
-CASES = [
-    *PLAIN,
-    # Two rows with an advantage, one in each optimizer batch: most ranks have nothing to train.
-    Case("idle-ranks", advantages=(0.0, -1.0, 0.0, 0.0, 2.0, 0.0, 0.0, 0.0)),
-    Case("kl", "untied", config={"loss": {"kl_coef": 0.5}}),
-    Case("two-epochs", config={"train": {"inner_epochs": 2}}),
-    Case("checkpointing", config={"model": {"gradient_checkpointing": True}}),
-    Case("offload", config={"model": {"offload_reference": True}, "loss": {"kl_coef": 0.5}}),
-    Case("lora", config={"model": {"lora_rank": 4}, "loss": {"kl_coef": 0.5}}),
-    Case("bfloat16", config={"model": {"dtype": "bfloat16"}}),
-    Case("nan", nan_on_last_rank=True),
-    Case("nothing", advantages=(0.0,) * 8),
-]
+class LooksUpEveryRow(Loss):
+    """GRPO's loss, but it reads everything that is known about the rows it is given."""
+
+    needs_entropy = True
+
+    def __call__(self, x: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
+        used = [(len(x.rollouts.rows[row].response_ids), len(x.rollouts.old_entropies[row])) for row in x.rows]
+        assert used and all(length == known > 0 for length, known in used) and x.mask_BT.sum(dim=1).all()
+        return super().__call__(x)
 
 
 class NanOnLastRank(Loss):
@@ -69,6 +65,32 @@ class NanOnLastRank(Loss):
         loss_BT, logged = super().__call__(x)
         last = not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
         return loss_BT * (float("nan") if last else 1.0), logged
+
+
+# Two rows with an advantage, one in each optimizer batch: most ranks have nothing to train.
+IDLE = (0.0, -1.0, 0.0, 0.0, 2.0, 0.0, 0.0, 0.0)
+PLAIN = [
+    Case(f"{model}-{aggregation}", model, aggregation)
+    for model, aggregation in product(("tied", "untied"), ("token_mean", "sequence_mean", "constant"))
+]
+CASES = [
+    *PLAIN,
+    Case("idle-ranks", advantages=IDLE),
+    # What fills an idle rank's place has no row, so no loss can look one up: row 0 has no advantage, or is broken.
+    Case("idle-hapo-tokens", advantages=IDLE, method=TokenHapo),
+    Case("broken-hapo-tokens", method=TokenHapo, broken=(0, 2, 3), config={"train": {"inner_epochs": 2}}),
+    Case("broken-kl-cov", config={"loss": {"kind": "kl_cov"}}, broken=(0, 2, 3)),
+    Case("broken-kl", config={"loss": {"kl_coef": 0.5}}, broken=(0, 2, 3)),
+    Case("idle-looks-up-every-row", advantages=IDLE, loss=LooksUpEveryRow),
+    Case("kl", "untied", config={"loss": {"kl_coef": 0.5}}),
+    Case("two-epochs", config={"train": {"inner_epochs": 2}}),
+    Case("checkpointing", config={"model": {"gradient_checkpointing": True}}),
+    Case("offload", config={"model": {"offload_reference": True}, "loss": {"kl_coef": 0.5}}),
+    Case("lora", config={"model": {"lora_rank": 4}, "loss": {"kl_coef": 0.5}}),
+    Case("bfloat16", config={"model": {"dtype": "bfloat16"}}),
+    Case("nan", loss=NanOnLastRank, nan_on_last_rank=True),
+    Case("nothing", advantages=(0.0,) * 8),
+]
 
 
 def run_case(case: Case, folders: dict[str, str], sharding: str) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -83,7 +105,7 @@ def run_case(case: Case, folders: dict[str, str], sharding: str) -> tuple[dict[s
     config = make_config(folders[case.model], **sections)
     ranks = Ranks()
     torch.manual_seed(0)  # of LoRA's first matrices
-    policy = Policy(config, ranks.device)
+    policy = Policy(config, ranks.device, ranks)
     start = {name: tensor.clone() for name, tensor in policy.named_weights()}
     logged = what_this_rank_holds(policy)
     seen: dict[str, Tensor] = {}
@@ -95,17 +117,17 @@ def run_case(case: Case, folders: dict[str, str], sharding: str) -> tuple[dict[s
         steps += 1
 
     policy.optimizer.register_step_pre_hook(keep_gradients)
-    method = Method(config)
-    if case.nan_on_last_rank:
-        method.loss = NanOnLastRank(config)
+    method = case.method(config)
+    method.loss = case.loss(config) if case.loss else method.loss
     rollouts = make_rows(case.lengths)
+    fill(rollouts, broken=[row in case.broken for row in range(len(rollouts))])
     for call in range(1 if case.nan_on_last_rank else 2):
         result = update_policy(
             policy,
             method,
             rollouts,
             torch.tensor(case.advantages),
-            torch.ones(len(rollouts), dtype=bool).numpy(),
+            ~rollouts.broken_B,
             ranks,
         )
         logged |= {f"{name} {call}": value for name, value in result.items()}

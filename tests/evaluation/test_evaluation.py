@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmark_helpers import FakeRanks, benchmark, evaluation_config
+from benchmark_helpers import FakeRanks, FakeSampler, benchmark, evaluation_config
 from tiny import make_answer, make_config
 
 from nanolapo import cli
@@ -45,6 +45,7 @@ from nanolapo.grader import Grader
 from nanolapo.metrics import append
 from nanolapo.model.folder import load_tokenizer
 from nanolapo.samplers.choose import make_sampler
+from nanolapo.samplers.sampler import Sample
 
 ROOT = Path(__file__).parents[2]
 
@@ -208,7 +209,7 @@ def test_ranks_share_the_work_and_a_lost_line_is_sampled_again(tmp_path):
 
         config = evaluation_config(tmp_path / "two")
         first, second = benchmark(config, grader, 0, 2), benchmark(config, grader, 1, 2)
-        with pytest.raises(KeyError):  # rank 1's half is not there yet: in earnest it would wait for it
+        with pytest.raises(UserError, match="6 samples of m are not there"):  # in earnest it waits for rank 1's half
             first.answers(0.6, Pass(), {})
         second.ranks = FakeRanks(0, 1)  # type: ignore[assignment]
         assert second.answers(0.6, Pass(), {}) == want
@@ -232,6 +233,29 @@ def test_a_grader_that_fails_stops_the_evaluation_and_keeps_no_verdict(tmp_path)
         with pytest.raises(RunStopped, match="the grader failed on 2"):
             runs.answers(0.6, Pass(), {})
     assert not list(runs.folder.iterdir())
+
+
+def test_answers_are_graded_while_others_are_being_sampled(tmp_path):
+    """The sampler ends its rows one by one; each is with the grader before the next one ends, and verdicts stay with their
+    rows."""
+
+    class Slow(FakeSampler):
+        def generate(self, requests, decoding, progress=None, finished=None):
+            def watched(number: int, sample: Sample) -> None:
+                finished(number, sample)
+                graded.append(grader.total)
+
+            return super().generate(requests, decoding, progress, watched)
+
+    graded: list[int] = []
+    with Grader() as grader:
+        runs = benchmark(evaluation_config(tmp_path), grader)
+        runs.sampler = Slow()  # type: ignore[assignment]
+        runs.data.decode = lambda ids: rf"\boxed{{{len(ids) - 3}}}"  # type: ignore[method-assign]
+        answers = runs.answers(0.6, Pass(), {})
+    assert graded == list(range(1, 13))
+    assert [a.correct for a in answers] == [a.text == r"\boxed{1}" for a in answers]
+    assert {a.correct for a in answers} == {True, False}
 
 
 def test_a_model_trained_anew_is_another_model(tmp_path):
@@ -282,9 +306,7 @@ def test_dry_run_needs_no_model_path_and_finds_a_missing_model(tmp_path, folder,
         script()
 
 
-@pytest.mark.parametrize(
-    ("file", "text"), [("tokenizer.json", "{}"), ("tokenizer_config.json", "[]"), ("config.json", "[]")]
-)
+@pytest.mark.parametrize(("file", "text"), [("tokenizer.json", "{}"), ("tokenizer_config.json", "[]")])
 def test_a_damaged_model_folder_is_a_user_error(tmp_path, folder, file, text):
     for source in folder.iterdir():
         (tmp_path / source.name).write_bytes(source.read_bytes())

@@ -5,6 +5,7 @@ Run: python -m pytest tests/evaluation/test_passes.py
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -156,12 +157,14 @@ def test_dry_run_shows_every_prompt_that_models_are_given(tmp_path, folder, caps
         "prompt": {"template": "{question} <think>"},
         "data": {"sources": [{"name": "demo", "path": "demo", "count": 3}]},
         "evaluate": {"models": [f"a={folder}", f"b={folder}", f"c={folder}"], "prompts": {"b": chat}, "samples": 2,
-                     "instructions": ["outside:20", "outside:40"], "instructed": ["a", "c"], "temperatures": [1.0]},
+                     "instructions": ["outside:20", "outside:40"], "instructed": ["a", "c"], "temperatures": [1.0],
+                     "max_new_tokens": 64},
     }  # fmt: skip
     config = build(Config, values, "")
     dry_run(config)
     out = capsys.readouterr().out
     question = load_problems(config.data.sources)[0][0].question
+    out = re.sub(r" \(\d+ ids, decoded\)", "", out)
     assert f"one prompt, as a sees it:\n---\n{question} <think>\n---" in out
     assert f"one prompt, as b sees it:\n---\nsystem: Be short.\nuser: Box it.\n{question}\nA: <think>\n---" in out
     assert "as c sees it" not in out  # as a's

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from nanolapo.config import RunStopped
+from nanolapo.config import RunStopped, UserError
 from nanolapo.grader import Grader, grade
 
 pytestmark = pytest.mark.slow
@@ -92,6 +92,18 @@ def test_C1_errors_are_counted_apart_and_stop_the_run() -> None:
         assert (grader.errors, grader.total, grader.untrustworthy) == (13, 204, True)
         with pytest.raises(RunStopped, match="failed on 6% of 204 answers"):
             grader.stop_if_untrustworthy()
+
+
+def test_a_late_reference_answer_is_asked_again_and_never_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A deadline that no question can meet. What is late once more, with patience, is an error; else the answer stays."""
+    good, bad = r"\sqrt{2}+1", r"\frac{1}{2"
+    with Grader(workers=1, deadline_s=1e-5) as grader:
+        monkeypatch.setattr("nanolapo.grader.PATIENCE_S", 1e-5)
+        with pytest.raises(UserError, match="reference answer .* could not be compared.*data.exclude"):
+            grader.references_that_fail([bad, good])
+        monkeypatch.setattr("nanolapo.grader.PATIENCE_S", 60.0)
+        assert grader.references_that_fail([bad, good]) == [0]
+        assert grader.errors == grader.total == 0  # these are no answers
 
 
 def test_C1_a_worker_that_cannot_start_is_loud(monkeypatch: pytest.MonkeyPatch) -> None:

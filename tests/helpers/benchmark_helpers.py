@@ -28,25 +28,28 @@ class FakeRanks:
     def engine(self, tensor_parallel: int) -> tuple[int, int]:
         return self.index // tensor_parallel, self.count // tensor_parallel
 
-    def any(self, flag: bool) -> bool:
-        return flag
+    def from_main(self, make):
+        return make()
 
     def wait(self) -> None: ...
 
 
 class FakeSampler:
-    """Says every token once per seed; remembers how much it was asked for, and the prompts."""
+    """Says every token once per seed, the last row first; remembers how much it was asked for, and the prompts."""
 
     def __init__(self) -> None:
         self.asked = 0
         self.prompts: list[list[int]] = []
         self.closed = False
 
-    def generate(self, requests, decoding: Decoding, progress=None) -> list[Sample]:
+    def generate(self, requests, decoding: Decoding, progress=None, finished=None) -> list[Sample]:
         self.asked += len(requests)
         self.prompts += [request.prompt_ids for request in requests]
         ids = [np.arange(5, 8 + request.seed % 3) for request in requests]
-        return [Sample(i, np.zeros(len(i), dtype=np.float32), True) for i in ids]
+        samples = [Sample(i, np.zeros(len(i), dtype=np.float32), True) for i in ids]
+        for number in reversed(range(len(samples))):
+            finished(number, samples[number])
+        return samples
 
     def close(self) -> None:
         self.closed = True

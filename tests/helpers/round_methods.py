@@ -123,7 +123,7 @@ class Everything(Dynamic):
 
     def monitor(self, step: int) -> MonitorPlan | None:
         self.seen.append(("monitor", step))
-        return None if step == 2 else MonitorPlan((3, 0, 7)[: 1 + 2 * (step % 2)], 4, 1.5, 5)
+        return None if step == 2 else MonitorPlan((3, 0, 7)[: 1 + 2 * (step % 2)], 4, 1.5, 5, whole_rows=True)
 
     def on_monitor(self, rollouts: Rollouts) -> dict[str, float]:
         self.seen.append(("on_monitor", rollouts))

