@@ -80,13 +80,10 @@ def before_training(config: Config, data: Data, method: Method, grader: Grader, 
     checks = sampling_checks(path, key, data, guidances, grader, (new, "rollout.max_new_tokens"))
     if not fetch and not Path(path).is_dir():
         return Preflight().run(checks)
-    checked = Preflight().run([*checks, partial(kind_of_model, config)])
-    model = load_model(path, torch.device("meta"))
+    checked = Preflight().run([partial(kind_of_model, config), *checks])
+    model, dtype = load_model(path, torch.device("meta")), getattr(torch, config.model.dtype)
     return checked.run(
-        [
-            partial(names_and_shapes, path, key, model),
-            partial(trial_export, key, model, getattr(torch, config.model.dtype), data.tokenizer),
-        ]
+        [partial(names_and_shapes, path, key, model), partial(trial_export, key, model, dtype, data.tokenizer)]
     )
 
 

@@ -329,13 +329,13 @@ def test_bad_input_ends_the_process_with_code_2(random_base: Path, tmp_path: Pat
 )
 def test_a_kind_of_model_that_does_not_train_is_one_line(tmp_path: Path, here, name: str, message: str) -> None:
     """gpt2 has no sampler, and its broken weights are never read. Llama's rotary factors would depend on the batch."""
-    model = tiny_family(name, max_position_embeddings=64)
+    model = tiny_family(name, max_position_embeddings=64, vocab_size=200)
     make_tokenizer().save_pretrained(tmp_path / "base")
     model.save_pretrained(tmp_path / "base")
     if name == "gpt2":
         tensors = load_file(tmp_path / "base/model.safetensors")
         save_file({key: tensors[key] for key in list(tensors)[:1]}, tmp_path / "base/model.safetensors")
-    overrides = ["rollout.engine=torch", "rollout.max_new_tokens=4000"]
+    overrides = ["rollout.engine=torch", "rollout.max_new_tokens=90"]
     code, _, err = here("train_stage1.py", write_config(tmp_path / "base", tmp_path), *overrides)
     last = err.strip().splitlines()[-1]
     assert code == 2 and last.startswith("error: model.path=") and message in last, err

@@ -82,8 +82,8 @@ class Aepo(Method):
     def extra_pass(self, step: int, temperature: float) -> MonitorPlan:
         plan = self.sampling(step)
         chosen = batch_indices(self.num_problems, step, plan.num_prompts, self.config.run.seed)
-        count = max(1, round(self.options.prompts * len(chosen)))
-        return MonitorPlan(tuple(chosen[:count]), plan.group_size, temperature, plan.max_new_tokens, whole_rows=True)
+        part = tuple(chosen[: max(1, round(self.options.prompts * len(chosen)))])
+        return MonitorPlan(part, plan.group_size, temperature, plan.max_new_tokens, whole_rows=True)
 
     def on_monitor(self, found: Measured | Rollouts) -> dict[str, float]:
         assert isinstance(found, Rollouts), "the plan asks for whole rows"
