@@ -9,9 +9,8 @@ Deviations: theirs overwrites the first K rows of the batch, here an extra answe
 come, first served), so every row still belongs to its problem. Last step's mean entropy is estimated by -mean(logp) of
 its samples, unbiased and free. At step 0 there is no last entropy and no extra pass.
 
-A replaced row keeps the verdict of the answer it replaced as reward, since its group was measured by it; its own is always
-"right", so the logged accuracy is up to K/B too high. Its log-probs are of another temperature: the trainer rescores it.
-Edge: without a kept extra answer it is plain GRPO. State: last entropy.
+A replaced row keeps the reward of the answer it replaced, by which its group was measured. Its own verdict is "right", so
+the logged accuracy is up to K/B too high. The trainer scores it anew. Without a kept answer: plain GRPO. State: last entropy.
 """
 
 from __future__ import annotations
