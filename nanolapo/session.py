@@ -73,7 +73,7 @@ def open_session(config: Config, method: Method) -> Iterator[Session]:
         arithmetic = f"{len(data.problems)} problems; {config.arithmetic(ranks.count)}"
         if ranks.is_main:
             print("\n".join([*data.report, arithmetic]), flush=True)
-        checked = before_training(config, data, method, grader)
+        checked = ranks.from_main(lambda: before_training(config, data, method, grader))
         policy, alarms = Policy(config, ranks.device, ranks), Alarms(config)
         fingerprint = fingerprint_of(config, method, data)
         saved = load_checkpoint(config.run_dir / "checkpoints", policy, fingerprint, ranks) or {}

@@ -10,7 +10,7 @@ come, first served), so every row still belongs to its problem. Last step's mean
 its samples, unbiased and free. At step 0 there is no last entropy and no extra pass.
 
 A replaced row keeps the reward of the answer it replaced, by which its group was measured. Its own verdict is "right", so
-the logged accuracy is up to K/B too high. The trainer scores it anew. Without a kept answer: plain GRPO. State: last entropy.
+the logged accuracy is up to K/B too high. The trainer scores it anew. Without one: plain GRPO. State: last entropy.
 """
 
 from __future__ import annotations
