@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import tiny_family
 from folders import CHAT, edit, make_chat_folder
 from safetensors.torch import load_file, save_file
 from tiny import make_config, tiny_qwen
@@ -150,6 +151,18 @@ def contradict_the_generation_config(folder: Path) -> None:
     edit(folder / "generation_config.json", lambda c: c.update(do_sample=False, temperature=0.6, top_p=0.9))
 
 
+def be_of_a_kind_without_a_sampler(folder: Path) -> None:
+    tiny_family("gpt2", vocab_size=600).save_pretrained(folder)
+
+
+def leave_the_config_empty(folder: Path) -> None:
+    (folder / "config.json").write_text("[]")
+
+
+def leave_the_generation_config_empty(folder: Path) -> None:
+    (folder / "generation_config.json").write_text("[]")
+
+
 BROKEN = [
     (add_a_token_to_the_settings, "has other ids than tokenizer.json's.*must not add tokens"),
     (take_a_tokenizer_of_other_words, "cannot write the prompts.*are unknown"),
@@ -160,6 +173,9 @@ BROKEN = [
     (swallow_backslashes, "cannot write the answers"),
     (rename_the_weights, r"model.embed_tokens.weight is \(\d+, 32\) in the model, missing in the files \(11 such\)"),
     (contradict_the_generation_config, "could not be saved.*temperature"),
+    (be_of_a_kind_without_a_sampler, "docs/MODELS.md"),
+    (leave_the_config_empty, "no config.json or a damaged"),
+    (leave_the_generation_config_empty, "damaged generation_config.json"),
 ]
 
 
