@@ -46,6 +46,8 @@ def next_price(lam: float, rate: float, accuracy: float, reference: float) -> fl
 
 
 class ADlp(Method):
+    """A price per token that follows accuracy."""
+
     Options = Options
 
     def __init__(self, config: Config) -> None:

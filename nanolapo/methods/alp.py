@@ -54,6 +54,8 @@ def paper_reward(lengths: np.ndarray, correct: np.ndarray, beta: float) -> np.nd
 
 
 class Alp(Method):
+    """A price on length that rises with the pass rate."""
+
     Options = Options
 
     def __init__(self, config: Config) -> None:

@@ -81,6 +81,8 @@ def ddca_advantages(lengths: np.ndarray, correct: np.ndarray, o: Options) -> np.
 
 
 class Ddca(Method):
+    """Accuracy and length as two advantages."""
+
     Options = Options
 
     def advantage(self, rollouts: Rollouts, rewards_PG: Tensor) -> Tensor:

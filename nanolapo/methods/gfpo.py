@@ -64,6 +64,8 @@ def quarter(rate: float, seen: np.ndarray) -> int:
 
 
 class Gfpo(Method):
+    """Group advantages among the k best answers of a group; the others are not trained on."""
+
     Options = Options
 
     def __init__(self, config: Config) -> None:

@@ -50,6 +50,8 @@ def bonus(lengths: np.ndarray, correct: np.ndarray, tol: float) -> np.ndarray:
 
 
 class ShortRl(Method):
+    """A length term with a tolerance, while accuracy holds."""
+
     Options = Options
 
     def __init__(self, config: Config) -> None:

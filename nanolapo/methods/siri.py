@@ -54,6 +54,8 @@ def wave(phase: float, shape: str = "cosine") -> float:
 
 
 class Siri(Method):
+    """Accuracy only, under a limit that swings."""
+
     Options = Options
     cut_answers_count = True
 
@@ -71,8 +73,7 @@ class Siri(Method):
 
     def cap(self, step: int) -> int:
         o = self.options
-        # The small number keeps round-off from putting a flat part's first step into the part before.
-        phase = step / o.period if o.period else self.progress * o.cycles + 1e-9
+        phase = step / o.period if o.period else self.progress * o.cycles
         return round((self.high + self.low) / 2 + (self.high - self.low) / 2 * wave(phase, o.shape))
 
     def sampling(self, step: int) -> SamplingPlan:
