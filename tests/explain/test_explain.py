@@ -403,9 +403,9 @@ def test_a_range_of_one_point_is_told_as_the_code_reads_it(demo_base: Path, tmp_
     assert "single point" in str(section.body[0]) and "ANOTHER RULE" not in str(section.body[0])
 
 
-@pytest.mark.parametrize("name", ["accuracy-only", "dapo", "l1-exact", "drpo", "sas", "aepo"])
+@pytest.mark.parametrize("name", ["accuracy-only", "dapo", "l1-exact", "drpo", "sas", "aepo", "gfpo"])
 def test_other_methods_have_a_page_too(demo_base: Path, tmp_path: Path, name: str) -> None:
-    """Their rewards, groups and tokens are looked up in other shapes: dropped groups, a prompt per answer, [B, T]."""
+    """Their rewards, groups and tokens are looked up in other shapes: answers left out, a prompt per answer, [B, T]."""
     config = write_config(demo_base, tmp_path, f"method={ROOT}/configs/methods/{name}.yaml", *SMALL)
     _, trace, sections = watch(config)
     total = column(titled(sections, "its reward"), "reward")

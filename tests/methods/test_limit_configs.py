@@ -20,7 +20,7 @@ from nanolapo.methods.base import Method
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = [
     "truncation", "thinkprune-4k", "thinkprune-iterative", "dler", "da-dler", "dapo", "dapo-overlong-filter", "conciser",
-    "palu", "drpo", "spo", "sas", "hapo-tokens", "aepo", "dot",
+    "palu", "drpo", "spo", "sas", "hapo-tokens", "aepo", "dot", "gfpo", "siri",
 ]  # fmt: skip
 
 

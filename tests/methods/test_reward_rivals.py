@@ -21,7 +21,8 @@ from nanolapo.rollouts import Rollouts
 ROOT = Path(__file__).parents[2]
 NAMES = [
     "l1-exact", "l1-max", "laser", "laser-d", "laser-de", "efficient-reasoning", "hapo", "grpo-lambda",
-    "train-long-think-short", "hbpo", "shorter-better", "o1-pruner", "kimi-k1.5", "smart-thinker",
+    "train-long-think-short", "hbpo", "shorter-better", "o1-pruner", "kimi-k1.5", "smart-thinker", "alp", "ddca",
+    "short-rl", "a-dlp",
 ]  # fmt: skip
 TEXTS = [r"x </think> \boxed{1}", r"x \boxed{1}", "x </think>", ""]
 CASES = {  # lengths and verdicts of one group of eight
@@ -130,4 +131,4 @@ def test_right_answers_outscore_wrong_ones_of_the_same_length(name: str):
 def test_the_yaml_file_opens_with_its_source(name: str):
     first = (ROOT / f"configs/methods/{name}.yaml").read_text().splitlines()[0]
     assert first.startswith("# ") and "arXiv" in first
-    assert ("unverified" in first) == (name == "grpo-lambda")
+    assert ("unverified" in first) == (name in ("grpo-lambda", "a-dlp"))

@@ -13,6 +13,8 @@ from rows import make_config
 
 from nanolapo.config import UserError
 from nanolapo.config_file import load_config
+from nanolapo.methods.a_dlp import ADlp
+from nanolapo.methods.alp import Alp
 from nanolapo.methods.base import Method
 from nanolapo.methods.dapo import Dapo
 from nanolapo.methods.dler import DaDler, Dler
@@ -25,7 +27,9 @@ from nanolapo.methods.lapo import Discovery, Internalization
 from nanolapo.methods.laser import Laser
 from nanolapo.methods.laser_adaptive import LaserD, LaserDE
 from nanolapo.methods.palu import Palu
+from nanolapo.methods.short_rl import ShortRl
 from nanolapo.methods.shorter_better import ShorterBetter
+from nanolapo.methods.siri import Siri
 from nanolapo.methods.thinkprune import ThinkPrune4k, ThinkPruneIterative, Truncation
 from nanolapo.methods.tools import DEEPSCALER, R1_DISTILL, scale
 from nanolapo.methods.train_long import TrainLongThinkShort
@@ -65,6 +69,12 @@ SCALED: list[tuple[type[Method], dict[str, Any], str, Any, Any]] = [
     (ThinkPrune4k, {}, "limits", (64,), (642,)),
     (ThinkPruneIterative, {}, "limits", (64, 48, 32), (642, 482, 321)),
     (TrainLongThinkShort, {}, "start_budget", 99, 991),
+    (Alp, {"form": "paper"}, "beta", 6.229e-6, 6.229e-7),
+    (Siri, {}, "high", 203, 2026),
+    (Siri, {}, "low", 101, 1013),
+    (ShortRl, {}, "tol", 1.236705, 12.36705),
+    (ADlp, {}, "lam", 0.06229, 0.006229),
+    (ADlp, {}, "rate", 0.06229, 0.006229),
 ]
 
 
@@ -115,6 +125,11 @@ GIVEN: list[tuple[type[Method], dict[str, Any], str]] = [
     (Truncation, {"limits": [60]}, "method.options.limits"),
     (ThinkPruneIterative, {"limits": [60, 30]}, "method.options.limits"),
     (TrainLongThinkShort, {"start_budget": 80}, "method.options.start_budget"),
+    (Alp, {"form": "paper", "beta": 1e-5}, "method.options.beta"),
+    (Siri, {"max_tokens": 60}, "method.options.max_tokens"),
+    (ShortRl, {"tol": 2.0}, "method.options.tol"),
+    (ADlp, {"rate": 0.1, "lam": 0.1}, "method.options.lam"),
+    (ADlp, {"lam": 0.1, "rate": 0.1}, "method.options.rate"),
 ]
 
 
@@ -144,6 +159,7 @@ def test_no_scaled_length_is_above_the_limit_and_a_given_one_is_not_touched():
     assert make(TrainLongThinkShort, 1000, limit=128).start_budget == 128
     assert make(TrainLongThinkShort, 0, limit=128, start_budget=500).start_budget == 500
     assert make(Laser, 1000, limit=128).target == 64
+    assert (make(Siri, 1000, limit=128).high, make(Siri, 1000, limit=128).low) == (128, 64)
 
 
 def test_the_published_means_are_those_of_the_papers_table():
