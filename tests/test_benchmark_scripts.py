@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 from round_methods import make_base
+from transformers import LlamaConfig, LlamaForCausalLM
 
 pytestmark = pytest.mark.slow
 
@@ -90,3 +92,15 @@ def test_growth_on_two_ranks_holds_half_of_everything_on_each():
     (row,) = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
     weights = 500 * 64 + 4 * 64 * 64 + 3 * 64 * 192 + 3 * 64
     assert row["parameters, M"] == pytest.approx(weights / 1e6) and row["held GB"] == pytest.approx(weights * 8 / 1e9)
+
+
+def test_only_the_main_rank_holds_a_whole_model_while_fsdp2_loads(tmp_path):
+    shape = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 8}
+    LlamaForCausalLM(LlamaConfig(vocab_size=2_000, **shape)).save_pretrained(tmp_path)  # 65 M parameters
+    config = tmp_path / "run.yaml"
+    config.write_text(f"model: {{path: {tmp_path}, sharding: fsdp2}}")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    said = script("loading.py", str(config), launch=launch)
+    lines = sorted(line for line in said.splitlines() if line.startswith("rank"))
+    main, other = (after - before for before, after in (map(int, re.findall(r"(\d+) MiB", line)) for line in lines))
+    assert other < 0.85 * main, said  # 0.68; when every rank loaded the model it was 1
