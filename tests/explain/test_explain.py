@@ -315,7 +315,7 @@ def test_the_real_run_is_left_alone(demo_base: Path, tmp_path: Path, capsys: pyt
         assert len((tmp_path / "explain-run/metrics.jsonl").read_text().splitlines()) == 1
     output = capsys.readouterr().out
     assert (
-        output.count("12. The step in metrics.jsonl") == 2
+        output.count("13. The step in metrics.jsonl") == 2
         and f"wrote {tmp_path / 'explain-run/explain.html'}" in output
     )
 
@@ -325,10 +325,15 @@ def test_the_sections_are_those_of_the_walkthrough(told: tuple[Path, Session, Tr
     walk = (ROOT / "docs/WALKTHROUGH.md").read_text(encoding="utf-8").partition("\n## Stage 2")[0]
     parts = re.split(r"^## (\d+)\..*$", walk, flags=re.MULTILINE)
     sections = told[3]
-    assert parts[1::2] == [str(n) for n in range(1, 12)] and len(sections) == 12
+    assert parts[1::2] == [str(n) for n in range(1, 12)] and len(sections) == 13
     for number, text in zip(parts[1::2], parts[2::2], strict=True):
         files = re.findall(r"[\w/]+\.py", sections[int(number) - 1].where)
         assert files and any(f"`nanolapo/{file}`" in text for file in files), (number, files)
+
+
+def test_the_checks_are_those_that_the_run_made(told: tuple[Path, Session, Trace, list[Section]]) -> None:
+    names = [row["check"] for row in table(titled(told[3], "was checked"))]
+    assert names == [name for name, _, _ in told[1].preflight.rows] and {"tokenizer ids", "packed rows"} < set(names)
 
 
 @pytest.mark.parametrize("unsolved", [False, True])

@@ -319,7 +319,7 @@ def test_a_real_comparison_and_its_second_run(recipe: Path, tmp_path: Path, caps
 @pytest.mark.slow
 def test_bad_arguments_are_one_line(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, words in [
-        (("--methods", "lap"), "--methods: no lap; there are accuracy-only, aepo"),
+        (("--methods", "lap"), "--methods: no lap; there are a-dlp, accuracy-only"),
         (("--seeds", "one"), "--seeds 'one': give whole numbers"),
         (("--jobs", "0"), "--jobs 0: at least 1"),
         (("--tokens", "0"), "tokens=0: give at least 1"),
