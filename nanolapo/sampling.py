@@ -16,7 +16,7 @@ from nanolapo.data.problems import Problem
 from nanolapo.methods.base import MonitorPlan, SamplingPlan
 from nanolapo.metrics import Stopwatch
 from nanolapo.rollouts import Rollout, Rollouts, join, make_rollouts, row_seed
-from nanolapo.samplers.sampler import Decoding, Request, Sample
+from nanolapo.samplers.sampler import Decoding, Request, Sample, generate_all
 from nanolapo.session import Session
 
 MONITOR_PLACE = 2**30  # the first place of a monitor pass: beyond the places of all rounds, so its seeds differ
@@ -82,7 +82,8 @@ def make_requests(session: Session, plan: SamplingPlan | MonitorPlan, draw: Mapp
             if key not in prompts:
                 prompts[key] = session.data.prompter.ids(problem.question, guidance)
             seed = row_seed(session.config.run.seed, session.step, place, g)
-            requests.append(Request(prompts[key], seed, plan.max_new_tokens, problem, place, guidance.budget))
+            carried = (problem, place, guidance.budget, guidance.first)
+            requests.append(Request(prompts[key], seed, plan.max_new_tokens, *carried))
     return requests
 
 
@@ -105,7 +106,7 @@ def sample(
 
     total, hidden = sum(request.max_new_tokens for request in requests), None if session.ranks.is_main else True
     with tqdm(total=total, unit="tok", desc="sampling", leave=False, disable=hidden) as bar:
-        samples = session.sampler.generate(requests, Decoding(temperature), advance, finished)
+        samples = generate_all(session.sampler, requests, Decoding(temperature), advance, finished)
     texts, verdicts = zip(*(answers[row] for row in range(len(requests))), strict=True)
     return samples, list(texts), list(verdicts)
 
