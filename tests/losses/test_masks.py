@@ -231,6 +231,6 @@ def test_a_method_with_a_loss_of_its_own_refuses_what_it_would_not_apply(name, m
 
 def test_two_temperatures_have_no_weight_against_the_sampler():
     for loss in ({"sequence_mask": [0.0, 3.0]}, {"tis_cap": 2.0}):
-        with pytest.raises(UserError, match="aepo: two temperatures need .*no loss.sequence_mask"):
+        with pytest.raises(UserError, match="aepo: two temperatures need .*no tis_cap and no sequence_mask"):
             load_method(make_config(loss=loss, method={"name": "aepo:Aepo"}))
     assert isinstance(load_method(make_config(method={"name": "aepo:Aepo"})).loss, Loss)

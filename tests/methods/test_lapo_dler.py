@@ -43,8 +43,8 @@ def batch():
 
 def test_the_reward_is_discoverys_and_the_advantage_dlers():
     """Group 0 by hand: P30 = 19, P70 = 36 (linear), so d = 9, 0, 0, 54 and R = 1 + 0.7 (1 - d/100); group 1: P30 = 43,
-    P70 = 47, d = 3, 3. Groups 2 and 3 are dropped: their rewards are all equal. Centred in the group, then (x - mean) / std over the
-    eight rollouts that are kept, unbiased."""
+    P70 = 47, d = 3, 3. Groups 2 and 3 are dropped: their rewards are all equal. Centred in the group,
+    then (x - mean) / std over the eight rollouts that are kept, unbiased."""
     method, rollouts = make(), batch()
     parts = method.reward(rollouts)
     rewards = sum(parts.values())
