@@ -53,6 +53,14 @@ def test_a_row_is_weighed_by_the_product_of_its_tokens_or_not_at_all():
     assert not got.requires_grad
 
 
+def test_the_bounds_belong_to_what_is_kept():
+    """Equal log-probs: w is exactly 1."""
+    same, mask = log([0.6, 0.5]), torch.ones(1, 2)
+    for low, high in ((1.0, 2.0), (0.0, 1.0)):
+        assert sequence_weights(same, same, mask, low, high).tolist() == [[1, 1]]
+    assert sequence_weights(same, same, mask, 1.0 + 1e-9, 2.0).tolist() == [[0, 0]]
+
+
 def test_what_is_not_a_number_is_masked_and_what_overflows_as_well():
     old = torch.tensor([[800.0, 1.0], [math.nan, 1.0], [-800.0, 1.0]], dtype=torch.float64)
     got = sequence_weights(old, torch.zeros_like(old), torch.ones(3, 2), low=0.0, high=3.0)
