@@ -19,6 +19,7 @@ from tiny import fill, make_config, make_problems, make_rows
 from transformers import AutoModelForCausalLM
 
 from nanolapo.config import UserError
+from nanolapo.config_file import load_config, read_yaml
 from nanolapo.data.prompts import FirstToken, Guidance
 from nanolapo.demo.pretrain import make_tokenizer
 from nanolapo.loop import train
@@ -26,6 +27,7 @@ from nanolapo.methods import load_method
 from nanolapo.methods.adapt_think import AdaptThink
 from nanolapo.methods.base import MonitorPlan
 
+ROOT = Path(__file__).parents[2]
 DEMO_WORDS = {"closing": " Quick", "opening": " Careful"}
 CLOSING, OPENING = 5, 6
 
@@ -127,6 +129,22 @@ def test_what_cannot_work_is_refused_in_one_line(base, options, sections, words)
     with pytest.raises(UserError, match=words) as error:
         started(base, options, **sections)
     assert "\n" not in str(error.value)
+
+
+def test_the_comparison_names_the_manners_of_the_demo(base):
+    """Its row starts as it stands in compare.yaml; without its overrides the method is refused on the demo's base."""
+    row = read_yaml(ROOT / "configs/demo/compare.yaml")["runs"]["adapt-think"]
+    method_file = f"method={ROOT / 'configs/methods/adapt-think.yaml'}"
+    for overrides in (row["overrides"], []):
+        config = load_config(ROOT / "configs/demo/stage1.yaml", [method_file, *overrides, f"model.path={base}"])
+        method = load_method(config)
+        if overrides:
+            method.start(make_problems(3))
+            words = make_tokenizer().decode([method.closing_id, method.opening_id])
+            assert words == " Quick Careful" and method.monitor(0).group_size == 2
+        else:
+            with pytest.raises(UserError, match="'Alright' is 7 tokens"):
+                method.start(make_problems(3))
 
 
 def test_a_prompt_without_a_thought_is_fine_if_no_thought_is_closed(base):
