@@ -42,6 +42,11 @@ T = TypeVar("T", int, float)
 Positive = Annotated[T, Must(lambda x: x > 0, "must be positive")]
 NotNegative = Annotated[T, Must(lambda x: x >= 0, "must not be negative")]
 Share = Annotated[float, Must(lambda x: 0 <= x <= 1, "must lie between 0 and 1")]
+Bounds = Annotated[tuple[float, float], Must(lambda x: 0 <= x[0] < x[1], "must satisfy 0 <= low < high")]
+Mastered = Annotated[
+    tuple[float, float],
+    Must(lambda x: x[0] > 0 and 0 < x[1] < 1, "must be an entropy above 0 and a probability below 1"),
+]
 
 
 @dataclass(frozen=True)
@@ -164,9 +169,18 @@ class LossConfig:
     kl_coef: float = 1e-4  # 0: no reference model is loaded
     kl_kind: Literal["k1", "k2", "k3"] = "k3"
     tis_cap: NotNegative[float] = 0.0  # truncated importance sampling against the sampler's log-probs; 0: off
+    # [low, high]: rows whose product of p_trainer / p_sampler lies outside are masked, the others weighed by it
+    sequence_mask: Bounds | None = None
+    # DMMPT, [entropy, probability]: while the mean entropy is below, likelier tokens of right answers leave the loss
+    mastered_mask: Mastered | None = None
     # trainer: recomputed; sampler: as sampled (exact only with a float32 sampler)
     old_logprobs: Literal["trainer", "sampler"] = "trainer"
     normalize_std: bool = True  # divide the group advantage by the group's standard deviation
+
+    @property
+    def reweighs(self) -> bool:
+        """True if a weight or a mask acts on the policy term, whatever the kind of loss."""
+        return bool(self.tis_cap or self.sequence_mask or self.mastered_mask)
 
 
 @dataclass(frozen=True)

@@ -180,6 +180,16 @@ def validate(config: Config, world_size: int = 1) -> None:
             f"loss.tis_cap={loss.tis_cap}: it caps p_old / p_sampler, which is always 1 under loss.old_logprobs="
             "sampler; set loss.old_logprobs=trainer, or loss.tis_cap=0"
         )
+    if loss.sequence_mask and loss.old_logprobs == "sampler":
+        raise UserError(
+            f"loss.sequence_mask={list(loss.sequence_mask)}: it multiplies p_old / p_sampler, which is always 1 under "
+            "loss.old_logprobs=sampler; set loss.old_logprobs=trainer, or loss.sequence_mask=null"
+        )
+    if loss.sequence_mask and loss.tis_cap:
+        raise UserError(
+            f"loss.sequence_mask={list(loss.sequence_mask)}, loss.tis_cap={loss.tis_cap}: both correct for the same "
+            "difference between sampler and trainer; set loss.tis_cap=0, or loss.sequence_mask=null"
+        )
     if not 0 <= config.lapo.percentiles[0] <= config.lapo.percentiles[1] <= 100:
         raise UserError(f"lapo.percentiles={list(config.lapo.percentiles)}: need 0 <= low <= high <= 100")
 

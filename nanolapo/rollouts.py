@@ -33,6 +33,7 @@ class Rollout:
     budget: float = math.nan  # the target length given with the prompt; nan, not 0, if there was none
     place: int = 0  # the place of its prompt among the prompts of the step
     broken: bool = False  # cannot be trained on (see make_rollouts): it is masked out and counted
+    forced: bool = False  # its first token was given, not drawn; sampler_logprobs[0] is that of the choice
     unmatched: bool = False  # sampled at another temperature than the trainer scores at: left out of the mismatch
     text: str = ""  # the decoded response, for the grader and for people
     correct: bool = False  # the grader's verdict, never a shaped reward
@@ -110,8 +111,9 @@ class Rollouts:
 
     @property
     def mean_entropy(self) -> float:
-        """E[-log p] over the sampled tokens of usable rows, nats per token: an unbiased estimate; nan without any."""
-        used = [row.sampler_logprobs for row in self.rows if not row.broken and len(row.sampler_logprobs)]
+        """E[-log p] over the drawn tokens of usable rows, nats per token: an unbiased estimate; nan without any."""
+        drawn = (row.sampler_logprobs[int(row.forced) :] for row in self.rows if not row.broken)
+        used = [logprobs for logprobs in drawn if len(logprobs)]
         return -float(np.concatenate(used).mean()) if used else math.nan
 
     @property
@@ -175,6 +177,7 @@ def make_rollouts(requests: Sequence[Request], samples: Sequence[Sample], group_
             finished=bool(sample.finished),
             budget=math.nan if asked.budget is None else float(asked.budget),
             place=asked.place,
+            forced=asked.first is not None,
             broken=not (known and bool(np.isfinite(sample.logprobs).all())),
         ))  # fmt: skip
     return Rollouts(rows, group_size)

@@ -19,7 +19,7 @@ from nanolapo.grader import Grader
 from nanolapo.methods.base import MonitorPlan, SamplingPlan
 from nanolapo.metrics import Stopwatch
 from nanolapo.rollouts import Measured, Rollout, Rollouts, join, make_rollouts, row_seed
-from nanolapo.samplers.sampler import Decoding, Request, Sample, Sampler
+from nanolapo.samplers.sampler import Decoding, Request, Sample, Sampler, generate_all
 from nanolapo.session import Session
 
 MONITOR_PLACE = 2**30  # the first place of a monitor pass: beyond the places of all rounds, so its seeds differ
@@ -111,7 +111,8 @@ def make_requests(session: Session, plan: SamplingPlan | MonitorPlan, draw: Mapp
             if key not in prompts:
                 prompts[key] = session.data.prompter.ids(problem.question, guidance)
             seed = row_seed(session.config.run.seed, session.step, place, g)
-            requests.append(Request(prompts[key], seed, plan.max_new_tokens, problem, place, guidance.budget))
+            carried = (problem, place, guidance.budget, guidance.first)
+            requests.append(Request(prompts[key], seed, plan.max_new_tokens, *carried))
     return requests
 
 
@@ -143,7 +144,7 @@ def sample_beside_grading(
         assert problem is not None
         answers[row] = text, grader.submit(text, problem.answer)
 
-    samples = sampler.generate(requests, decoding, progress, finished) if requests else []
+    samples = generate_all(sampler, requests, decoding, progress, finished) if requests else []
     in_order = [answers[row] for row in range(len(requests))]
     return samples, [text for text, _ in in_order], [verdict for _, verdict in in_order]
 

@@ -168,12 +168,15 @@ def loss_inputs(
         with torch.no_grad():
             ref_logprobs_BT, _ = policy.logprobs(micro, reference=True)
     width, entropies = micro.mask_BT.shape[1], rollouts.old_entropies
+    old_BT = logprobs_BT.detach() if old is None else micro.pad([old[row] for row in micro.rows])
+    sampler_BT = micro.pad([rollouts.rows[row].sampler_logprobs for row in micro.rows])
     mine = advantages[micro.rows].to(policy.device, torch.float32)
     advantages_BT = (mine[:, None] if mine.ndim == 1 else mine[:, :width]) * micro.mask_BT
     return LossInputs(
         logprobs_BT=logprobs_BT,
-        old_logprobs_BT=logprobs_BT.detach() if old is None else micro.pad([old[row] for row in micro.rows]),
-        sampler_logprobs_BT=micro.pad([rollouts.rows[row].sampler_logprobs for row in micro.rows]),
+        # No policy drew a given first token: whatever scored it, what counts as old is the log-prob of its choice
+        old_logprobs_BT=torch.where(forced_tokens(rollouts, micro.rows, micro.mask_BT), sampler_BT, old_BT),
+        sampler_logprobs_BT=sampler_BT,
         ref_logprobs_BT=ref_logprobs_BT,
         entropy_BT=micro.pad([entropies[row] for row in micro.rows]) if entropies else None,
         advantages_BT=advantages_BT,
@@ -181,6 +184,13 @@ def loss_inputs(
         rows=micro.rows,
         rollouts=rollouts,
     )
+
+
+def forced_tokens(rollouts: Rollouts, rows: Sequence[int], mask_BT: Tensor) -> Tensor:
+    """Return which tokens were given and not drawn, bool [B, T]: at most the first of a row."""
+    forced_BT = torch.zeros_like(mask_BT, dtype=torch.bool)
+    forced_BT[:, 0] = torch.tensor([rollouts.rows[row].forced for row in rows], device=mask_BT.device)
+    return forced_BT
 
 
 def keep_in_step(policy: Policy, micro: MicroBatch) -> None:
@@ -213,9 +223,9 @@ def score(
 
 def tally_mismatch(tally: Tally, x: LossInputs) -> None:
     """d = |logp_trainer - logp_sampler| on the sampled tokens: the same weights must give the same numbers. Rows sampled at
-    another temperature are left out."""
+    another temperature are left out, and tokens that were given."""
     matched_B = torch.tensor([not x.rollouts.rows[row].unmatched for row in x.rows], device=x.mask_BT.device)
-    mask_BT = x.mask_BT * matched_B[:, None]
+    mask_BT = x.mask_BT * matched_B[:, None] * ~forced_tokens(x.rollouts, x.rows, x.mask_BT)
     difference_BT = (x.logprobs_BT.detach() - x.sampler_logprobs_BT).abs() * mask_BT
     tally.add("mismatch", difference_BT, mask_BT)
     largest = difference_BT.max()

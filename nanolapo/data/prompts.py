@@ -19,7 +19,7 @@ import difflib
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -35,12 +35,21 @@ THOUGHT_TAG = re.compile(r"[<\[]\|?(?P<end>/|end_of_)?(?:[a-z]+[:_])*(?:think|th
 
 
 @dataclass(frozen=True)
+class FirstToken:
+    """A token that an answer is made to begin with. It belongs to the answer: it counts in the length and is trained."""
+
+    token: int
+    logprob: float  # of choosing it, as it was chosen: log 0.5 if half of a group begins with it
+
+
+@dataclass(frozen=True)
 class Guidance:
     """What a method adds to one prompt."""
 
     outside: str = ""  # end of the question, before thinking starts
     inside: str = ""  # first words of the model's own thought
     budget: float | None = None  # target length in tokens for the reward; None: this prompt has no budget
+    first: FirstToken | None = None  # how the answer begins; None: the model draws every token
 
     def __post_init__(self) -> None:
         # A missing length stored as 0 would teach the model to answer with nothing.
@@ -183,7 +192,7 @@ class Prompter:
             return str(max(m, round(int(match[0]) / m) * m))
 
         outside, inside = (re.sub(r"\d+", nearest, text) for text in (guidance.outside, guidance.inside))
-        return Guidance(outside, inside, guidance.budget) if m > 1 else guidance
+        return replace(guidance, outside=outside, inside=inside) if m > 1 else guidance
 
     def _raw(self, question: str, guidance: Guidance) -> str:
         # Not str.format: questions and the template's \boxed{} are full of braces.

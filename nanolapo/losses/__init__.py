@@ -20,6 +20,7 @@ from nanolapo.losses.grpo import clipped_surrogate as clipped_surrogate
 from nanolapo.losses.grpo import kl_penalty as kl_penalty
 from nanolapo.losses.grpo import policy_loss as policy_loss
 from nanolapo.losses.grpo import row_weights as row_weights
+from nanolapo.losses.grpo import sequence_weights as sequence_weights
 from nanolapo.losses.grpo import tis_weights as tis_weights
 from nanolapo.losses.kl_cov import KlCov
 from nanolapo.losses.r2vpo import R2vpo

@@ -119,6 +119,28 @@ def tis_weights(old_logprobs_BT: Tensor, sampler_logprobs_BT: Tensor, cap: float
     return torch.exp(old_logprobs_BT - sampler_logprobs_BT).clamp(max=cap).detach()
 
 
+def sequence_weights(
+    old_logprobs_BT: Tensor, sampler_logprobs_BT: Tensor, mask_BT: Tensor, low: float, high: float
+) -> Tensor:
+    """Sequence-masked importance weights: every token of a row gets w = product over t of p_old / p_sampler, or 0 if w is
+    not in [low, high]. No gradient.
+
+    >>> old, mask = torch.tensor([[0.6, 0.5], [0.9, 0.8]]).log(), torch.ones(2, 2)
+    >>> sequence_weights(old, torch.full((2, 2), 0.5).log(), mask, low=0.0, high=2.0)
+    tensor([[1.2000, 1.2000],
+            [0.0000, 0.0000]])
+    """
+    weights_B1 = torch.exp(((old_logprobs_BT - sampler_logprobs_BT) * mask_BT).sum(dim=1, keepdim=True))
+    inside_B1 = (weights_B1 >= low) & (weights_B1 <= high)
+    return weights_B1.where(inside_B1, torch.zeros_like(weights_B1)).expand_as(mask_BT).detach()
+
+
+def mastered_tokens(x: LossInputs, above: float) -> Tensor:
+    """DMMPT (UloRL, arXiv 2507.19766; UNVERIFIED): which tokens of right answers have an old probability above `above`."""
+    right_B = torch.tensor([x.rollouts.rows[row].correct for row in x.rows], device=x.mask_BT.device)
+    return (x.old_logprobs_BT.exp() > above) & right_B[:, None]
+
+
 @dataclass(frozen=True)
 class LossInputs:
     """One micro-batch on its way to the loss; rows are padded to the right with zeros where mask_BT is 0."""
@@ -149,6 +171,7 @@ class Loss:
     def __init__(self, config: Config) -> None:
         c = self.config = config.loss
         self.options: Any = build(self.Options, dict(c.options), "loss.options")
+        self.narrow = False  # True: in this step the mean entropy is below the target of mastered_mask
         self.state: dict[str, float] = {}  # what the loss remembers; goes into every checkpoint
         if c.kl_coef:
             self.acts_without_advantage = True
@@ -165,8 +188,11 @@ class Loss:
     def prepare(self, rollouts: Rollouts, advantages: Tensor, keep_B: np.ndarray) -> None:
         """Compute what the loss must know about the whole batch. Every rank computes the same.
 
-        All ranks hold the old policy's log-probs as recorded while sampling: rollouts.sampler_logprobs.
+        All ranks hold the old policy's log-probs as recorded while sampling: rollouts.sampler_logprobs. An override calls
+        this one.
         """
+        if self.config.mastered_mask:
+            self.narrow = rollouts.mean_entropy < self.config.mastered_mask[0]
 
     def policy_term(self, x: LossInputs) -> tuple[Tensor, Tensor]:
         """(loss_BT, touched_BT): touched marks tokens whose loss is not -r A (clipped, capped, ...)."""
@@ -174,7 +200,10 @@ class Loss:
         return policy_loss(x.logprobs_BT, x.old_logprobs_BT, x.advantages_BT, c.clip_low, c.clip_high, c.dual_clip)
 
     def __call__(self, x: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the per-token loss [B, T] and per-token quantities to log (each averaged over the trained tokens)."""
+        """Return the per-token loss [B, T] and per-token quantities to log (each averaged over the trained tokens).
+
+        Masks and weights act on the policy term alone; what they mask keeps its KL term and its place in the denominators.
+        """
         c = self.config
         loss_BT, touched_BT = self.policy_term(x)
         ratio_BT = torch.exp(x.logprobs_BT - x.old_logprobs_BT).detach()
@@ -183,6 +212,14 @@ class Loss:
             weights_BT = tis_weights(x.old_logprobs_BT, x.sampler_logprobs_BT, c.tis_cap)
             loss_BT = loss_BT * weights_BT
             logged["tis_weight"] = weights_BT
+        if c.sequence_mask:
+            weights_BT = sequence_weights(x.old_logprobs_BT, x.sampler_logprobs_BT, x.mask_BT, *c.sequence_mask)
+            loss_BT = loss_BT * weights_BT
+            logged |= {"sequence_weight": weights_BT, "sequence_masked": (weights_BT == 0).float()}
+        if c.mastered_mask:
+            mastered_BT = mastered_tokens(x, c.mastered_mask[1]) & self.narrow
+            loss_BT = loss_BT.masked_fill(mastered_BT, 0.0)
+            logged["mastered"] = mastered_BT.float()
         if x.ref_logprobs_BT is not None:
             kl_BT = kl_penalty(x.logprobs_BT, x.ref_logprobs_BT, c.kl_kind)
             loss_BT = loss_BT + c.kl_coef * kl_BT

@@ -52,6 +52,7 @@ class KlCov(Loss):
     chosen_BT: Tensor  # of this step, all rows
 
     def prepare(self, rollouts: Rollouts, advantages: Tensor, keep_B: np.ndarray) -> None:
+        super().prepare(rollouts, advantages, keep_B)
         self.chosen_BT = high_covariance(rollouts.sampler_logprobs, advantages, keep_B, self.options.share)
 
     def policy_term(self, x: LossInputs) -> tuple[Tensor, Tensor]:

@@ -60,8 +60,8 @@ class Aepo(Method):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        if config.loss.old_logprobs != "trainer" or config.loss.tis_cap:
-            raise UserError("aepo: two temperatures need loss.old_logprobs=trainer and loss.tis_cap=0")
+        if config.loss.old_logprobs != "trainer" or config.loss.tis_cap or config.loss.sequence_mask:
+            raise UserError("aepo: two temperatures need loss.old_logprobs=trainer, no tis_cap and no sequence_mask")
         self.entropy: float | None = None  # of the last step
         self.extra: Rollouts | None = None
         self.replaced: list[int] = []

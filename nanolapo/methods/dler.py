@@ -30,6 +30,7 @@ from torch import Tensor
 
 from nanolapo.advantages import MIN_SPREAD
 from nanolapo.config import Config, UserError
+from nanolapo.config_file import one_of
 from nanolapo.methods.base import Method, SamplingPlan
 from nanolapo.methods.dapo import mixed_groups
 from nanolapo.methods.tools import shorten
@@ -37,12 +38,16 @@ from nanolapo.rollouts import Rollout, Rollouts
 
 
 @dataclass(frozen=True)
-class Options:
+class OptimiserOptions:
+    whiten: str = "sequences"  # sequences (paper) | tokens (code)
+    max_rounds: int = 4  # rounds of sampling to fill a batch; 1: no refill
+
+
+@dataclass(frozen=True)
+class Options(OptimiserOptions):
     target: int | None = None  # limit in tokens; None: rollout.max_new_tokens, the paper's 4000
     short_target: int | None = None  # DA-DLER's limit of groups solved at least half; None: half (2000 of 4000)
     cut_reward: float = 0.0  # a right answer that was cut; the code: 0.1
-    whiten: str = "sequences"  # sequences (paper) | tokens (code)
-    max_rounds: int = 4  # rounds of sampling to fill a batch; 1: no refill
 
 
 def batch_advantages(rewards_PG: Tensor, weights_PG: Tensor) -> Tensor:
@@ -68,31 +73,17 @@ def batch_advantages(rewards_PG: Tensor, weights_PG: Tensor) -> Tensor:
     return (centred / std * (weights > 0)).to(rewards_PG.dtype)
 
 
-class Dler(Method):
-    Options = Options
+class Optimiser(Method):
+    """DLER without its limit and its reward: the advantage, and the groups that are kept. lapo_dler.py uses it as well."""
+
+    Options: type = OptimiserOptions
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        o, limit = self.options, config.rollout.max_new_tokens
-        self.target = limit if o.target is None else o.target
-        self.short_target = max(1, self.target // 2) if o.short_target is None else o.short_target
-        self.cut_answers_count = o.cut_reward > 0
-        if o.whiten not in ("sequences", "tokens"):
-            raise UserError(f"method.options.whiten={o.whiten!r}: give sequences or tokens")
-        if not 1 <= self.short_target <= self.target <= limit:
-            raise UserError(
-                f"method.options.short_target={self.short_target}, target={self.target}: need 1 <= short_target <= target "
-                f"<= rollout.max_new_tokens={limit}"
-            )
+        one_of(self.options.whiten, ("sequences", "tokens"), "method.options.whiten")
 
     def sampling(self, step: int) -> SamplingPlan:
-        return replace(super().sampling(step), max_new_tokens=self.target, max_rounds=self.options.max_rounds)
-
-    def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:
-        parts = super().reward(rollouts)  # without cut_reward, an answer that was cut is wrong already
-        if self.cut_answers_count:
-            parts["cut"] = parts["correct"] * rollouts.truncated_B * (self.options.cut_reward - 1.0)
-        return parts
+        return replace(super().sampling(step), max_rounds=self.options.max_rounds)
 
     def keep_groups(self, rollouts: Rollouts, rewards_PG: np.ndarray) -> np.ndarray:
         return mixed_groups(rewards_PG)
@@ -103,6 +94,31 @@ class Dler(Method):
         )
         kept_P = self.keep_groups(rollouts, rewards_PG.numpy())
         return batch_advantages(rewards_PG, torch.from_numpy(counts_PG * kept_P[:, None])).flatten()
+
+
+class Dler(Optimiser):
+    Options = Options
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        o, limit = self.options, config.rollout.max_new_tokens
+        self.target = limit if o.target is None else o.target
+        self.short_target = max(1, self.target // 2) if o.short_target is None else o.short_target
+        self.cut_answers_count = o.cut_reward > 0
+        if not 1 <= self.short_target <= self.target <= limit:
+            raise UserError(
+                f"method.options.short_target={self.short_target}, target={self.target}: need 1 <= short_target <= target "
+                f"<= rollout.max_new_tokens={limit}"
+            )
+
+    def sampling(self, step: int) -> SamplingPlan:
+        return replace(super().sampling(step), max_new_tokens=self.target)
+
+    def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:
+        parts = super().reward(rollouts)  # without cut_reward, an answer that was cut is wrong already
+        if self.cut_answers_count:
+            parts["cut"] = parts["correct"] * rollouts.truncated_B * (self.options.cut_reward - 1.0)
+        return parts
 
 
 class DaDler(Dler):

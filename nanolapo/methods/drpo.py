@@ -89,10 +89,10 @@ class Drpo(Method):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         c = config.loss
-        if c.aggregation != "sequence_mean" or c.kind != "grpo" or c.kl_coef or c.tis_cap:
+        if c.aggregation != "sequence_mean" or c.kind != "grpo" or c.kl_coef or c.reweighs:
             raise UserError(
                 "drpo:Drpo has its own policy loss: needs loss.kind=grpo, loss.aggregation=sequence_mean, loss.kl_coef=0, "
-                "and loss.tis_cap=0 (configs/methods/drpo.yaml)"
+                "loss.tis_cap=0, and no loss.sequence_mask or loss.mastered_mask (configs/methods/drpo.yaml)"
             )
         self.loss = DrpoLoss(config, self.options.beta, self.options.delta)
 

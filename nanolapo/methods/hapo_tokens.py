@@ -114,10 +114,10 @@ class TokenHapo(dapo.Dapo):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        if config.loss.kind != "grpo" or config.loss.kl_coef or config.loss.tis_cap:
+        if config.loss.kind != "grpo" or config.loss.kl_coef or config.loss.reweighs:
             raise UserError(
-                "hapo_tokens:TokenHapo has its own policy loss: needs loss.kind=grpo, loss.kl_coef=0 and loss.tis_cap=0 "
-                "(configs/methods/hapo-tokens.yaml)"
+                "hapo_tokens:TokenHapo has its own policy loss: needs loss.kind=grpo, loss.kl_coef=0, loss.tis_cap=0, and "
+                "no loss.sequence_mask or loss.mastered_mask (configs/methods/hapo-tokens.yaml)"
             )
         self.loss = TokenHapoLoss(config, self.options.quantile)
 

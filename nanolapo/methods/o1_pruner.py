@@ -20,16 +20,14 @@ all R_LH of a step equal -> advantage 0. Cut answers count in Lbar_ref at the li
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nanolapo.config import Config
-from nanolapo.data.problems import Problem
-from nanolapo.methods.base import Method, MonitorPlan
-from nanolapo.rollouts import Measured, Rollouts
+from nanolapo.config import NotNegative
+from nanolapo.methods.reference import Reference
+from nanolapo.rollouts import Rollouts
 
 
 def harmonizing_reward(
@@ -60,41 +58,14 @@ def cut_and_standardize(rewards_B: np.ndarray, counted_B: np.ndarray, standardiz
 class Options:
     weight: float = 2.0  # lambda
     standardize: bool = True
-    reference_samples: int = 8  # per problem, sampled before step 0; 0: the first visit's group is the reference
+    # Per problem, sampled before step 0; 0: the first visit's group is the reference
+    reference_samples: NotNegative[int] = 8
 
 
-class O1Pruner(Method):
+class O1Pruner(Reference):
     """Length-harmonizing reward, used as the advantage."""
 
     Options = Options
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self.num_problems = 0
-        self.reference: dict[str, tuple[float, float]] = {}  # problem id -> mean length, accuracy
-
-    def start(self, problems: list[Problem]) -> None:
-        self.num_problems = len(problems)
-
-    def monitor(self, step: int) -> MonitorPlan | None:
-        r, samples = self.config.rollout, self.options.reference_samples
-        if step > 0 or not samples:
-            return None
-        return MonitorPlan(tuple(range(self.num_problems)), samples, r.temperature, r.max_new_tokens)
-
-    def on_monitor(self, found: Measured | Rollouts) -> dict[str, float]:
-        self.remember(found)
-        lengths, accuracies = zip(*self.reference.values(), strict=True)
-        return {"reference/length": float(np.mean(lengths)), "reference/accuracy": float(np.mean(accuracies))}
-
-    def remember(self, found: Measured | Rollouts) -> None:
-        """Take these groups as reference for the problems that have none."""
-        for problem, measured in zip(found.problems, self.measure(found), strict=True):
-            self.reference.setdefault(problem.id, measured)
-
-    def measure(self, found: Measured | Rollouts) -> list[tuple[float, float]]:
-        lengths, correct = found.by_group(found.lengths_B), found.by_group(found.correct_B)
-        return [(float(n.mean()), float(c.mean())) for n, c in zip(lengths, correct, strict=True)]
 
     def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:
         lengths, correct = rollouts.by_group(rollouts.lengths_B), rollouts.by_group(rollouts.correct_B)
@@ -113,9 +84,3 @@ class O1Pruner(Method):
     def after_step(self, rollouts: Rollouts) -> dict[str, float]:
         self.remember(rollouts)
         return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"reference": {problem_id: list(entry) for problem_id, entry in self.reference.items()}}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.reference = {problem_id: (float(n), float(a)) for problem_id, (n, a) in state["reference"].items()}

@@ -20,7 +20,7 @@ from nanolapo.methods.base import Method
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = [
     "truncation", "thinkprune-4k", "thinkprune-iterative", "dler", "da-dler", "dapo", "dapo-overlong-filter", "conciser",
-    "palu", "drpo", "spo", "sas", "hapo-tokens", "aepo", "dot", "gfpo", "siri",
+    "palu", "drpo", "spo", "sas", "hapo-tokens", "aepo", "dot", "gfpo", "siri", "lapo-dler", "adapt-think",
 ]  # fmt: skip
 
 
@@ -39,6 +39,10 @@ def method_of(name: str) -> Method:
     if name.startswith("sas"):
         # in place of a tokenizer
         method.texts = {token: " word" if token % 5 else " end.\n\n" for token in range(64)}
+    elif name == "adapt-think":
+        # in place of a tokenizer and of the first model's pass
+        method.closing_id, method.opening_id = 1, 2
+        method.on_monitor(make_rows([9] * 8, 4))
     else:
         method.start(make_problems(8))
     return method
@@ -66,6 +70,9 @@ def test_hard_batches_are_finite_and_state_resumes(name, case):
             methods[1].load_state_dict(json.loads(json.dumps(methods[0].state_dict())))
         for method in methods[: visit + 1]:
             rollouts = make_rows(lengths, group_size, correct=correct, finished=finished)
+            if name == "adapt-think":
+                for b, row in enumerate(rollouts.rows):
+                    row.forced, row.response_ids[0] = True, 1 + b % 2
             method.sampling(visit)
             for row in method.edit_rollouts(rollouts):
                 row.correct = False
@@ -76,7 +83,7 @@ def test_hard_batches_are_finite_and_state_resumes(name, case):
             kept_P = method.keep_groups(rollouts, rewards_PG)
             assert kept_P.shape == (len(rollouts.problems),) and kept_P.dtype == bool
             assert torch.isfinite(advantages).all() and advantages.shape[0] == 8
-            if case in ("none right", "all right, all equal", "all cut") and name != "spo":
+            if case in ("none right", "all right, all equal", "all cut") and name not in ("spo", "adapt-think"):
                 zero = advantages.reshape(8, -1).any(dim=1).numpy() & np.repeat(kept_P, group_size)
                 assert not zero.any()  # nothing to tell answers apart, whatever their length
             logged = method.after_step(rollouts)

