@@ -58,7 +58,8 @@ def evaluate(config: Config) -> dict[str, Any]:
                 unguided = runs.answers(temperature, asked[0], {})
                 for one in asked:
                     answers = runs.answers(temperature, one, stated_lengths(one, unguided)) if one.name else unguided
-                    rows += [row | origin for row in score_sets(model.name, temperature, one.name, answers, config)]
+                    for row in score_sets(model.name, temperature, one.name, answers, config):
+                        rows.append(row | origin | {"answers": runs.files.get(row["set"])})
             runs.close()
     add_aes(rows, models[0].name)
     return {"base": models[0].name, "rows": rows}
@@ -75,6 +76,7 @@ class Benchmark:
         self.identity = model_identity(model.path)
         self.references = digest([f"{p.id} {p.answer}" for p in data.problems])
         self.sampler: Sampler | None = None
+        self.files: dict[str, str] = {}  # set -> how the names of its sample files begin, of the last pass
 
     def close(self) -> None:
         """Free the engine, because the next model's engine needs the memory."""
@@ -97,6 +99,7 @@ class Benchmark:
             files[source] = sample_file(
                 self.folder, self.model.name, source, temperature, settings | {"prompts": rendered}
             )
+        self.files = {source: file.stem for source, file in files.items()}
         done = {(a.problem, a.index) for file in files.values() for a in self.read(file)}
         wanted = wanted_samples(self.config, self.data)
         missing = [(i, k) for i, k in wanted if (self.data.problems[i].id, k) not in done]
