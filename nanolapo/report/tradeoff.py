@@ -19,6 +19,7 @@ from nanolapo.report.tables import Row, accuracy_limits, number
 COLOURS = ("#3b82d6", "#e07b2e", "#2f9e63", "#b65fc9", "#d4504f", "#9a8f2a", "#1f9fa8", "#a3704e", "#7c7fd8", "#d166a0")
 GREY, INK, BAND, FRONT = "#7b8088", "#222222", "#dbe7f6", "#9dbfe8"
 SIZE = 8  # of the names, in points
+FEW = 12  # methods that all have room for large names
 SHOWN = 0.05  # share of the draws from which on a method counts as on the front
 Bar = tuple[float, float, float]  # from x to x, at height y
 
@@ -113,7 +114,8 @@ def methods_figure(rows: Sequence[Row], front: Row) -> Figure:
     bars: list[Bar] = []
     heights: list[float] = []
     for r in sorted(rows, key=lambda r: r["front_share"]):  # the front on top
-        x, y, colour, large = r["tokens"], 100 * r["accuracy"], colours.get(r["model"], GREY), r["model"] in colours
+        x, y, colour = r["tokens"], 100 * r["accuracy"], colours.get(r["model"], GREY)
+        large = r["model"] in colours or len(rows) <= FEW
         across, up = cross(axis, r, colour, *((8, 2.2) if large else (4, 0.4)))
         share = f" ({r['front_share']:.0%})" if r in shown else ""
         names.append(Name(x, y, printable(r["model"] + share), colour, 11 if large else 7))

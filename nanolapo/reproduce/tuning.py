@@ -24,6 +24,7 @@ from nanolapo import cli
 from nanolapo.config import RunStopped, UserError
 from nanolapo.config_file import read_yaml
 from nanolapo.reproduce import records
+from nanolapo.reproduce.over_seeds import none_first
 from nanolapo.reproduce.recipe import MOST_SETTINGS, Recipe, words
 from nanolapo.reproduce.reproduce import train_missing
 
@@ -69,7 +70,7 @@ def aes_of_settings(
         for name in recipe.methods:
             mine = records.valid(recipe, pipeline, here, name, seeds)
             if len(mine) == len(seeds):
-                scores = [one.scores[0]["row"]["aes"] for one in mine.values()]
+                scores = [none_first(one.scores[0]["row"]["aes"]) for one in mine.values()]
                 found.setdefault(name, {})[recipe.chosen[name]] = float(np.mean(scores))
     return found, failed
 
@@ -82,7 +83,8 @@ def write_choices(config: Path, recipe: Recipe, found: dict[str, dict[str, float
         scores = found.get(name, {})
         if list(scores) == list(settings):
             best = max(scores, key=lambda setting: scores[setting])  # the first of equal ones
-            chosen[name] = {"setting": best, "aes": {setting: round(score, 4) for setting, score in scores.items()}}
+            shown = {setting: round(score, 4) if np.isfinite(score) else None for setting, score in scores.items()}
+            chosen[name] = {"setting": best, "aes": shown}  # null: the base is never right
         elif len(settings) == 1:
             chosen[name] = {"setting": next(iter(settings))}
         elif scores:

@@ -144,7 +144,7 @@ def test_the_best_aes_wins_the_published_one_wins_a_tie_and_others_stay(tmp_path
     recipe = Recipe(path, tmp_path, ["python"])
     found = {
         "grpo": {"published": 0.2, "half": 0.5, "double": 0.5},
-        "laser": {"published": -0.1, "half": -0.1, "double": -0.3},
+        "laser": {"published": -float("inf"), "half": -float("inf"), "double": -float("inf")},  # a base without an AES
         "spo": {"published": 1.0},  # the others failed
     }
     tuning.write_choices(path, recipe, found)
@@ -152,7 +152,7 @@ def test_the_best_aes_wins_the_published_one_wins_a_tie_and_others_stay(tmp_path
     assert {name: one["setting"] for name, one in chosen.items()} == {
         "grpo": "half", "laser": "published", "spo": "half", "hapo": "published"
     }  # fmt: skip
-    assert chosen["grpo"]["aes"] == found["grpo"]
+    assert chosen["grpo"]["aes"] == found["grpo"] and set(chosen["laser"]["aes"].values()) == {None}
     assert "on seed 9" in (tmp_path / "chosen.yaml").read_text()
 
 
