@@ -119,6 +119,7 @@ def test_methods_of_three_and_of_five_seeds_meet_on_the_three() -> None:
     three = scores(np.array([[0.0], [1.0], [5.0]]) + np.zeros((3, 4)), seeds=(2, 4, 7))
     value, _, freedom = difference(five, three)[1]  # seeds 2 and 4: 2 - 0, 4 - 1
     assert value == pytest.approx(2.5) and freedom == pytest.approx(1)
+    assert difference(three, five)[1][0] == pytest.approx(-2.5)
     with pytest.raises(ValueError, match="no seed in both"):
         difference(five, scores(np.ones((1, 4)), seeds=(9,)))
 
