@@ -124,7 +124,7 @@ def comparison_table(rows: Sequence[Row]) -> str:
             (f"**{name}**" if r.get("like_best") else name) + " \\*" * r["pareto"],
             *([r.get("setting") or "-"] if tuned else []),
             with_interval(r, "accuracy", ".1%"), with_interval(r, "tokens", ".1f"), with_interval(r, "aes", "+.2f"),
-            f"{len(r.get('better_than', []))} / {len(r.get('worse_than', []))}", share,
+            f"{len(r['better_than'])} / {len(r['worse_than'])}" if "better_than" in r else "-", share,
             with_interval(r, "adaptivity", "+.1f"), *thousand, number(r.get("seconds"), ".0f"),
             str(len(r.get("seeds", [])) or "-"), f"{r['worst']['accuracy']:.1%} / {r['worst']['tokens']:.1f}",
         ])  # fmt: skip
