@@ -12,13 +12,15 @@ MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
 COUNT ?= 50
 RUNS ?= runs/demo/seed$(SEED)/*
 OUT ?= report.html
+TASK ?=
+RECORDS ?= docs/results/$(RECIPE)
 WORKERS ?= 2
 $(if $(filter 1,$(words $(SEED))),,$(error SEED="$(SEED)": give one number))
 CORES := $(shell $(PYTHON) -c "import os; print(min(2, os.cpu_count() or 1))")
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help install vllm demo demo-controls explain compare reproduce report exercise check test faults bench lint format clean
+.PHONY: help install vllm demo demo-controls explain compare tune reproduce report exercise check test faults bench lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -62,9 +64,13 @@ explain: install  ## one real step of the demo with all its numbers, on the cons
 	  $(PY) train_stage2.py configs/demo/stage2.yaml --explain run.seed=$(SEED); \
 	else echo "stage 2 can be explained after stage 1: make demo"; fi
 
-compare: install  ## every method on one recipe for equal sampled tokens (RECIPE=demo METHODS="" SEEDS="" JOBS=1): hours
-	$(PY) -m nanolapo.reproduce.reproduce configs/$(RECIPE)/compare.yaml --methods "$(METHODS)" --seeds "$(SEEDS)" --jobs $(JOBS) \
-	  --launcher "$(LAUNCHER)"
+compare: install  ## every method on one recipe for equal sampled tokens (RECIPE=demo TASK="" METHODS="" SEEDS="" JOBS=1): hours
+	$(PY) -m nanolapo.reproduce.reproduce configs/$(RECIPE)/compare$(TASK).yaml --methods "$(METHODS)" --seeds "$(SEEDS)" \
+	  --jobs $(JOBS) --launcher "$(LAUNCHER)" --records $(RECORDS)/compare$(TASK)
+
+tune: install  ## choose each method's setting before make compare, docs/PROTOCOL.md (RECIPE=demo TASK="" METHODS="" JOBS=1): hours
+	$(PY) -m nanolapo.reproduce.tuning configs/$(RECIPE)/tuning$(TASK).yaml --methods "$(METHODS)" --jobs $(JOBS) \
+	  --launcher "$(LAUNCHER)" --records $(RECORDS)/tuning$(TASK)
 
 reproduce: install  ## the paper's tables and figures (RECIPE=demo STEP="" SEEDS="" JOBS=1; DRY_RUN=1 MACHINE=8xH100-80GB: cost)
 	$(PY) -m nanolapo.reproduce.reproduce configs/$(RECIPE)/reproduce.yaml --step "$(STEP)" --seeds "$(SEEDS)" --jobs $(JOBS) \

@@ -73,7 +73,8 @@ def evaluate(config: Config) -> dict[str, Any]:
                 for one in asked:
                     budgets = ranks.from_main(partial(stated_lengths, one, unguided))
                     answers = runs.answers(temperature, one, budgets) if one.name else unguided
-                    rows += [row | origin for row in score_sets(model.name, temperature, one.name, answers, config)]
+                    for row in score_sets(model.name, temperature, one.name, answers, config):
+                        rows.append(row | origin | {"answers": runs.files.get(row["set"])})
             runs.close()
     add_aes(rows, models[0].name)
     return {"base": models[0].name, "rows": rows}
@@ -90,6 +91,7 @@ class Benchmark:
         self.identity = ranks.from_main(lambda: model_identity(model.path))
         self.references = digest([f"{p.id} {p.answer}" for p in data.problems])
         self.sampler: Sampler | None = None
+        self.files: dict[str, str] = {}  # set -> how the names of its sample files begin, of the last pass
 
     def close(self) -> None:
         """Free the engine, because the next model's engine needs the memory."""
@@ -112,6 +114,7 @@ class Benchmark:
             files[source] = sample_file(
                 self.folder, self.model.name, source, temperature, settings | {"prompts": rendered}
             )
+        self.files = {source: file.stem for source, file in files.items()}
         wanted = wanted_samples(self.config, self.data)
         missing = self.ranks.from_main(lambda: self.missing(wanted, files))
         engine, engines = self.ranks.engine(self.config.rollout.tensor_parallel)

@@ -26,11 +26,10 @@ from nanolapo.evaluation.scores import KEYWORDS, rank_correlation
 from nanolapo.report.files import printable, read_metrics
 from nanolapo.report.runs import Place, Run, Visit, mean_by_step
 from nanolapo.report.tables import Row, accuracy_limits, difficulty_axis, number, tokens_at, training_dynamics
-from nanolapo.report.tradeoff import COLOURS, evaluation_figure, palette
+from nanolapo.report.tradeoff import COLOURS, evaluation_figure, methods_figure, palette
 
 INK, GRID = "#0a0b0c", "#0d0e0f"  # become currentColor and var(--line)
 # Few to many, all of medium lightness as well.
-MOST_LINES = 12  # curves that can be told apart
 NOT_IN_NAMES = r"[^\w.=+-]"  # a set may be called org/name
 LEVELS = LinearSegmentedColormap.from_list("levels", ["#2f9e63", "#1f9fa8", "#3b82d6", "#b65fc9", "#d4504f"])
 Panel = tuple[str, tuple[str, ...], bool]  # title, metrics (a second one is drawn dashed), logarithmic
@@ -178,14 +177,14 @@ def write_figures(results: dict[str, Any], run_dirs: dict[str, Path], out: Path)
 
 
 @rc_context({"text.parse_math": False})
-def write_comparison_figures(folder: Path, rows: Sequence[Row]) -> list[Path]:
-    """A comparison of methods (over_seeds.summarize_methods): a figure for each set and temperature, with the tokens by
-    level where the methods are few enough to tell their lines apart."""
+def write_comparison_figures(folder: Path, rows: Sequence[Row], fronts: Sequence[Row]) -> list[Path]:
+    """A comparison of methods (reproduce/comparison.py): a picture for each set and temperature."""
     paths = []
-    for name, temperature in dict.fromkeys((r["set"], r["temperature"]) for r in rows):
+    for front in fronts:
+        name, temperature = front["set"], front["temperature"]
         mine = [r for r in rows if (r["set"], r["temperature"]) == (name, temperature)]
         paths.append(folder / f"methods-{re.sub(NOT_IN_NAMES, '_', name)}-T{temperature:g}.png")
-        evaluation_figure(mine, mine if len(mine) <= MOST_LINES else []).savefig(paths[-1], dpi=120)
+        methods_figure(mine, front).savefig(paths[-1], dpi=160)
     return paths
 
 

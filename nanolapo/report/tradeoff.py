@@ -1,13 +1,15 @@
-"""The figure of an evaluation: accuracy against tokens, every point named, and beside it the tokens by level."""
+"""Accuracy against tokens: of an evaluation, with the tokens by level beside it, and of a comparison of methods."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from colorsys import hsv_to_rgb
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from matplotlib.transforms import Transform
 
 from nanolapo.report.files import printable
@@ -15,9 +17,21 @@ from nanolapo.report.tables import Row, accuracy_limits, number
 
 # Medium lightness: legible on white and on near-black.
 COLOURS = ("#3b82d6", "#e07b2e", "#2f9e63", "#b65fc9", "#d4504f", "#9a8f2a", "#1f9fa8", "#a3704e", "#7c7fd8", "#d166a0")
+GREY, INK, BAND, FRONT = "#7b8088", "#222222", "#dbe7f6", "#9dbfe8"
 SIZE = 8  # of the names, in points
-Name = tuple[float, float, str, str]  # x, y, text, colour
+FEW = 12  # methods that all have room for large names
+SHOWN = 0.05  # share of the draws from which on a method counts as on the front
 Bar = tuple[float, float, float]  # from x to x, at height y
+
+
+class Name(NamedTuple):
+    """What is written beside a point of the axis."""
+
+    x: float
+    y: float
+    text: str
+    colour: str
+    size: float = SIZE  # points
 
 
 def palette(count: int) -> list[str]:
@@ -44,7 +58,7 @@ def evaluation_figure(rows: Sequence[Row], leveled: Sequence[Row]) -> Figure:
             tokens, colour = [r["by_level"][level]["tokens"] for level in levels], colours[r["model"]]
             axis.plot(levels, tokens, "o-", markersize=4, color=colour)
             name = f"{r['model']} ({number(r.get('adaptivity'), '+.0f')} tokens)"
-            ends.append((len(levels) - 1, tokens[-1], printable(name), colour))
+            ends.append(Name(len(levels) - 1, tokens[-1], printable(name), colour))
         axis.set_xlim(-0.1 * len(levels), 1.9 * (len(levels) - 1))  # room for the names
         axis.set_title(printable(f"mean tokens by level, {leveled[0]['set']} (in brackets: adaptivity)"))
         axis.set_xlabel("level")
@@ -53,28 +67,75 @@ def evaluation_figure(rows: Sequence[Row], leveled: Sequence[Row]) -> Figure:
 
 
 def tradeoff(axis: Axes, rows: Sequence[Row], colours: dict[str, str]) -> None:
-    """Fig. 1: accuracy against tokens, every point named, with 95 % intervals. A comparison of methods has bars from the
-    best seed to the worst instead, and the Pareto front."""
-    compared = "pareto" in rows[0]
-    front = sorted((r["tokens"], 100 * r["accuracy"]) for r in rows if r.get("pareto"))
-    axis.step([x for x, _ in front], [y for _, y in front], where="post", color="0.7", zorder=0)
+    """Fig. 1: accuracy against tokens, every point named, with 95 % intervals."""
     names: list[Name] = []
     bars: list[Bar] = []
     heights: list[float] = []
     for r in rows:
-        x, y, colour = r["tokens"], 100 * r["accuracy"], colours[r["model"]]
-        across = [r[key]["tokens"] for key in ("best", "worst")] if compared else r.get("tokens_interval") or []
-        up = [] if compared else [100 * bound for bound in r.get("accuracy_interval") or ()]
-        axis.plot(x, y, "o", markersize=4, color=colour, fillstyle="none" if r["guidance"] else "full")
-        axis.plot(across, [y] * len(across), linewidth=0.7, color=colour)
-        axis.plot([x] * len(up), up, linewidth=0.7, color=colour)
-        names.append((x, y, printable(f"told {r['guidance']}" if r["guidance"] else r["model"]), colour))
-        bars.append((min(x, *across), max(x, *across), y) if across else (x, x, y))
-        heights += [y, *up]
+        across, up = cross(axis, r, colours[r["model"]])
+        x, y = r["tokens"], 100 * r["accuracy"]
+        names.append(
+            Name(x, y, printable(f"told {r['guidance']}" if r["guidance"] else r["model"]), colours[r["model"]])
+        )
+        bars.append((min(across), max(across), y))
+        heights += up
     axis.set_ylim(accuracy_limits(heights))
-    axis.set_xlabel(f"mean tokens (bars: {'best and worst seed' if compared else '95 % intervals'})")
+    axis.set_xlabel("mean tokens (bars: 95 % intervals)")
     axis.set_title(printable(f"accuracy (%), {rows[0]['set']}, temperature {rows[0]['temperature']:g}"))
     write_names(axis, names, bars)
+
+
+def cross(axis: Axes, r: Row, colour: str, size: float = 4, width: float = 0.7) -> tuple[list[float], list[float]]:
+    """Draw a point with its two intervals. Returns the ends of both; of a missing one the place of the point."""
+    x, y = r["tokens"], 100 * r["accuracy"]
+    across, up = (
+        list(r.get("tokens_interval") or [x]),
+        [100 * bound for bound in r.get("accuracy_interval") or [y / 100]],
+    )
+    axis.plot(x, y, "o", markersize=size, color=colour, fillstyle="none" if r["guidance"] else "full")
+    axis.plot(across, [y] * len(across), linewidth=width, color=colour)
+    axis.plot([x] * len(up), up, linewidth=width, color=colour)
+    return across, up
+
+
+def methods_figure(rows: Sequence[Row], front: Row) -> Figure:
+    """The picture of a comparison, to be read from the back of a room. front: see reproduce/differences.front_band.
+
+    Methods that are on the Pareto front in one of twenty draws have a colour, and their share of the draws beside the name.
+    """
+    figure = Figure(figsize=(10, 5.6), layout="constrained")
+    axis = figure.subplots()
+    percent = {key: [100 * bound for bound in front[key]] for key in ("low", "middle", "high")}
+    axis.fill_between(front["tokens"], percent["low"], percent["high"], color=BAND, linewidth=0, zorder=0)
+    axis.plot(front["tokens"], percent["middle"], color=FRONT, linewidth=2, zorder=0)
+    shown = [r for r in rows if r["front_share"] >= SHOWN]
+    colours = dict(zip((r["model"] for r in shown), palette(len(shown)), strict=True)) | {"base": INK}
+    names: list[Name] = []
+    bars: list[Bar] = []
+    heights: list[float] = []
+    for r in sorted(rows, key=lambda r: r["front_share"]):  # the front on top
+        x, y, colour = r["tokens"], 100 * r["accuracy"], colours.get(r["model"], GREY)
+        large = r["model"] in colours or len(rows) <= FEW
+        across, up = cross(axis, r, colour, *((8, 2.2) if large else (4, 0.4)))
+        share = f" ({r['front_share']:.0%})" if r in shown else ""
+        names.append(Name(x, y, printable(r["model"] + share), colour, 11 if large else 7))
+        bars.append((min(across), max(across), y) if large else (x, x, y))
+        heights += up if large else [y]
+    axis.set_ylim(accuracy_limits(heights))
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 7, 8)))
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.tick_params(labelsize=12)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_xlabel("mean tokens of an answer (crosses: 95 % over seeds and problems)", fontsize=12)
+    title = (
+        f"Accuracy (%), {front['set']}, temperature {front['temperature']:g}. Blue: the Pareto front, its 95 % band.\n"
+    )
+    title += "Coloured: methods on it, and in what share of draws of seeds and problems they are"
+    axis.set_title(printable(title), fontsize=12, loc="left")
+    write_names(axis, names, bars)
+    return figure
 
 
 def write_names(axis: Axes, names: Sequence[Name], bars: Sequence[Bar]) -> None:
@@ -89,19 +150,19 @@ def write_names(axis: Axes, names: Sequence[Name], bars: Sequence[Bar]) -> None:
 
     figure.draw_without_rendering()  # the layout decides how large the axis is
     right, middle = in_points(0.6, 0.5, axis.transAxes)
-    places = [in_points(x, y, axis.transData) for x, y, _, _ in names]
+    places = [in_points(name.x, name.y, axis.transData) for name in names]
     taken = [
         (in_points(x, y, axis.transData)[0] - 3, *in_points(end, y, axis.transData)) for x, end, y in bars
     ]  # from, to, height
     for i in sorted(range(len(names)), key=lambda i: -abs(places[i][1] - middle)):
-        (x, y, text, colour), (left, at) = names[i], places[i]
-        length, side, step = 0.6 * SIZE * len(text), -1 if left > right else 1, -1 if at > middle else 1
+        (x, y, text, colour, size), (left, at) = names[i], places[i]
+        length, side, step = 0.6 * size * len(text), -1 if left > right else 1, -1 if at > middle else 1
         start, moved = left + 6 * side - length * (side < 0), 0
-        while any(start < b and a < start + length and abs(at + moved - c) < 1.1 * SIZE for a, b, c in taken):
+        while any(start < b and a < start + length and abs(at + moved - c) < 1.1 * size for a, b, c in taken):
             moved += step
         taken.append((start, start + length, at + moved))
         axis.annotate(
-            text, (x, y), (6 * side, moved), textcoords="offset points", fontsize=SIZE, color=colour,
+            text, (x, y), (6 * side, moved), textcoords="offset points", fontsize=size, color=colour,
             ha="right" if side < 0 else "left", va="center",
             arrowprops={"arrowstyle": "-", "color": "0.7", "linewidth": 0.4, "shrinkA": 0, "shrinkB": 0},
         )  # fmt: skip

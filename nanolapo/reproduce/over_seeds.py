@@ -1,15 +1,13 @@
-"""Averages over seeds: rows like those of results.json, of one evaluation or of a comparison of methods."""
+"""Averages over seeds: rows like those of an evaluation's results.json."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nanolapo.report.files import read_metrics
 from nanolapo.report.tables import Row
 
 
@@ -29,9 +27,9 @@ def place_of(row: Row) -> tuple[str, float, str, str]:
 
 
 def mean_row(same: Sequence[Row]) -> Row:
-    """The seeds' rows of one model as one row, with `best` and `worst`, the seeds of highest and lowest AES.
+    """The seeds' rows of one model as one row, with `worst`, the seed of the lowest AES.
 
-    The 95 % intervals come from drawing problems only. What another training would change shows in best and worst.
+    The 95 % intervals come from drawing problems only. What another training would change is not in them.
     """
     first = same[0]
     found: Row = {key: first[key] for key in ("model", "set", "temperature", "guidance", "run", "step") if key in first}
@@ -49,8 +47,8 @@ def mean_row(same: Sequence[Row]) -> Row:
     for key in ("by_level", "keywords", "pass_at_k"):
         if first.get(key):
             found[key] = mean_of_nested([row[key] for row in same])
-    ranked = sorted(same, key=lambda row: none_first(row.get("aes")))
-    found["worst"], found["best"] = ({k: r[k] for k in ("accuracy", "tokens", "aes")} for r in (ranked[0], ranked[-1]))
+    worst = min(same, key=lambda row: none_first(row.get("aes")))
+    found["worst"] = {key: worst[key] for key in ("accuracy", "tokens", "aes")}
     return found
 
 
@@ -85,50 +83,3 @@ def combined_interval(means_and_bounds: Sequence[tuple[float, float, float]]) ->
     below = float(np.mean([m - low for m, low, _ in means_and_bounds]))
     above = float(np.mean([high - m for m, _, high in means_and_bounds]))
     return mean - below, mean + above
-
-
-# ------------------------------------------------------------------------------- a comparison of methods
-
-
-def summarize_methods(
-    results: Sequence[dict[str, Any]], run_dirs: dict[str, list[list[Path]]], unverified: set[str]
-) -> list[Row]:
-    """One row per model, set and temperature from the seeds' results.json, with the best AES first within each.
-
-    run_dirs: method -> for each seed the run directories of its phases. unverified: names to mark. See mean_row.
-    """
-    rows = []
-    for row in mean_rows(results):
-        model = row["model"]
-        rows.append(row | {"unverified": model in unverified} | costs(run_dirs.get(model, [])))
-    mark_pareto(rows)
-    order = {place: i for i, place in enumerate(dict.fromkeys((r["set"], r["temperature"]) for r in rows))}
-    return sorted(rows, key=lambda r: (order[r["set"], r["temperature"]], -none_first(r["aes"])))
-
-
-def costs(runs_of_seeds: Sequence[Sequence[Path]]) -> Row:
-    """Sampled and trained tokens, steps and seconds of training, each a mean over seeds of the sum over phases."""
-    seeds = []
-    for run_dirs in runs_of_seeds:
-        phases = [read_metrics(folder) for folder in run_dirs]
-        lines = [line for phase in phases for line in phase]
-        seconds = sum(value for line in lines for key, value in line.items() if key.startswith("seconds/"))
-        seeds.append({
-            "sampled_tokens": sum(phase[-1]["sampled_tokens"] for phase in phases if phase),
-            "trained_tokens": sum(line.get("trained_tokens") or 0 for line in lines),
-            "steps": len(lines), "seconds": seconds,
-        })  # fmt: skip
-    return {key: float(np.mean([seed[key] for seed in seeds])) for key in (seeds[0] if seeds else ())}
-
-
-def mark_pareto(rows: Sequence[Row]) -> None:
-    """Set row["pareto"]: no other model of the same set and temperature has more accuracy with no more tokens, or fewer
-    tokens with no less accuracy."""
-    for row in rows:
-        rivals = [r for r in rows if (r["set"], r["temperature"]) == (row["set"], row["temperature"])]
-        row["pareto"] = not any(
-            r["accuracy"] >= row["accuracy"]
-            and r["tokens"] <= row["tokens"]
-            and (r["accuracy"], r["tokens"]) != (row["accuracy"], row["tokens"])
-            for r in rivals
-        )

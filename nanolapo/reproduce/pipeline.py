@@ -38,14 +38,15 @@ class Step:
 
 
 class Pipeline:
-    """Steps with their stamps and logs in `folder`.
+    """Steps with their stamps and logs in `folder`. `finished` is called with the name of each step that ended well.
 
     Raises UserError for needs that do not exist, and for two steps that share a name or a folder.
     """
 
-    def __init__(self, steps: Iterable[Step], folder: Path, say: Callable[[str], None] = print) -> None:
+    def __init__(self, steps: Iterable[Step], folder: Path, say: Callable[[str], None] = print,
+                 finished: Callable[[str], None] = lambda name: None) -> None:  # fmt: skip
         self.steps: dict[str, Step] = {}
-        self.folder, self.say, self.stop = folder, say, Event()
+        self.folder, self.say, self.finished, self.stop = folder, say, finished, Event()
         self.digests: dict[str, str] = {}
         for step in steps:  # in the order given: a step comes after what it needs
             if step.name in self.steps:
@@ -158,6 +159,8 @@ class Pipeline:
                         seconds = self.stamp(name).get("seconds")
                         self.say(f"[{number}/{len(names)}] {name}: {f'exit code {code}' if code else f'{seconds} s'}")
                         (failed.append if code else done.add)(name)
+                        if not code:
+                            self.finished(name)
             finally:
                 self.stop.set()  # after an interruption or an error: the running steps end, too
         return failed

@@ -1,31 +1,30 @@
 """A recipe: which base model, trainings and evaluations its tables need, and the pipeline steps that make them.
 
 There are two kinds of recipe. A configs/*/reproduce.yaml makes the paper's tables. A configs/*/compare.yaml has `tokens`:
-every method of configs/methods is trained from one base until it has sampled that many tokens. All get the same evaluation.
+every method of configs/methods is trained from one base until it has sampled that many tokens, in the setting that
+tuning.py chose. Each is evaluated by itself, so that one that fails stops no other. docs/PROTOCOL.md says what is fair.
 
 All configs are read while the steps are made, so a mistake in the last one shows in the first second.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import sys
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from nanolapo.config import Config, SourceConfig, UserError
+from nanolapo.config import UserError
 from nanolapo.config_file import build, load_config, read_yaml
-from nanolapo.evaluation.scores import model_identity
-from nanolapo.losses import load_loss
 from nanolapo.reproduce.pipeline import Pipeline, Step
+from nanolapo.reproduce.steps import ROOT, base_step, evaluation_step, override, training_step
 
-ROOT = Path(__file__).parents[2]  # where the scripts are
 METHODS = ROOT / "configs" / "methods"
+MOST_SETTINGS = 3  # that a method may choose from
+IN_BASES = re.compile(r"(?<![\w./])([\d.]+)([*/])base\b")
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,8 @@ class Run:
     method: str = ""  # a file of configs/methods, without its ending, that is laid over the config
     after: tuple[str, ...] = ()  # runs that it starts from
     share: float = 1.0  # of Recipe.tokens; a run and all that it comes after share them out
-    overrides: tuple[str, ...] = ()  # section.key=value
+    overrides: tuple[str, ...] = ()  # section.key=value; 0.64*base stands for that part of rollout.base_tokens
+    tuned_as: str = ""  # a phase that gets the setting of this method
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,11 @@ class RecipeFile:
     hardware: str = ""  # what it needs; empty: any machine
     tokens: int | None = None  # given: a comparison, in which every method samples so many, in all its runs together
     overrides: tuple[str, ...] = ()  # for every training
+    settings: dict[str, Any] = field(
+        default_factory=dict
+    )  # of a comparison: method -> name -> overrides; published first
+    chosen: str = ""  # a file beside this one that tuning.py writes: method -> setting; without it the runs as they are
+    fewer_seeds: dict[str, Any] = field(default_factory=dict)  # method -> it gets the first so many of `seeds`
 
 
 class Recipe:
@@ -83,16 +88,24 @@ class Recipe:
         launcher: Sequence[str],
         tokens: int | None = None,
         methods: Sequence[str] = (),
+        setting: int | None = None,
     ) -> None:
-        """launcher: what stands before a script in a command. tokens, methods: of a comparison, in place of the file's."""
+        """launcher: what stands before a script in a command. tokens, methods: of a comparison, in place of the file's.
+        setting: train, of the methods that have so many settings, this one (from 0), in place of what was chosen."""
         self.configs, self.folder, self.launcher = path.parent, folder, tuple(launcher)
         self.file = build(RecipeFile, read_yaml(path), "")
         self.runs: dict[str, Run] = self.parts(Run, "runs")
         self.evaluations: dict[str, Evaluation] = self.parts(Evaluation, "evaluations")
         self.tables: dict[str, Table] = self.parts(Table, "tables")
         self.tokens, self.methods = (self.file.tokens or 0) if tokens is None else tokens, list[str]()
+        self.known, self.scored = (
+            list[str](),
+            list[str](),
+        )  # a comparison's methods; those with an evaluation of their own
+        self.chosen, self.base_models = dict[str, str](), dict[int, str]()
         if self.file.tokens is not None:
             self.compare(path, methods)
+            self.choose(path, setting)
         elif methods or tokens is not None:
             raise UserError(f"{path} is no comparison: --methods and --tokens go with a compare.yaml")
         elif not self.tables:
@@ -116,7 +129,10 @@ class Recipe:
         known = sorted(set(self.runs) - others)  # a run that another one comes after is only a phase of that method
         if wrong := [name for name in methods if name not in known]:
             raise UserError(f"--methods: no {', '.join(wrong)}; there are {', '.join(known)}")
-        self.methods = list(methods) or known
+        self.known, self.methods = known, list(methods) or known
+        self.scored = self.methods
+        if len(self.evaluations) != 1:
+            raise UserError(f"evaluations of {path}: a comparison has one, for all methods")
         for name in self.methods:
             shares = [self.runs[phase].share for phase in self.phases(name)]
             if min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
@@ -124,6 +140,34 @@ class Recipe:
                     f"runs.{name} in {path.name}: the shares of {', '.join(self.phases(name))} add up to {sum(shares):g}; "
                     "give positive ones that add up to 1"
                 )
+
+    def choose(self, path: Path, setting: int | None) -> None:
+        """Find the setting of each method. Raises UserError for settings that do not fit their method."""
+        for name, settings in self.file.settings.items():
+            if name not in self.known or not isinstance(settings, dict) or not 0 < len(settings) <= MOST_SETTINGS:
+                raise UserError(
+                    f"settings.{name} of {path}: give a method 1 to {MOST_SETTINGS} settings, each a name and overrides"
+                )
+        if setting is not None:
+            self.chosen = {m: list(found)[setting] for m, found in self.file.settings.items() if len(found) > setting}
+            self.methods = self.scored = [name for name in self.methods if name in self.chosen]
+        elif self.file.chosen and (file := path.parent / self.file.chosen).exists():
+            self.chosen = {method: found["setting"] for method, found in read_yaml(file).items()}
+            for method, name in self.chosen.items():
+                if name not in self.file.settings.get(method, {}):
+                    raise UserError(
+                        f"{file}: {method} has no setting {name!r} any more; run nanolapo.reproduce.tuning again"
+                    )
+
+    def overrides(self, name: str, run: Run) -> list[str]:
+        """Those of the recipe, the run and its setting, with the base's length filled in."""
+        method = run.tuned_as or name
+        setting = self.file.settings[method][self.chosen[method]] if method in self.chosen else ()
+        given = [*self.file.overrides, *run.overrides, *setting]
+        if not any(map(IN_BASES.search, given)):
+            return given
+        base = load_config(self.configs / run.config, list(self.file.overrides)).rollout.base_tokens
+        return [in_tokens(text, base) for text in given]
 
     def phases(self, name: str) -> list[str]:
         """The runs that make one method, in their order: those that the run comes after, and itself."""
@@ -145,13 +189,25 @@ class Recipe:
         return [override("run.dir", str(self.folder / f"seed{seed}")), f"run.seed={seed}"]
 
     def base_model(self, seed: int) -> str:
-        return load_config(self.configs / "base.yaml", self.seed_overrides(seed)).model.path
+        if seed not in self.base_models:
+            self.base_models[seed] = load_config(self.configs / "base.yaml", self.seed_overrides(seed)).model.path
+        return self.base_models[seed]
 
     def steps(self, seed: int) -> list[Step]:
-        """Base, trainings and evaluations of one seed."""
+        """Base, trainings and evaluations of one seed. A method of a comparison is evaluated as soon as it is trained."""
         made = [self.base_step(seed)] if self.file.prepare else []
-        made += [self.training_step(seed, name, run) for name, run in self.runs.items()]
+        made += [self.score_step(seed, "base")] if self.known else []
+        for name, run in self.runs.items():
+            made.append(self.training_step(seed, name, run))
+            made += [self.score_step(seed, name)] if name in self.scored else []
         return made + [self.evaluation_step(seed, name, one) for name, one in self.evaluations.items()]
+
+    def score_step(self, seed: int, method: str) -> Step:
+        """The evaluation of one method beside the base. That of the base comes first, so that no two sample it at once."""
+        [evaluation] = self.evaluations.values()
+        alone = replace(evaluation, models={name: name for name in dict.fromkeys(("base", method))})
+        step = self.evaluation_step(seed, f"scores/{method}", alone)
+        return replace(step, needs=(*step.needs, f"seed{seed}/scores/base")) if method != "base" else step
 
     def base_step(self, seed: int) -> Step:
         module, *options = self.file.prepare.split()
@@ -162,7 +218,7 @@ class Recipe:
         overrides += self.seed_overrides(seed)
         if self.tokens:
             overrides.append(f"train.sampled_tokens={round(run.share * self.tokens)}")
-        overrides += [override("run.name", name), *self.file.overrides, *run.overrides]
+        overrides += [override("run.name", name), *self.overrides(name, run)]
         needs = [*(["base"] if self.file.prepare else []), *run.after]
         needs = [f"seed{seed}/{need}" for need in needs]
         return training_step(
@@ -187,97 +243,42 @@ class Recipe:
         """Seed by seed, so that a first table is there early."""
         return Pipeline([step for seed in seeds for step in self.steps(seed)], self.folder)
 
+    def seeds_of(self, method: str, seeds: Sequence[int]) -> list[int]:
+        """Those of `seeds` that the method is trained with."""
+        left_out = self.file.seeds[self.file.fewer_seeds.get(method, len(self.file.seeds)) :]
+        return [seed for seed in seeds if seed not in left_out]
+
+    def digest(self, pipeline: Pipeline, step: str) -> str:
+        """What the outcome of a step depends on, as Pipeline.digests, but for the folder in which it is made."""
+        folder = json.dumps(str(self.folder))[1:-1]
+        configs = [pipeline.steps[name].config.replace(folder, "") for name in pipeline.closure([step])]
+        return sha256("\0".join(configs).encode()).hexdigest()[:16]
+
     def wanted(self, step: str, seeds: Sequence[int]) -> list[str]:
         """Names of the pipeline's steps that --step asks for: a table, a run, an evaluation. By default everything."""
         known = [*(["base"] if self.file.prepare else []), *self.runs, *self.evaluations]
         if step and step not in known and step not in self.tables:
             raise UserError(f"--step {step}: there are {', '.join([*self.tables, *known])}")
+        if self.known and not step:
+            alone = [(seed, name) for seed in seeds for name in ("base", *self.methods)]
+            return [f"seed{seed}/scores/{name}" for seed, name in alone if seed in self.seeds_of(name, seeds)]
         parts = self.tables[step].evaluations if step in self.tables else [step] if step else known
-        if self.methods and not step:
-            parts = list(self.evaluations)  # with --methods not every run is wanted
         return [f"seed{seed}/{part}" for seed in seeds for part in parts]
 
 
-# ------------------------------------------------------------------------------------- one step per script and config
+def in_tokens(text: str, base: float) -> str:
+    """An override with lengths given in bases: 0.64*base is a number of tokens, 2/base a price per token.
 
-
-def override(key: str, value: object) -> str:
-    """section.key=value for any value: a path such as "out #1" or a name such as "on" is more than text to YAML.
-
-    >>> override("run.dir", "out #1")
-    'run.dir="out #1"'
+    >>> in_tokens("method.options.limits=[0.64*base, 1.28*base]", 155), in_tokens("method.options.beta=8/base", 100)
+    ('method.options.limits=[99, 198]', 'method.options.beta=0.08')
+    >>> in_tokens("model.path=runs/seed0/base", 100)
+    'model.path=runs/seed0/base'
     """
-    return f"{key}={json.dumps(value, ensure_ascii=False)}"
+    return IN_BASES.sub(
+        lambda m: str(max(1, round(float(m[1]) * base))) if m[2] == "*" else f"{float(m[1]) / base:g}", text
+    )
 
 
-def base_step(name: str, module: str, config_path: Path, overrides: Sequence[str], options: Sequence[str] = ()) -> Step:
-    """Make the base model with a module that writes model.path, such as nanolapo.demo.pretrain or nanolapo.demo.warm_start.
-
-    Those keep a model that is there. So the folder is cleared when the config has changed, if it lies in run.dir. A folder
-    that recipes or seeds share has to be removed by hand.
-    """
-    config = load_config(config_path, list(overrides))
-    command, path = (sys.executable, "-m", module, str(config_path), *options, *overrides), Path(config.model.path)
-    clear = path if path.is_relative_to(config.run.dir) else None
-    return Step(name, command, identity(" ".join([module, *options]), config), output=path / "config.json", clear=clear)
-
-
-def training_step(
-    name: str, script: str, config_path: Path, overrides: Sequence[str], needs: Sequence[str], launcher: Sequence[str]
-) -> Step:
-    """A training run. It is repeated when its config changes, and resumes when it was interrupted."""
-    config = load_config(config_path, list(overrides))
-    load_loss(config)  # a mistake in loss.* shows here, before anything runs
-    command = (*launcher, str(ROOT / script), str(config_path), *overrides)
-    done = config.run_dir / "model" / "config.json"
-    return Step(name, command, identity(script, config) + hashes_of_files(config), tuple(needs), done, config.run_dir)
-
-
-def evaluation_step(
-    name: str, config_path: Path, overrides: Sequence[str], needs: Sequence[str], launcher: Sequence[str]
-) -> Step:
-    """An evaluation. Its folder is never cleared: every sample file says in its name what it was sampled with."""
-    config = load_config(config_path, list(overrides))
-    command = (*launcher, str(ROOT / "evaluate.py"), str(config_path), *overrides)
-    inputs = identity("evaluate.py", config) + hashes_of_files(config)
-    return Step(name, command, inputs, tuple(needs), config.run_dir / "results.json")
-
-
-def identity(script: str, config: Config) -> str:
-    """Step.config for a script that reads a Config. Keys at their defaults are left out, so that a key which a later
-    version adds does not make everything anew."""
-    return json.dumps([script, changed(config, Config())], sort_keys=True, default=str)
-
-
-def changed(value: Any, default: Any) -> Any:
-    """What differs from `default`, as plain values: of a dataclass the fields that differ, of anything else all of it."""
-    if isinstance(value, tuple):
-        return [changed(item, None) for item in value]
-    if not dataclasses.is_dataclass(value):
-        return value
-    if isinstance(value, SourceConfig):
-        default = SourceConfig("", "")
-    pairs = {f.name: (getattr(value, f.name), getattr(default, f.name)) for f in dataclasses.fields(value)}
-    return {name: changed(mine, other) for name, (mine, other) in pairs.items() if mine != other}
-
-
-def hashes_of_files(config: Config) -> str:
-    """Hashes, as JSON, of the local problems and models that the config names and no step makes; "" without any. So a file
-    that was edited in place counts as another input."""
-    sources = {source.path for source in (*config.data.sources, *config.data.exclude) if source.path.endswith(".jsonl")}
-    models = {config.model.path, *(entry.partition("=")[2] for entry in config.evaluate.models)}
-    made_here = Path(config.run.dir)
-    hashes = {path: file_hash(path) for path in sources if Path(path).is_file()}
-    hashes |= {path: model_hash(path) for path in models if path and not Path(path).is_relative_to(made_here)
-               and Path(path).is_dir()}  # fmt: skip
-    return json.dumps(hashes, sort_keys=True) if hashes else ""
-
-
-@cache  # a recipe asks once for each of its steps
-def file_hash(path: str) -> str:
-    return sha256(Path(path).read_bytes()).hexdigest()
-
-
-@cache
-def model_hash(path: str) -> str:
-    return model_identity(path)
+def words(text: str) -> list[str]:
+    """Names given on the command line, separated by commas or blanks."""
+    return text.replace(",", " ").split()

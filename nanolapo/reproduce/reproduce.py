@@ -4,12 +4,13 @@
     python -m nanolapo.reproduce.reproduce configs/demo/compare.yaml [--methods lapo,laser-de] [--seeds 0,1] [--jobs 2]
 
 A reproduce.yaml makes every table and figure of the paper, in runs/reproduce/RECIPE (`make reproduce`). A compare.yaml
-trains every method from the same base, and leaves results.md, results.json and figures in runs/compare/RECIPE (`make
+trains every method from the same base, in runs/compare/RECIPE, and leaves results.md, results.json and figures (`make
 compare`). Every method samples the same number of tokens in all its runs together, a monitor pass and dropped groups
 included. Steps, and tokens trained on, differ and are in the table.
 
-A step whose config and needs are unchanged is skipped, so the same command goes on where it was stopped. Tables and figures
-are made from the evaluations' files alone, for whatever is there.
+A step whose config and needs are unchanged is skipped, so the same command goes on where it was stopped. A comparison
+writes a record of each method and seed as soon as it is evaluated (records.py), and its table is that of all records, also
+of methods that were not named this time. Tables and figures are made from the files alone, for whatever is there.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,13 @@ import torch
 
 from nanolapo import cli
 from nanolapo.config import UserError
+from nanolapo.reproduce import records
 from nanolapo.reproduce.beside_paper import compare, write_tables
+from nanolapo.reproduce.comparison import compare_methods, write_comparison
 from nanolapo.reproduce.forecast import print_forecast
-from nanolapo.reproduce.over_seeds import mean_rows, summarize_methods
-from nanolapo.reproduce.recipe import METHODS, Recipe
-from nanolapo.reproduce.seeds import write_comparison
+from nanolapo.reproduce.over_seeds import mean_rows
+from nanolapo.reproduce.pipeline import Pipeline
+from nanolapo.reproduce.recipe import METHODS, Recipe, words
 
 PAPER_TEMPERATURE = 0.6  # of the paper's evaluations
 
@@ -49,14 +53,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="steps at a time")
     parser.add_argument("--launcher", default=shlex.quote(sys.executable), help='e.g. "torchrun --nproc_per_node=8"')
     parser.add_argument("--out", type=Path, help="default: runs/reproduce/RECIPE, or runs/compare/RECIPE")
+    parser.add_argument("--records", type=Path, help="folder of a comparison's records; default: records in --out")
     parser.add_argument("--machine", default="", help="dry run: what to forecast for, e.g. 8xH100-80GB")
     parser.add_argument("--dry-run", action="store_true", help="check all configs; list steps with their cost")
     return parser.parse_args()
-
-
-def words(text: str) -> list[str]:
-    """Names given on the command line, separated by commas or blanks."""
-    return text.replace(",", " ").split()
 
 
 def main() -> None:
@@ -68,17 +68,45 @@ def main() -> None:
         seeds = [int(word) for word in words(given.seeds)] or list(recipe.file.seeds)
     except ValueError:
         raise UserError(f"--seeds {given.seeds!r}: give whole numbers") from None
-    pipeline, wanted = recipe.pipeline(seeds), recipe.wanted(given.step, seeds)
     if given.dry_run:
+        pipeline, wanted = recipe.pipeline(seeds), recipe.wanted(given.step, seeds)
         return print_forecast(recipe, pipeline, pipeline.closure(wanted), seeds[0], given.machine)
     if recipe.file.hardware and not torch.cuda.is_available():
         raise UserError(f"RECIPE={name} needs {recipe.file.hardware}, and this machine has no GPU: `make reproduce "
                         "RECIPE=demo` and `make demo` run on a CPU, DRY_RUN=1 shows the cost")  # fmt: skip
+    if recipe.known and not given.step:
+        return run_comparison(recipe, given.records or folder / "records", seeds, given.jobs)
     try:
-        pipeline.run(wanted, given.jobs)
+        recipe.pipeline(seeds).run(recipe.wanted(given.step, seeds), given.jobs)
     finally:
-        for path in write_outputs(recipe, seeds):
+        if recipe.tables:
+            for path in write_outputs(recipe, seeds):
+                print(f"wrote {path}")
+
+
+def run_comparison(recipe: Recipe, folder: Path, seeds: Sequence[int], jobs: int) -> None:
+    """Train and evaluate what has no record in `folder`, then write the table of all that has one."""
+    recipe.scored = [name for name in recipe.known if name in recipe.methods or records.file_of(folder, name).exists()]
+    recorded = (one.seed for name in recipe.scored for one in records.read(folder, name))
+    every_seed = sorted({*seeds, *recorded})
+    pipeline = recipe.pipeline(every_seed)
+    try:
+        train_missing(recipe, pipeline, folder, seeds, jobs)
+        together = [f"seed{seed}/{name}" for seed in seeds for name in recipe.evaluations]
+        if together := [name for name in together if all(map(pipeline.is_done, pipeline.steps[name].needs))]:
+            pipeline.run(together, jobs)  # the samples are there: this only puts them in one folder, for report.html
+    finally:
+        for path in write_methods(recipe, pipeline, folder, seeds, every_seed):
             print(f"wrote {path}")
+
+
+def train_missing(recipe: Recipe, pipeline: Pipeline, folder: Path, seeds: Sequence[int], jobs: int) -> None:
+    """Train and evaluate what has no record, and write each record as soon as it is there. Raises RunStopped."""
+    pipeline.finished = partial(records.record_finished, recipe, pipeline, folder)
+    if wanted := records.without_record(recipe, pipeline, folder, seeds):
+        pipeline.run(wanted, jobs)
+    else:
+        print("every method has its records already")
 
 
 def write_outputs(recipe: Recipe, seeds: Sequence[int]) -> list[Path]:
@@ -92,8 +120,6 @@ def write_outputs(recipe: Recipe, seeds: Sequence[int]) -> list[Path]:
         name: [seed for seed in seeds if pipeline.is_done(f"seed{seed}/{name}")] for name in recipe.evaluations
     }  # fmt: skip
     done = {name: found for name, found in done.items() if found}
-    if recipe.methods:
-        return [path for name, found in done.items() for path in write_methods(recipe, name, found)]
     return write_paper(recipe, done, recipe.folder / f"seed{seeds[0]}")
 
 
@@ -103,18 +129,27 @@ def results(recipe: Recipe, evaluation: str, seeds: Sequence[int]) -> list[dict[
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
-def write_methods(recipe: Recipe, evaluation: str, seeds: Sequence[int]) -> list[Path]:
-    """The tables and the figures of a comparison; prints the tables."""
+def write_methods(
+    recipe: Recipe, pipeline: Pipeline, folder: Path, seeds: Sequence[int], every_seed: Sequence[int]
+) -> list[Path]:
+    """The table and the pictures of all records; prints the table. It says which wanted results are missing, and why."""
     from nanolapo.report.plots import write_comparison_figures
 
-    run_dirs = {
-        name: [[recipe.run_dir(seed, phase) for phase in recipe.phases(name)] for seed in seeds]
-        for name in recipe.methods
-    }
-    rows = summarize_methods(results(recipe, evaluation, seeds), run_dirs, unverified(recipe.methods))
-    paths = write_comparison(recipe.folder, rows, recipe.tokens, seeds)
+    found = {name: records.valid(recipe, pipeline, folder, name, every_seed) for name in ("base", *recipe.scored)}
+    missing = {}
+    for name in recipe.scored:
+        expected = {*found[name], *(seeds if name in recipe.methods else ())}
+        for seed in sorted(set(recipe.seeds_of(name, list(expected))) - set(found[name])):
+            missing[f"{name}, seed {seed}"] = records.why_missing(recipe, pipeline, folder, name, seed)
+    there = {name: list(by_seed.values()) for name, by_seed in found.items() if by_seed}
+    if "base" not in there:
+        return []
+    bases = records.read(folder, "base")
+    made = compare_methods(there, bases, unverified(recipe.scored)) | {"tokens": recipe.tokens, "missing": missing}
+    made["bases"] = records.several_bases(there)
+    paths = write_comparison(recipe.folder, made)
     print(paths[0].read_text(encoding="utf-8"))
-    return [*paths, *write_comparison_figures(recipe.folder, rows)]
+    return [*paths, *write_comparison_figures(recipe.folder, made["rows"], made["fronts"])]
 
 
 def unverified(methods: Sequence[str]) -> set[str]:

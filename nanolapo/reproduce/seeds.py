@@ -1,4 +1,4 @@
-"""Prints tables over several seeds: of one evaluation, or of a comparison of methods.
+"""Prints tables of one evaluation over several seeds.
 
     python -m nanolapo.reproduce.seeds runs/demo/seed0/evaluate runs/demo/seed1/evaluate ...
 
@@ -8,7 +8,6 @@ The command prints mean, lowest and highest of every number, straight from the r
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 
 from nanolapo import cli
 from nanolapo.config import UserError
-from nanolapo.report.tables import Row, label, level_cells, number, table
+from nanolapo.report.tables import Row, label, number, table
 from nanolapo.reproduce.over_seeds import mean_rows
 
 
@@ -78,53 +77,6 @@ def read_results(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not what evaluate.py writes ({error!r}): run evaluate.py again") from None
     return results
-
-
-def comparison_table(rows: Sequence[Row]) -> str:
-    """Markdown of one set and temperature; * marks the Pareto front, (u) a method that is partly unverified."""
-    body = []
-    for r in rows:
-        low, high = r.get("accuracy_interval", (math.nan, math.nan))
-        thousand = [number(r[k] / 1000 if k in r else None, ".0f") for k in ("sampled_tokens", "trained_tokens")]
-        body.append([
-            r["model"] + " (u)" * r["unverified"] + " \\*" * r["pareto"],
-            f"{r['accuracy']:.1%}", f"{number(low, '.1%')} to {number(high, '.1%')}", f"{r['tokens']:.1f}",
-            number(r["aes"], "+.2f"), number(r.get("adaptivity"), "+.1f"), *thousand,
-            number(r.get("steps"), ".0f"), number(r.get("seconds"), ".0f"), seed_cell(r["best"]), seed_cell(r["worst"]),
-        ])  # fmt: skip
-    head = ["method", "pass@1", "95% interval", "tokens", "AES", "adaptivity", "sampled (k)", "trained (k)",
-            "steps", "seconds", "best seed", "worst seed"]  # fmt: skip
-    return table(head, body)
-
-
-def seed_cell(r: Row) -> str:
-    return f"{r['accuracy']:.1%} / {r['tokens']:.1f}"
-
-
-def comparison_text(rows: Sequence[Row], tokens: int, seeds: Sequence[int]) -> str:
-    """results.md: one table per set and temperature, and how to read them."""
-    parts = []
-    for source, temperature in dict.fromkeys((r["set"], r["temperature"]) for r in rows):
-        mine = [r for r in rows if (r["set"], r["temperature"]) == (source, temperature)]
-        count = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
-        parts.append(f"### {source}, temperature {temperature:g}, {count}, {tokens:,} sampled tokens each\n")
-        parts.append(comparison_table(mine) + "\n")
-        if mine[0].get("by_level"):
-            parts += ["Accuracy % / tokens by level:\n", table(*level_cells(mine)) + "\n"]
-    parts.append("Best AES first. \\* on the Pareto front of accuracy and tokens. (u) something of the method is "
-                 "unverified, see its file. Interval: problems only, not training. Seconds: of training, without start-up. "
-                 "AES: its mean over the seeds. Best and worst seed by AES, accuracy / tokens. Adaptivity: mean tokens "
-                 "above the lowest level minus those at the lowest level.\n")  # fmt: skip
-    return "\n".join(parts)
-
-
-def write_comparison(folder: Path, rows: Sequence[Row], tokens: int, seeds: Sequence[int]) -> list[Path]:
-    """results.md and results.json in `folder`."""
-    paths = [folder / "results.md", folder / "results.json"]
-    paths[0].write_text(comparison_text(rows, tokens, seeds), encoding="utf-8")
-    text = json.dumps({"tokens": tokens, "seeds": list(seeds), "rows": list(rows)}, indent=1)
-    paths[1].write_text(text, encoding="utf-8")
-    return paths
 
 
 def main() -> None:

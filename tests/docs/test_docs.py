@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from comparison_records import records
 from tiny import CPU, make_config, make_rows, update
 
 from nanolapo.config import Config
@@ -22,7 +23,7 @@ from nanolapo.evaluation.scores import Answer, add_aes, score_sets
 from nanolapo.methods.base import Method
 from nanolapo.metrics import RunLog, describe, rollout_metrics
 from nanolapo.policy import Policy
-from nanolapo.reproduce.over_seeds import summarize_methods
+from nanolapo.reproduce.comparison import compare_methods
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "nanolapo"
@@ -165,27 +166,28 @@ def results() -> dict[str, object]:
 
 
 def test_results_have_the_names_of_the_page():
-    """`run` and `step` are added to rows of models that a run exported."""
+    """`answers` is added to every row, `run` and `step` to rows of models that a run exported."""
     found = results()
     rows = found["rows"]
     assert isinstance(rows, list)
     text = metrics_page()["results.json of evaluate.py"]
     rows_text, samples_text = text.split("`samples/*.jsonl`")
-    logged = {*found, *(key for row in rows for key in row), "run", "step"}
+    logged = {*found, *(key for row in rows for key in row), "run", "step", "answers"}
     assert sorted(names_in(rows_text)) == sorted(logged)
-    assert '{"run": model.run, "step": model.step}' in (PACKAGE / "evaluation/evaluate.py").read_text()
+    code = (PACKAGE / "evaluation/evaluate.py").read_text()
+    assert '{"run": model.run, "step": model.step}' in code and '{"answers": ' in code
     assert names_in(samples_text) == [field.name for field in dataclasses.fields(Answer)]
 
 
-def test_comparisons_have_the_names_of_the_page(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 0, "sampled_tokens": 5, "trained_tokens": 3, "seconds/sample": 1}\n'
-    )
-    rows = summarize_methods([results(), results()], {"new": [[tmp_path], [tmp_path]]}, set())  # type: ignore[list-item]
+def test_comparisons_have_the_names_of_the_page():
+    found = {name: records(name, *[([2, 2], [50, 50])] * 2) for name in ("base", "new")}
+    made = compare_methods(found, found["base"], set())
     page = metrics_page()
-    known = {*names_in(page["results.json of make compare"]), *names_in(page["results.json of evaluate.py"])}
-    added = {key for row in rows for key in row}
-    assert added <= known and set(names_in(page["results.json of make compare"])) <= added
+    text = page["results.json of make compare"]
+    known = {*names_in(text), *names_in(page["results.json of evaluate.py"])}
+    added = {key for row in made["rows"] for key in row}
+    assert added <= known and set(names_in(text)) <= added
+    assert all(f"`{name}`" in text for name in (*made, "missing", "bases", "tokens"))
 
 
 # ------------------------------------------------------------------------------------------------- TROUBLESHOOTING.md

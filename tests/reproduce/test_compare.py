@@ -1,4 +1,4 @@
-"""make compare: its runs for every method, its table against numbers made up by hand, and a real small comparison.
+"""make compare: its runs for every method, what counts as an input of a step, what it refuses (table: test_comparison.py).
 
 Run: python -m pytest tests/reproduce/test_compare.py
 """
@@ -9,30 +9,16 @@ import itertools
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 from small_recipe import run_recipe, write_recipe
 
 from nanolapo.config import UserError
 from nanolapo.config_file import load_config
-from nanolapo.evaluation.scores import bootstrap_interval
-from nanolapo.report.plots import write_comparison_figures
-from nanolapo.reproduce.over_seeds import costs, mark_pareto, mean_row, summarize_methods
 from nanolapo.reproduce.pipeline import Pipeline
-from nanolapo.reproduce.recipe import (
-    METHODS,
-    ROOT,
-    Recipe,
-    Run,
-    base_step,
-    evaluation_step,
-    file_hash,
-    model_hash,
-    training_step,
-)
+from nanolapo.reproduce.recipe import METHODS, Recipe, Run
 from nanolapo.reproduce.reproduce import unverified
-from nanolapo.reproduce.seeds import comparison_table
+from nanolapo.reproduce.steps import ROOT, base_step, evaluation_step, file_hash, model_hash, training_step
 
 DEMO = ROOT / "configs" / "demo"
 
@@ -116,14 +102,16 @@ def test_the_evaluation_is_the_same_for_all() -> None:
     assert step.needs == ("seed0/base", "seed0/lapo-i", "seed0/dler") and "guidance_factors" not in config["evaluate"]
     assert step.clear is None  # samples are kept when the list of models changes
     names = recipe.pipeline([0]).closure(recipe.wanted("", [0]))
-    assert names == [f"seed0/{name}" for name in ("base", "stage1", "lapo-i", "dler", "evaluate")]
+    assert names == [f"seed0/{name}" for name in ("base", "scores/base", "stage1", "lapo-i", "scores/lapo-i", "dler",
+                                                  "scores/dler")]  # fmt: skip
 
 
 def test_unknown_methods_and_shares_that_do_not_add_up_are_refused(tmp_path: Path) -> None:
     (tmp_path / "stage1.yaml").write_text(f"extends: {DEMO / 'stage1.yaml'}\n")
 
     def recipe(**runs: object) -> Recipe:
-        (tmp_path / "compare.yaml").write_text(yaml.safe_dump({"tokens": 300, "runs": runs}, sort_keys=False))
+        file = {"tokens": 300, "evaluations": {"evaluate": {}}, "runs": runs}
+        (tmp_path / "compare.yaml").write_text(yaml.safe_dump(file, sort_keys=False))
         return Recipe(tmp_path / "compare.yaml", tmp_path, ["python"])
 
     with pytest.raises(UserError, match=r"nothing\.yaml: no such config file"):
@@ -155,90 +143,6 @@ def test_unverified_methods_are_marked_from_their_files() -> None:
     found = unverified(demo().methods)
     assert {"palu", "r2vpo", "dhpo", "minpro", "conciser", "grpo-lambda"} <= found
     assert not found & {"dler", "l1-exact", "lapo-i", "accuracy-only"}
-
-
-# --------------------------------------------------------------------------------------------------------------- the table
-
-
-def evaluation_row(model: str, accuracy: float, tokens: float, aes: float | None) -> dict[str, object]:
-    return {
-        "model": model, "set": "demo", "temperature": 0.6, "guidance": "", "accuracy": accuracy, "tokens": tokens,
-        "truncated": 0.0, "adaptivity": tokens * 1.5, "adaptivity_interval": [tokens, tokens * 2.5],
-        "aes": aes, "accuracy_interval": [accuracy - 0.1, accuracy + 0.1],
-        "by_level": {"1": {"accuracy": 1.0, "tokens": tokens / 2}, "10": {"accuracy": 0.5, "tokens": tokens * 2}},
-    }  # fmt: skip
-
-
-def two_seeds() -> list[dict[str, object]]:
-    return [
-        {"rows": [evaluation_row(*row) for row in rows]}
-        for rows in (
-            [("base", 0.8, 100, 0.0), ("a", 0.9, 50, 0.9), ("b", 0.7, 60, -0.2)],
-            [("base", 0.8, 120, 0.0), ("a", 0.7, 70, -0.2), ("b", 0.7, 40, 0.1)],
-        )
-    ]
-
-
-def test_rows_over_seeds_by_hand() -> None:
-    rows = summarize_methods(two_seeds(), {}, {"b"})
-    assert [r["model"] for r in rows] == ["a", "base", "b"]  # by mean AES: 0.35, 0, -0.05
-    a = rows[0]
-    assert (a["accuracy"], a["tokens"]) == (pytest.approx(0.8), 60) and a["aes"] == pytest.approx(0.35)
-    assert a["accuracy_interval"] == pytest.approx((0.7, 0.9))  # the seeds share their problems
-    assert a["by_level"] == {"1": {"accuracy": 1.0, "tokens": 30}, "10": {"accuracy": 0.5, "tokens": 120}}
-    assert (a["best"]["tokens"], a["worst"]["tokens"]) == (50, 70) and a["worst"]["accuracy"] == 0.7
-    assert [r["unverified"] for r in rows] == [False, False, True]
-    text = comparison_table(rows)
-    assert (a["adaptivity"], a["adaptivity_interval"]) == (90, pytest.approx((60, 150)))
-    assert "| AES | adaptivity |" in text and "| +0.35 | +90.0 |" in text
-    assert "| b (u) \\* |" in text and "| base |" in text and "| a \\* |" in text
-
-
-def test_the_interval_over_seeds_is_not_narrower_than_that_of_drawing_problems() -> None:
-    """Three seeds answer the same 200 problems, and a problem's length is mostly its own: reference is a bootstrap that
-    draws each problem with the answers of all seeds."""
-    rng = np.random.default_rng(1)
-    tokens_SQ = rng.gamma(2.0, 40.0, 200) + rng.normal(0, 5, (3, 200))
-    rows = [
-        {"set": "s", "temperature": 0.6, "model": "m", "guidance": "", "accuracy": 1.0, "aes": 0.0,
-         "tokens": float(tokens_Q.mean()), "tokens_interval": bootstrap_interval(tokens_Q.tolist(), 2000)}
-        for tokens_Q in tokens_SQ
-    ]  # fmt: skip
-    low, high = bootstrap_interval(tokens_SQ.mean(axis=0).tolist(), 2000)
-    found = mean_row(rows)["tokens_interval"]
-    assert 0.97 < (found[1] - found[0]) / (high - low) < 1.1
-
-
-def test_pareto_front_by_brute_force() -> None:
-    rng = np.random.default_rng(0)
-    rows = [{"set": "s", "temperature": 1.0, "accuracy": float(a), "tokens": float(t)}
-            for a, t in rng.integers(0, 6, (40, 2))]  # fmt: skip
-    mark_pareto(rows)
-    for r in rows:
-        better = [q for q in rows if (q["accuracy"] > r["accuracy"] and q["tokens"] <= r["tokens"])
-                  or (q["accuracy"] == r["accuracy"] and q["tokens"] < r["tokens"])]  # fmt: skip
-        assert r["pareto"] == (not better)
-    assert 0 < sum(r["pareto"] for r in rows) < len(rows)
-
-
-def test_a_model_that_is_never_right_comes_last() -> None:
-    results = two_seeds()
-    results[0]["rows"][1]["aes"] = None  # type: ignore[index]
-    rows = summarize_methods(results, {}, set())
-    assert rows[-1]["model"] == "a" and rows[-1]["aes"] is None and "| - |" in comparison_table(rows)
-
-
-def test_costs_add_up_over_phases_and_average_over_seeds(tmp_path: Path) -> None:
-    def run(name: str, *sampled: int) -> Path:
-        (tmp_path / name).mkdir()
-        lines = [{"step": i, "sampled_tokens": n, "trained_tokens": 7 if i else None, "seconds/sample": 1.5,
-                  "seconds/update": 0.5} for i, n in enumerate(sampled)]  # fmt: skip
-        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return tmp_path / name
-
-    seeds = [[run("a", 10, 20, 30), run("b", 5)], [run("c", 11, 25), run("d", 4, 8)]]
-    assert costs(seeds) == {"sampled_tokens": (35 + 33) / 2, "trained_tokens": (14 + 14) / 2, "steps": 4, "seconds": 8}
-    assert costs([]) == {}
 
 
 # --------------------------------------------------------------------------------------------------------------- a real run
@@ -301,33 +205,6 @@ def test_a_base_model_of_another_config_is_made_anew(recipe: Path, tmp_path: Pat
 
     first = base(1)
     assert base(1) == first != base(2)
-
-
-def test_a_name_that_is_no_formula_can_be_drawn(tmp_path: Path) -> None:
-    seeds = [{"rows": [row | {"model": f"{row['model']} $\\bad{{$"} for row in seed["rows"]]} for seed in two_seeds()]
-    [path] = write_comparison_figures(tmp_path, summarize_methods(seeds, {}, set()))
-    assert path == tmp_path / "methods-demo-T0.6.png" and path.stat().st_size > 5000
-
-
-@pytest.mark.slow
-def test_a_real_comparison_and_its_second_run(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run_recipe(recipe / "compare.yaml", tmp_path, "--methods", "lapo accuracy-only", "--jobs", "2", "--seeds", "3")
-    assert "| accuracy-only" in capsys.readouterr().out
-    found = json.loads((tmp_path / "results.json").read_text())
-    rows = {(r["model"], r["temperature"]): r for r in found["rows"]}
-    assert set(rows) == {(m, 0.6) for m in ("base", "lapo", "accuracy-only")}
-    assert (found["tokens"], found["seeds"]) == (300, [3])
-    for model in ("lapo", "accuracy-only"):  # each phase overshoots by at most the last step: 16 answers of 8 tokens
-        assert 300 <= rows[model, 0.6]["sampled_tokens"] < 300 + 2 * 128
-    assert (tmp_path / "methods-demo-T0.6.png").stat().st_size > 5000 and "accuracy-only" in (
-        tmp_path / "results.md"
-    ).read_text()
-    run_recipe(recipe / "compare.yaml", tmp_path, "--methods", "lapo accuracy-only", "--seeds", "3")
-    again = capsys.readouterr().out.split("###")[0]
-    assert "4 of 4 steps are done already" in again and "[" not in again, "a step ran again"
-    run_recipe(recipe / "compare.yaml", tmp_path, "--methods", "lapo grpo", "--seeds", "3", "--dry-run")
-    listing = capsys.readouterr().out
-    assert "| seed3/lapo (done) |" in listing and "| seed3/grpo |" in listing and "accuracy-only" not in listing
 
 
 @pytest.mark.slow

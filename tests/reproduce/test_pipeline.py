@@ -19,7 +19,7 @@ import pytest
 from nanolapo.config import Config, RunStopped, SourceConfig, UserError
 from nanolapo.config_file import build
 from nanolapo.reproduce.pipeline import Pipeline, Step
-from nanolapo.reproduce.recipe import identity
+from nanolapo.reproduce.steps import identity
 
 pytestmark = pytest.mark.slow
 
@@ -112,6 +112,15 @@ def test_a_failure_stops_only_what_needs_it_and_is_told(lab: Lab) -> None:
     assert "1 steps failed (a), 1 were not begun" in message and "a last line, and blank ones after it" in message
     assert message.endswith("pipe/logs/a.log")
     assert lab.run([lab.step("a"), *steps[1:]]) == ["a", "b"]  # mended, the rest is done
+
+
+def test_who_wants_to_know_is_told_which_steps_ended_well(lab: Lab) -> None:
+    """A comparison keeps the result of each at once. A step that failed has none."""
+    ended: list[str] = []
+    steps = [lab.step("a"), lab.step("b", code=1), lab.step("c", "a")]
+    with pytest.raises(RunStopped):
+        Pipeline(steps, lab.folder / "pipe", lambda line: None, ended.append).run()
+    assert ended == ["a", "c"]
 
 
 def test_jobs_run_beside_each_other_and_needs_one_after_the_other(lab: Lab) -> None:

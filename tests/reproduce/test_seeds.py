@@ -9,10 +9,13 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nanolapo.config import UserError
+from nanolapo.evaluation.scores import bootstrap_interval
 from nanolapo.reproduce import seeds
+from nanolapo.reproduce.over_seeds import mean_row
 from nanolapo.reproduce.seeds import read_results, seed_table
 
 
@@ -75,3 +78,18 @@ def test_wrong_folders_are_one_clear_line(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["seeds"])
     with pytest.raises(UserError, match="no folder given"):
         seeds.main()
+
+
+def test_the_interval_over_seeds_is_not_narrower_than_that_of_drawing_problems() -> None:
+    """Three seeds answer the same 200 problems, and a problem's length is mostly its own: reference is a bootstrap that
+    draws each problem with the answers of all seeds."""
+    rng = np.random.default_rng(1)
+    tokens_SQ = rng.gamma(2.0, 40.0, 200) + rng.normal(0, 5, (3, 200))
+    rows = [
+        {"set": "s", "temperature": 0.6, "model": "m", "guidance": "", "accuracy": 1.0, "aes": 0.0,
+         "tokens": float(tokens_Q.mean()), "tokens_interval": bootstrap_interval(tokens_Q.tolist(), 2000)}
+        for tokens_Q in tokens_SQ
+    ]  # fmt: skip
+    low, high = bootstrap_interval(tokens_SQ.mean(axis=0).tolist(), 2000)
+    found = mean_row(rows)["tokens_interval"]
+    assert 0.97 < (found[1] - found[0]) / (high - low) < 1.1

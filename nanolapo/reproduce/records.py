@@ -1,0 +1,152 @@
+"""What a comparison keeps of a method: one JSON line a seed, with the scores of every problem and the cost of training.
+
+These files are small enough to be committed as they come. The table and the picture are made from them alone. So runs can
+be deleted, methods can be added on another day, and a method that fails takes nothing away from the others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nanolapo.config import UserError
+from nanolapo.evaluation.scores import Answer, correctness, length, model_identity, per_problem, read_answers
+from nanolapo.fingerprint import digest
+from nanolapo.report.files import read_metrics
+from nanolapo.reproduce.pipeline import Pipeline
+from nanolapo.reproduce.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Record:
+    """One seed of one method. A place of `scores` is a set at a temperature: `row` of results.json, `accuracy` and `tokens`
+    of each problem, their `levels`, and `problems`, which says that two records had the same ones in the same order."""
+
+    method: str
+    seed: int
+    digest: str  # of everything that the result depends on (Recipe.digest)
+    base: str  # the base model's identity: another machine may make another base from the same config
+    setting: str  # its name in the recipe's settings; empty: the run as the recipe has it
+    costs: dict[str, float]
+    scores: list[dict[str, Any]]
+
+
+def file_of(folder: Path, method: str) -> Path:
+    return folder / f"{method}.jsonl"
+
+
+def read(folder: Path, method: str) -> list[Record]:
+    """All seeds of a method, [] without a file. Raises UserError for a line that is no record."""
+    path, found = file_of(folder, method), []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n") if path.exists() else (), start=1):
+        try:
+            found += [Record(**json.loads(line))] if line else []
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path}, line {number}: no result of a comparison ({error}); delete the line") from None
+    return found
+
+
+def write(folder: Path, record: Record) -> None:
+    """Put a record in the place of the one of the same seed. Of a base, those of other machines stay."""
+
+    def replaced(old: Record) -> bool:
+        return old.seed == record.seed and (record.method != "base" or old.base == record.base)
+
+    kept = [*(old for old in read(folder, record.method) if not replaced(old)), record]
+    lines = [json.dumps(asdict(one), separators=(",", ":")) for one in sorted(kept, key=lambda one: one.seed)]
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = file_of(folder, record.method).with_suffix(".tmp")
+    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    temporary.replace(file_of(folder, record.method))
+
+
+def record_of(recipe: Recipe, pipeline: Pipeline, seed: int, method: str) -> Record:
+    """The record of a finished evaluation, from its results.json, its sample files and the runs' metrics.jsonl."""
+    results = json.loads((recipe.run_dir(seed, f"scores/{method}") / "results.json").read_text(encoding="utf-8"))
+    runs = [recipe.run_dir(seed, phase) for phase in recipe.phases(method)] if method != "base" else []
+    return Record(
+        method, seed, recipe.digest(pipeline, f"seed{seed}/scores/{method}"), model_identity(recipe.base_model(seed)),
+        recipe.chosen.get(method, ""), costs(runs),
+        [place(recipe.run_dir(seed, "samples"), row) for row in results["rows"]
+         if row["model"] == method and row["answers"] and not row["guidance"]],
+    )  # fmt: skip
+
+
+def place(samples: Path, row: dict[str, Any]) -> dict[str, Any]:
+    found: dict[tuple[str, int], Answer] = {}  # a kill may have left an answer twice
+    for path in sorted(samples.glob(f"{row['answers']}*.jsonl")):
+        found |= {(a.problem, a.index): a for a in read_answers(path)}
+    answers = [found[key] for key in sorted(found)]
+    accuracy, tokens = per_problem(answers, correctness), per_problem(answers, length)
+    levels = {a.problem: a.level for a in answers}
+    return {"row": row, "problems": digest(list(levels)), "levels": list(levels.values()),
+            "accuracy": shorter(accuracy.values()), "tokens": shorter(tokens.values())}  # fmt: skip
+
+
+def shorter(values: Any) -> list[float]:
+    """The same numbers, whole ones without a decimal point: a file holds hundreds of thousands.
+
+    >>> shorter([1.0, 0.5, 2 / 3])
+    [1, 0.5, 0.66667]
+    """
+    return [int(value) if value == int(value) else round(value, 5) for value in values]
+
+
+def costs(run_dirs: Sequence[Path]) -> dict[str, float]:
+    """Sampled and trained tokens, steps and seconds of training, without start-up: the sum over a method's phases."""
+    phases = [phase for folder in run_dirs if (phase := read_metrics(folder))]
+    lines = [line for phase in phases for line in phase]
+    if not lines:
+        return {}
+    return {
+        "sampled_tokens": sum(phase[-1]["sampled_tokens"] for phase in phases),
+        "trained_tokens": sum(line.get("trained_tokens") or 0 for line in lines),
+        "steps": len(lines),
+        "seconds": sum(value for line in lines for key, value in line.items() if key.startswith("seconds/")),
+    }
+
+
+def valid(recipe: Recipe, pipeline: Pipeline, folder: Path, method: str, seeds: Sequence[int]) -> dict[int, Record]:
+    """The records of these seeds that the recipe would make again just so."""
+    return {one.seed: one for one in read(folder, method) if one.seed in recipe.seeds_of(method, seeds)
+            and one.digest == recipe.digest(pipeline, f"seed{one.seed}/scores/{method}")}  # fmt: skip
+
+
+def record_finished(recipe: Recipe, pipeline: Pipeline, folder: Path, step: str) -> None:
+    """Write the record of a step seedN/scores/METHOD that is done; other steps leave none."""
+    seed, kind, *method = step.split("/")
+    if kind == "scores":
+        write(folder, record_of(recipe, pipeline, int(seed.removeprefix("seed")), method[0]))
+
+
+def without_record(recipe: Recipe, pipeline: Pipeline, folder: Path, seeds: Sequence[int]) -> list[str]:
+    """The steps of the wanted methods that have no valid record, after writing those of evaluations that are done: they are
+    of a run that was killed, or that had another folder of records."""
+    wanted = []
+    for step in recipe.wanted("", seeds):
+        seed, method = int(step.split("/")[0].removeprefix("seed")), step.split("/")[2]
+        if seed not in valid(recipe, pipeline, folder, method, [seed]):
+            if pipeline.is_done(step):
+                record_finished(recipe, pipeline, folder, step)
+            else:
+                wanted.append(step)
+    return wanted
+
+
+def several_bases(found: dict[str, list[Record]]) -> list[int]:
+    """Seeds whose methods did not all start from one and the same base model: they were run on different machines."""
+    bases = {(one.seed, one.base) for method, mine in found.items() for one in mine if method != "base"}
+    seeds = [seed for seed, _ in bases]
+    return sorted({seed for seed in seeds if seeds.count(seed) > 1})
+
+
+def why_missing(recipe: Recipe, pipeline: Pipeline, folder: Path, method: str, seed: int) -> str:
+    """Why a method has no valid record of a seed: which of its steps failed, with the last line of the log."""
+    for name in pipeline.closure([f"seed{seed}/scores/{method}"]):
+        if not pipeline.is_done(name) and pipeline.log(name).exists():
+            return f"{name.partition('/')[2]} did not end well: {pipeline.last_line(name)[:200]}"
+    stale = any(one.seed == seed for one in read(folder, method))
+    return "its result is of another config" if stale else "not run"

@@ -1,0 +1,272 @@
+"""The table of make compare: numbers by hand, which pairs differ, what is missing, and real comparisons with a failure.
+
+Run: python -m pytest tests/reproduce/test_comparison.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from comparison_records import record, records
+from matplotlib.text import Text
+from small_recipe import run_recipe, write_recipe
+
+from nanolapo.config import UserError
+from nanolapo.report.plots import write_comparison_figures
+from nanolapo.report.tradeoff import methods_figure
+from nanolapo.reproduce.comparison import compare_methods, comparison_table, comparison_text
+from nanolapo.reproduce.recipe import Recipe
+from nanolapo.reproduce.records import Record, costs, file_of, read, several_bases, shorter, write
+
+BASE = ([2, 2, 2, 2], [100, 100, 100, 100])
+
+
+def three_methods() -> dict[str, list[Record]]:
+    """`good` saves half of the tokens on both seeds, `even` nearly as much on their mean, `bad` is wrong."""
+    return {
+        "base": records("base", BASE, BASE),
+        "bad": records("bad", ([0, 0, 0, 1], [90, 90, 90, 90]), ([0, 0, 1, 0], [91, 91, 91, 91])),
+        "good": records("good", ([2, 2, 2, 2], [50, 50, 50, 50]), ([2, 2, 2, 2], [52, 52, 52, 52])),
+        "even": records("even", ([2, 2, 2, 2], [20, 20, 20, 20]), ([2, 2, 2, 2], [84, 84, 84, 84])),
+    }
+
+
+def made(found: dict[str, list[Record]], unverified: set[str] = frozenset()) -> dict:  # type: ignore[assignment]
+    return compare_methods(found, found["base"], set(unverified))
+
+
+def row_of(found: dict, name: str) -> dict:
+    return next(row for row in found["rows"] if row["model"] == name)
+
+
+# --------------------------------------------------------------------------------------------------------------- the table
+
+
+def test_rows_by_hand() -> None:
+    found = made(three_methods(), {"bad"})
+    assert [row["model"] for row in found["rows"]] == ["good", "even", "base", "bad"]
+    good, bad = row_of(found, "good"), row_of(found, "bad")
+    assert (good["accuracy"], good["tokens"], good["aes"]) == (1, 51, pytest.approx(0.49))
+    half = 12.7062 * 1 / 2**0.5 * 2**0.5  # t of one degree; a standard deviation of sqrt(2) over two seeds
+    assert good["tokens_interval"] == pytest.approx((51 - half, 51 + half), rel=1e-3)
+    assert bad["accuracy"] == pytest.approx(1 / 8) and bad["aes"] == pytest.approx(1 - 0.905 - 5 * 7 / 8)
+    assert bad["accuracy_interval"][0] == 0  # no share is below 0
+    assert (good["seeds"], good["setting"], good["sampled_tokens"], good["seconds"]) == ([0, 1], "", 1000, 8)
+    assert bad["unverified"] and not good["unverified"] and "sampled_tokens" not in row_of(found, "base")
+    assert good["worst"] == {"accuracy": 1.0, "tokens": 52.0, "aes": pytest.approx(0.48)}
+    assert [row["pareto"] for row in found["rows"]] == [True, False, False, False]
+    shares = {row["model"]: row["front_share"] for row in found["rows"]}
+    assert shares["base"] == shares["bad"] == 0
+    # `even` is on the front where both seeds drawn are 20 long: a quarter. `good` is off it there.
+    assert shares["even"] == pytest.approx(0.25, abs=0.03) and shares["good"] == pytest.approx(0.75, abs=0.03)
+
+
+def test_which_pairs_differ() -> None:
+    """Twelve seeds: base and good differ by what they are, split only by chance."""
+    split = [([2] * 4, [80 + 40 * (i % 2)] * 4) for i in range(12)]
+    found = made({
+        "base": records("base", *[BASE] * 12),
+        "good": records("good", *[([2] * 4, [50 + i % 3] * 4) for i in range(12)]),
+        "split": records("split", *split),
+        "wrong": records("wrong", *[([1, 1, 1, i % 2], [100 + i % 2] * 4) for i in range(12)]),
+    })  # fmt: skip
+    better = {row["model"]: set(row["better_than"]) for row in found["rows"]}
+    assert better == {"good": {"base", "split", "wrong"}, "base": {"wrong"}, "split": {"wrong"}, "wrong": set()}
+    assert {row["model"]: len(row["worse_than"]) for row in found["rows"]} == {
+        "good": 0,
+        "base": 1,
+        "split": 1,
+        "wrong": 3,
+    }
+    assert [row["model"] for row in found["rows"] if row["like_best"]] == ["good"]
+    [pairs] = found["pairs"]
+    assert (pairs["pairs"], pairs["aes"], pairs["accuracy"]) == (6, 5, 3)  # accuracy: wrong against the three
+    assert pairs["tokens"] in (3, 4) and pairs["aes_uncorrected"] >= pairs["aes"]  # tokens: good against the three
+    text = comparison_text(tokens=7, missing={}, bases=[], **found)
+    assert (
+        "| **good** \\* |" in text
+        and "| 3 / 0 |" in text
+        and "Of 6 pairs of methods, 5 differ in AES, 3 in acc" in text
+    )
+
+
+def test_a_correction_for_more_pairs_finds_fewer() -> None:
+    """One difference with p = 0.03 is real alone, and is not among the six pairs of four methods."""
+    tokens = [90, 96, 88, 101, 89]
+    one = {"base": records("base", *[BASE] * 5), "new": records("new", *[([2] * 4, [n] * 4) for n in tokens])}
+    alone = made(one)["pairs"][0]
+    others = {f"same{i}": records(f"same{i}", *[([2] * 4, [100 + i] * 4)] * 5) for i in range(2)}
+    among = made(one | others)
+    assert alone["aes"] == alone["aes_uncorrected"] == 1 and among["pairs"][0]["aes_uncorrected"] > 1
+    assert "base" not in row_of(among, "new")["better_than"]
+
+
+def test_with_one_seed_nothing_is_tested_and_that_is_said() -> None:
+    found = made({name: mine[:1] for name, mine in three_methods().items()})
+    assert found["pairs"][0]["pairs"] == 0 and all(row["better_than"] == [] for row in found["rows"])
+    assert "no difference can be tested" in comparison_text(tokens=7, **found)
+
+
+def test_each_seed_is_measured_against_its_own_base() -> None:
+    """Another machine made another base for the same seed; the newest line of the base is not everybody's."""
+    bases = [record("base", 0, *BASE), record("base", 0, [2] * 4, [200] * 4, base="c"), record("base", 1, *BASE)]
+    mine = [record("m", 0, [2] * 4, [100] * 4, base="c"), record("m", 1, [2] * 4, [50] * 4)]
+    there = {"base": bases[1:], "m": mine, "n": records("n", BASE)}
+    found = compare_methods(there, bases, set())
+    low, high = row_of(found, "m")["aes_interval"]
+    assert (low + high) / 2 == pytest.approx(0.5)  # half of 200, half of 100
+    assert several_bases(there) == [0]
+    assert "Seeds 0: not all methods started from the same base" in comparison_text(tokens=1, bases=[0], **found)
+
+
+def test_a_base_without_a_right_answer_gives_dashes() -> None:
+    never = [
+        dataclasses.replace(one, scores=[one.scores[0] | {"accuracy": [0] * 4}]) for one in records("base", BASE, BASE)
+    ]
+    for one in never:
+        one.scores[0]["row"] |= {"accuracy": 0.0, "aes": None}
+    mine = records("m", BASE, BASE)
+    for one in mine:
+        one.scores[0]["row"]["aes"] = None
+    table = comparison_table(made({"base": never, "m": mine})["rows"])
+    assert "nan" not in table and "| - |" in table
+
+
+def test_settings_and_what_is_missing_are_shown() -> None:
+    mine = [record("m", seed, *BASE, setting="double") for seed in (0, 1)]
+    found = made({"base": records("base", BASE, BASE), "m": mine})
+    assert "| m | double |" in comparison_table(found["rows"]).replace("**", "").replace(" \\*", "")
+    assert "| setting |" not in comparison_table(made(three_methods())["rows"])
+    text = comparison_text(tokens=1, missing={"sas, seed 2": "sas did not end well: no blank lines"}, **found)
+    assert "**Not in the table:** sas, seed 2: sas did not end well: no blank lines\n" in text
+
+
+def test_the_picture_shows_every_method_with_its_intervals_and_the_front() -> None:
+    found = made(three_methods())
+    [front] = found["fronts"]
+    figure = methods_figure(found["rows"], front)
+    figure.draw_without_rendering()
+    [axis] = figure.axes
+    assert sorted(text.get_text().split(" (")[0] for text in axis.texts) == ["bad", "base", "even", "good"]
+    good = row_of(found, "good")
+    [name] = [text.get_text() for text in axis.texts if text.get_text().startswith("good")]
+    assert name == f"good ({good['front_share']:.0%})" and "bad" in [text.get_text() for text in axis.texts]
+    drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in axis.get_lines()]
+    for row in found["rows"]:
+        across, up = row["tokens_interval"], [100 * bound for bound in row["accuracy_interval"]]
+        assert (list(across), [100 * row["accuracy"]] * 2) in drawn and ([row["tokens"]] * 2, up) in drawn
+    assert (front["tokens"], [100 * bound for bound in front["middle"]]) in drawn and len(axis.collections) == 1
+    boxes = [Text.get_window_extent(text) for text in axis.texts]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_a_name_that_is_no_formula_can_be_drawn(tmp_path: Path) -> None:
+    odd = "cost $\\bad{$"
+    found = made({"base": records("base", BASE, BASE), odd: records(odd, BASE, BASE)})
+    [path] = write_comparison_figures(tmp_path, found["rows"], found["fronts"])
+    assert path == tmp_path / "methods-s-T0.6.png" and path.stat().st_size > 5000
+
+
+# ------------------------------------------------------------------------------------------------------------- the records
+
+
+def test_a_record_takes_the_place_of_its_seed_only(tmp_path: Path) -> None:
+    old, other, new = record("m", 1, *BASE), record("m", 0, *BASE), record("m", 1, *BASE, digest="new")
+    for one in (old, other, new, record("n", 1, *BASE)):
+        write(tmp_path, one)
+    assert [(one.seed, one.digest) for one in read(tmp_path, "m")] == [(0, "d"), (1, "new")]
+    assert len(read(tmp_path, "n")) == 1 and read(tmp_path, "o") == [] and read(tmp_path, "m")[0].costs == old.costs
+    for base in "abb":
+        write(tmp_path, record("base", 1, *BASE, base=base))
+    assert [one.base for one in read(tmp_path, "base")] == ["a", "b"]  # that of another machine stays
+    with file_of(tmp_path, "m").open("a") as file:
+        file.write('{"seed": 3}\n')
+    with pytest.raises(UserError, match=r"m\.jsonl, line 3: no result of a comparison .*; delete the line"):
+        read(tmp_path, "m")
+
+
+def test_numbers_are_written_short() -> None:
+    assert json.dumps(shorter([1.0, 0.5, 41.0, 2 / 3])) == "[1, 0.5, 41, 0.66667]"
+
+
+def test_costs_add_up_over_phases(tmp_path: Path) -> None:
+    def run(name: str, *sampled: int) -> Path:
+        (tmp_path / name).mkdir()
+        lines = [{"step": i, "sampled_tokens": n, "trained_tokens": 7 if i else None, "seconds/sample": 1.5,
+                  "seconds/update": 0.5} for i, n in enumerate(sampled)]  # fmt: skip
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return tmp_path / name
+
+    found = costs([run("a", 10, 20, 30), run("b", 5)])
+    assert found == {"sampled_tokens": 35, "trained_tokens": 14, "steps": 4, "seconds": 8}
+    assert costs([]) == {}
+
+
+# -------------------------------------------------------------------------------------------------------------- real runs
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("recipe"))
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.slow
+def test_one_method_more_leaves_the_others_in_place_and_one_that_fails_is_named(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A method, then another one with one beside it that cannot run, then both in a folder without the runs."""
+
+    def run(out: str, *arguments: str) -> dict:
+        kept = ("--records", str(tmp_path / "kept"), "--seeds", "3", "--jobs", "2")
+        run_recipe(recipe / "compare.yaml", tmp_path / out, *kept, *arguments)
+        return json.loads((tmp_path / out / "results.json").read_text())
+
+    found = run("out", "--methods", "accuracy-only")
+    assert [row["model"] for row in found["rows"]].count("base") == 1 and found["missing"] == {}
+    mine = row_of(found, "accuracy-only")
+    assert 300 <= mine["sampled_tokens"] < 300 + 128  # it overshoots by at most the last step: 16 answers of 8 tokens
+    rows = json.loads((tmp_path / "out/seed3/scores/accuracy-only/results.json").read_text())["rows"]
+    [row] = [row for row in rows if row["model"] == "accuracy-only"]
+    samples = [json.loads(line) for path in (tmp_path / "out/seed3/samples").glob(f"{row['answers']}*")
+               for line in path.read_text().splitlines()]  # fmt: skip
+    assert len(samples) == 16 and sum(s["length"] for s in samples) / 16 == pytest.approx(row["tokens"])
+    [one] = read(tmp_path / "kept", "accuracy-only")
+    assert sum(one.scores[0]["tokens"]) / 8 == pytest.approx(row["tokens"], abs=1e-4) and one.scores[0]["row"] == row
+    together = json.loads((tmp_path / "out/seed3/evaluate/results.json").read_text())  # for the report
+    assert [row["model"] for row in together["rows"]] == ["base", "accuracy-only"]
+
+    before = file_of(tmp_path / "kept", "accuracy-only").read_bytes()
+    with pytest.raises(SystemExit):
+        run("out", "--methods", "grpo spo")  # spo wants as many problems as there are rollouts
+    captured = capsys.readouterr()
+    assert "1 steps failed (seed3/spo), 1 were not begun" in captured.err
+    assert file_of(tmp_path / "kept", "accuracy-only").read_bytes() == before
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    assert {row["model"] for row in found["rows"]} == {"base", "accuracy-only", "grpo"}
+    again = row_of(found, "accuracy-only")
+    assert all(
+        again[key] == mine[key] for key in ("accuracy", "tokens", "aes", "tokens_interval", "seconds", "by_level")
+    )
+    assert list(found["missing"]) == ["spo, seed 3"] and "problems" in found["missing"]["spo, seed 3"]
+    assert "**Not in the table:** spo, seed 3: spo did not end well: " in captured.out
+
+    found = run("elsewhere", "--methods", "grpo")
+    assert "every method has its records already" in capsys.readouterr().out  # nothing was trained
+    assert {row["model"] for row in found["rows"]} == {"base", "accuracy-only", "grpo"}
+
+
+def test_a_record_of_another_config_counts_as_missing(recipe: Path, tmp_path: Path) -> None:
+    """Its digest does not depend on the folder, but on every key of the runs and of the evaluation."""
+
+    def digest(folder: str, tokens: int = 300) -> str:
+        one = Recipe(recipe / "compare.yaml", tmp_path / folder, ["python"], tokens, ["lapo"])
+        return one.digest(one.pipeline([3]), "seed3/scores/lapo")
+
+    assert digest("a") == digest("b, c") != digest("a", 400)
