@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nanolapo.config import Config, UserError
 from nanolapo.data.problems import Problem, load_problems
-from nanolapo.data.prompts import Prompter, split_by_length
+from nanolapo.data.prompts import Prompter
 from nanolapo.grader import Grader
 from nanolapo.model.folder import load_tokenizer
 from nanolapo.ranks import Ranks
@@ -71,3 +71,14 @@ def fit_prompts(config: Config, prompter: Prompter, problems: Sequence[Problem],
         raise UserError(f"data.sources: no problem is left to work on ({'; '.join(report[-3:])})")
     longest = max(len(prompts[i]) for i in short)
     return Data([problems[i] for i in short], prompter, prompter.tokenizer, report, longest)
+
+
+def split_by_length(prompts: Sequence[Sequence[int]], limit: int) -> tuple[list[int], list[int]]:
+    """Indices of the prompts with at most `limit` ids, and of those to skip and count. A prompt is never cut.
+
+    >>> split_by_length([[1, 2], [1, 2, 3]], limit=2)
+    ([0], [1])
+    """
+    kept = [index for index, ids in enumerate(prompts) if len(ids) <= limit]
+    skipped = [index for index, ids in enumerate(prompts) if len(ids) > limit]
+    return kept, skipped

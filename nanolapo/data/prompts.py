@@ -18,7 +18,6 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -66,8 +65,8 @@ NO_GUIDANCE = Guidance()
 def exact_guidance(n: float) -> Guidance:
     """The paper's stage-2 sentence.
 
-    >>> exact_guidance(1300)
-    Guidance(outside='', inside=' I will answer the question with 1300 tokens.', budget=1300)
+    >>> exact_guidance(1300).inside
+    ' I will answer the question with 1300 tokens.'
     """
     return Guidance(inside=f" I will answer the question with {n:.0f} tokens.", budget=n)
 
@@ -291,14 +290,3 @@ def thought_is_open(text: str) -> bool:
 def _after(before: str, text: str) -> str:
     """Return `text` without its leading gap if `before` already ends in one ("<think>\\n" + " I will ...")."""
     return text.lstrip() if before[-1:].isspace() else text
-
-
-def split_by_length(prompts: Sequence[Sequence[int]], limit: int) -> tuple[list[int], list[int]]:
-    """Indices of the prompts with at most `limit` ids, and of those to skip and count. A prompt is never cut.
-
-    >>> split_by_length([[1, 2], [1, 2, 3]], limit=2)
-    ([0], [1])
-    """
-    kept = [index for index, ids in enumerate(prompts) if len(ids) <= limit]
-    skipped = [index for index, ids in enumerate(prompts) if len(ids) > limit]
-    return kept, skipped

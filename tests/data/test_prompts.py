@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from nanolapo.config import PAPER_TEMPLATE, PromptConfig, UserError
+from nanolapo.data.load import split_by_length
 from nanolapo.data.prompts import (
     NO_GUIDANCE,
     Guidance,
@@ -23,7 +24,6 @@ from nanolapo.data.prompts import (
     l1_max_guidance,
     outside_guidance,
     range_guidance,
-    split_by_length,
     thinkprune_guidance,
 )
 
