@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanolapo.model.attention import SharedPrompt
+from nanolapo.model.attention import Packing, pack
 from nanolapo.rollouts import Rollouts
 
 
@@ -24,7 +24,7 @@ class MicroBatch:
     rows: list[int]
     ids_S: Tensor
     positions_S: Tensor  # 0, 1, 2, ... in each prompt; each of its responses counts on
-    shared_prompts: list[SharedPrompt]
+    packing: Packing  # which tokens see which
     tokens_N: Tensor  # the place in S of each response token ...
     predictor_N: Tensor  # ... and of the token whose hidden state predicts it (for the first: the prompt's last)
     lengths_B: Tensor  # response lengths, 0 for a masked row
@@ -64,21 +64,25 @@ def make_microbatch(rollouts: Rollouts, rows: Sequence[int], device: torch.devic
     positions: list[np.ndarray] = []
     predictors: list[np.ndarray] = []
     tokens: list[np.ndarray] = []
-    shared_prompts: list[SharedPrompt] = []
-    end = 0
+    sizes: list[int] = []  # of the pieces: prompts and responses as they follow each other
+    prompt_of: list[int] = []  # each piece's prompt
+    end = 0  # of the sequence so far
+    piece = count = last = 0  # the current prompt: its index in `sizes`, its tokens, the place in S of its last one
     for b, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         if b == 0 or not np.array_equal(prompt, prompts[b - 1]):
-            shared_prompts.append(SharedPrompt((end, len(prompt)), ()))
+            piece, count, last = len(sizes), len(prompt), end + len(prompt) - 1
+            end += count
             ids.append(prompt)
-            positions.append(np.arange(len(prompt)))
-            end += len(prompt)
-        first, count = shared_prompts[-1].prompt
+            positions.append(np.arange(count))
+            sizes.append(count)
+            prompt_of.append(piece)
         if len(response):
-            shared_prompts[-1] = SharedPrompt((first, count), (*shared_prompts[-1].responses, (end, len(response))))
             ids.append(response)
             positions.append(count + np.arange(len(response)))
+            sizes.append(len(response))
+            prompt_of.append(piece)
             tokens.append(end + np.arange(len(response)))
-            predictors.append(np.concatenate([[first + count - 1], tokens[-1][:-1]]))
+            predictors.append(np.concatenate([[last], tokens[-1][:-1]]))
             end += len(response)
     lengths = np.array([len(x) for x in responses], dtype=np.int64)
     mask_BT = np.arange(max(1, lengths.max(initial=1)))[None, :] < lengths[:, None]
@@ -90,7 +94,7 @@ def make_microbatch(rollouts: Rollouts, rows: Sequence[int], device: torch.devic
         rows=list(rows),
         ids_S=tensor(ids),
         positions_S=tensor(positions),
-        shared_prompts=shared_prompts,
+        packing=pack(sizes, prompt_of, device),
         tokens_N=tensor(tokens),
         predictor_N=tensor(predictors),
         lengths_B=torch.from_numpy(lengths).to(device),
