@@ -28,6 +28,8 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
+from nanolapo.ranks import to_device
+
 NAME = "nanolapo_shared_prompts"
 # Newer versions of torch must be told that several query heads share a key head; older ones see it by the shapes.
 GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
@@ -57,7 +59,7 @@ def pack(sizes: Sequence[int], prompt_of: Sequence[int], device: torch.device) -
     seen = [places[i] if p == i else np.concatenate([places[p], places[i]]) for i, p in enumerate(prompt_of)]
     counts = [len(piece) for piece in seen]
     seen_R, query_ends, key_ends = (
-        torch.from_numpy(array).to(device)
+        to_device(array, device)
         for array in (np.concatenate(seen), ends.astype(np.int32), np.cumsum([0, *counts]).astype(np.int32))
     )
     return Packing(list(sizes), list(prompt_of), seen_R, query_ends, key_ends, (max(sizes), max(counts)))

@@ -43,6 +43,14 @@ def refresh_copy(masters: PreTrainedModel, copied: PreTrainedModel) -> None:
         mine.copy_(master)
 
 
+def add_rows(total_VD: Tensor, gradient: Tensor) -> None:
+    """Add an embedding's sparse gradient in float32. Rows that were read twice are summed in a fixed order."""
+    if total_VD.is_cpu:
+        total_VD.add_(gradient.float().coalesce())
+    else:  # to coalesce, the host would have to wait: a GPU tells it how many rows are left
+        total_VD.index_put_((gradient._indices()[0],), gradient._values().float(), accumulate=True)
+
+
 class MasterGradients:
     """Owns `.grad` of the trained masters: dense, float32, summed over micro-batches and, before the step, over ranks.
 
@@ -79,7 +87,7 @@ class MasterGradients:
         if mine.grad is None:  # the head has added its gradient already
             return
         if mine.grad.is_sparse:
-            self.sum_of(master).add_(mine.grad.float().coalesce())
+            add_rows(self.sum_of(master), mine.grad)
         elif master.grad is None:
             master.grad = mine.grad.float()
         else:
