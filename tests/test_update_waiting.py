@@ -93,6 +93,11 @@ def test_no_value_is_read_with_other_settings(folder: Path, read_once: list[Tall
     assert_nothing_was_read(on_meta(folder, model={"dtype": "bfloat16"} | model), read_once)
 
 
+def test_no_value_is_read_where_the_padding_has_a_row(tmp_path: Path, read_once: list[Tally]) -> None:
+    tiny_llama(pad_token_id=5).save_pretrained(tmp_path)
+    assert_nothing_was_read(on_meta(tmp_path), read_once)
+
+
 def test_no_value_is_read_by_one_attention_call_a_layer(folder: Path, read_once: list[Tally], monkeypatch) -> None:
     monkeypatch.setattr(attention, "has_varlen_kernel", lambda query, value: True)
     assert_nothing_was_read(on_meta(folder), read_once)
