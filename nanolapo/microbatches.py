@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanolapo.model.attention import SharedPrompt
+from nanolapo.model.attention import Packing, pack
+from nanolapo.ranks import to_device
 from nanolapo.rollouts import Rollouts
 
 
@@ -24,23 +25,26 @@ class MicroBatch:
     rows: list[int]
     ids_S: Tensor
     positions_S: Tensor  # 0, 1, 2, ... in each prompt; each of its responses counts on
-    shared_prompts: list[SharedPrompt]
+    packing: Packing  # which tokens see which
     tokens_N: Tensor  # the place in S of each response token ...
     predictor_N: Tensor  # ... and of the token whose hidden state predicts it (for the first: the prompt's last)
-    lengths_B: Tensor  # response lengths, 0 for a masked row
+    lengths: list[int]  # response lengths, 0 for a masked row: on the host, which never waits for the device ...
+    lengths_B: Tensor  # ... and on the device
     mask_BT: Tensor  # 1 where response token t of row b exists: by position, never by token id
+    places_M: Tensor  # where mask_BT is 1, as indices into B * T
 
     def scatter(self, values_N: Tensor) -> Tensor:
         """Put the values of the N response tokens into [B, T], with zeros elsewhere. The gradient flows through."""
-        out_BT = values_N.new_zeros(self.mask_BT.shape)
-        return out_BT.masked_scatter(self.mask_BT.bool(), values_N)
+        # Like masked_scatter, whose backward pass would ask the device how many places there are.
+        zeros = values_N.new_zeros(self.mask_BT.numel())
+        return zeros.index_copy(0, self.places_M, values_N[: len(self.places_M)]).view(self.mask_BT.shape)
 
     def pad(self, ragged: Sequence[np.ndarray]) -> Tensor:
         """Put one array [T_b] per row of this micro-batch into float32 [B, T], with zeros where mask_BT is 0."""
         out_BT = np.zeros(self.mask_BT.shape, dtype=np.float32)
-        for b, length in enumerate(self.lengths_B.tolist()):
+        for b, length in enumerate(self.lengths):
             out_BT[b, :length] = ragged[b][:length]
-        return torch.from_numpy(out_BT).to(self.mask_BT.device)
+        return to_device(out_BT, self.mask_BT.device)
 
 
 def make_microbatch(rollouts: Rollouts, rows: Sequence[int], device: torch.device) -> MicroBatch:
@@ -64,37 +68,43 @@ def make_microbatch(rollouts: Rollouts, rows: Sequence[int], device: torch.devic
     positions: list[np.ndarray] = []
     predictors: list[np.ndarray] = []
     tokens: list[np.ndarray] = []
-    shared_prompts: list[SharedPrompt] = []
-    end = 0
+    sizes: list[int] = []  # of the pieces: prompts and responses as they follow each other
+    prompt_of: list[int] = []  # each piece's prompt
+    end = 0  # of the sequence so far
+    piece = count = last = 0  # the current prompt: its index in `sizes`, its tokens, the place in S of its last one
     for b, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         if b == 0 or not np.array_equal(prompt, prompts[b - 1]):
-            shared_prompts.append(SharedPrompt((end, len(prompt)), ()))
+            piece, count, last = len(sizes), len(prompt), end + len(prompt) - 1
+            end += count
             ids.append(prompt)
-            positions.append(np.arange(len(prompt)))
-            end += len(prompt)
-        first, count = shared_prompts[-1].prompt
+            positions.append(np.arange(count))
+            sizes.append(count)
+            prompt_of.append(piece)
         if len(response):
-            shared_prompts[-1] = SharedPrompt((first, count), (*shared_prompts[-1].responses, (end, len(response))))
             ids.append(response)
             positions.append(count + np.arange(len(response)))
+            sizes.append(len(response))
+            prompt_of.append(piece)
             tokens.append(end + np.arange(len(response)))
-            predictors.append(np.concatenate([[first + count - 1], tokens[-1][:-1]]))
+            predictors.append(np.concatenate([[last], tokens[-1][:-1]]))
             end += len(response)
     lengths = np.array([len(x) for x in responses], dtype=np.int64)
     mask_BT = np.arange(max(1, lengths.max(initial=1)))[None, :] < lengths[:, None]
 
     def tensor(parts: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.concatenate([empty, *parts])).to(device)
+        return to_device(np.concatenate([empty, *parts]), device)
 
     return MicroBatch(
         rows=list(rows),
         ids_S=tensor(ids),
         positions_S=tensor(positions),
-        shared_prompts=shared_prompts,
+        packing=pack(sizes, prompt_of, device),
         tokens_N=tensor(tokens),
         predictor_N=tensor(predictors),
-        lengths_B=torch.from_numpy(lengths).to(device),
-        mask_BT=torch.from_numpy(mask_BT.astype(np.float32)).to(device),
+        lengths=lengths.tolist(),
+        lengths_B=to_device(lengths, device),
+        mask_BT=to_device(mask_BT.astype(np.float32), device),
+        places_M=to_device(np.flatnonzero(mask_BT), device),
     )
 
 

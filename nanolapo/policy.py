@@ -53,7 +53,7 @@ class Scorer(nn.Module):
             input_ids=batch.ids_S[None],
             position_ids=batch.positions_S[None],
             use_cache=False,
-            shared_prompts=batch.shared_prompts,
+            packing=batch.packing,
         ).last_hidden_state
         head = self.model.get_output_embeddings()
         return head(hidden_1SD[0, batch.predictor_N], batch.ids_S[batch.tokens_N], temperature, with_entropy)

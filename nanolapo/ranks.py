@@ -20,9 +20,11 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from torch import Tensor
 
 from nanolapo.config import RunStopped, UserError
 
@@ -42,6 +44,13 @@ def stay_on_loopback() -> None:
     loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(variable, loopback)
+
+
+def to_device(values: Tensor | np.ndarray, device: torch.device) -> Tensor:
+    """Copy from host memory without waiting. A GPU fetches from pinned memory while it still computes what it was given
+    before, so the host may prepare the next micro-batch. Only pinned memory allows that."""
+    tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class Ranks:

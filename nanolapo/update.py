@@ -21,7 +21,7 @@ from nanolapo.losses import BatchTotals, Loss, LossInputs, row_weights
 from nanolapo.methods.base import Method
 from nanolapo.microbatches import MicroBatch, make_microbatch, plan_microbatches
 from nanolapo.policy import Policy
-from nanolapo.ranks import Ranks
+from nanolapo.ranks import Ranks, to_device
 from nanolapo.rollouts import Rollouts
 
 
@@ -51,7 +51,10 @@ class Tally:
     def over_ranks(self, ranks: Ranks) -> Tally:
         """Return the tally of all ranks together, as plain numbers."""
         total = Tally()
-        mine = [{name: float(x) for name, x in part.items()} for part in (self.sums, self.counts, self.maxima)]
+        parts = (self.sums, self.counts, self.maxima)
+        on_device = [x.double() for part in parts for x in part.values()]
+        values = iter(torch.stack(on_device).tolist() if on_device else [])  # the step's one transfer
+        mine = [{name: next(values) for name in part} for part in parts]
         for sums, counts, maxima in ranks.gather(mine):
             for name in sums:
                 total.sums[name] += sums[name]
@@ -170,7 +173,7 @@ def loss_inputs(
     width, entropies = micro.mask_BT.shape[1], rollouts.old_entropies
     old_BT = logprobs_BT.detach() if old is None else micro.pad([old[row] for row in micro.rows])
     sampler_BT = micro.pad([rollouts.rows[row].sampler_logprobs for row in micro.rows])
-    mine = advantages[micro.rows].to(policy.device, torch.float32)
+    mine = to_device(advantages[micro.rows].float(), policy.device)
     advantages_BT = (mine[:, None] if mine.ndim == 1 else mine[:, :width]) * micro.mask_BT
     return LossInputs(
         logprobs_BT=logprobs_BT,
@@ -189,7 +192,7 @@ def loss_inputs(
 def forced_tokens(rollouts: Rollouts, rows: Sequence[int], mask_BT: Tensor) -> Tensor:
     """Return which tokens were given and not drawn, bool [B, T]: at most the first of a row."""
     forced_BT = torch.zeros_like(mask_BT, dtype=torch.bool)
-    forced_BT[:, 0] = torch.tensor([rollouts.rows[row].forced for row in rows], device=mask_BT.device)
+    forced_BT[:, 0] = to_device(np.array([rollouts.rows[row].forced for row in rows], dtype=bool), mask_BT.device)
     return forced_BT
 
 
@@ -208,23 +211,22 @@ def score(
     policy: Policy, rollouts: Rollouts, microbatches: list[list[int]], with_entropy: bool = False
 ) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
     """Log-probs, and entropies if wanted, of these rows under the policy as it is now: row -> float32 [T]."""
+    micros = [make_microbatch(rollouts, rows, policy.device) for rows in microbatches]
+    outputs = [policy.logprobs(micro, with_entropy) for micro in micros]  # all of them, before the first is read
     scored: dict[int, np.ndarray] = {}
     entropies: dict[int, np.ndarray] = {}
-    for rows in microbatches:
-        micro = make_microbatch(rollouts, rows, policy.device)
-        logprobs_BT, entropy_BT = policy.logprobs(micro, with_entropy)
-        for b, row in enumerate(rows):
-            length = int(micro.lengths_B[b])
-            scored[row] = logprobs_BT[b, :length].cpu().numpy()
-            if entropy_BT is not None:
-                entropies[row] = entropy_BT[b, :length].cpu().numpy()
+    for micro, (logprobs_BT, entropy_BT) in zip(micros, outputs, strict=True):
+        for found, values_BT in ((scored, logprobs_BT), (entropies, entropy_BT)):
+            if values_BT is not None:
+                values = values_BT.cpu().numpy()
+                found |= {row: values[b, : micro.lengths[b]] for b, row in enumerate(micro.rows)}
     return scored, entropies
 
 
 def tally_mismatch(tally: Tally, x: LossInputs) -> None:
     """d = |logp_trainer - logp_sampler| on the sampled tokens: the same weights must give the same numbers. Rows sampled at
     another temperature are left out, and tokens that were given."""
-    matched_B = torch.tensor([not x.rollouts.rows[row].unmatched for row in x.rows], device=x.mask_BT.device)
+    matched_B = to_device(np.array([not x.rollouts.rows[row].unmatched for row in x.rows]), x.mask_BT.device)
     mask_BT = x.mask_BT * matched_B[:, None] * ~forced_tokens(x.rollouts, x.rows, x.mask_BT)
     difference_BT = (x.logprobs_BT.detach() - x.sampler_logprobs_BT).abs() * mask_BT
     tally.add("mismatch", difference_BT, mask_BT)

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import nanolapo.model.logprobs as logprobs_module
 import nanolapo.policy as policy_module
 from nanolapo.microbatches import make_microbatch, plan_microbatches
-from nanolapo.model.attention import SharedPrompt
 from nanolapo.model.logprobs import LogprobHead
 from nanolapo.policy import Policy
 from nanolapo.rollouts import Rollouts, make_rollouts
@@ -281,6 +280,6 @@ def test_worked_example_of_make_microbatch():
     micro = make_microbatch(rollouts, [0, 1, 2], CPU)
     assert micro.ids_S.tolist() == [5, 6, 7, 8, 2, 3, 5, 9]
     assert micro.positions_S.tolist() == [0, 1, 2, 3, 4, 2, 0, 1]
-    assert micro.shared_prompts == [SharedPrompt((0, 2), ((2, 3), (5, 1))), SharedPrompt((6, 1), ((7, 1),))]
+    assert (micro.packing.sizes, micro.packing.prompt_of) == ([2, 3, 1, 1, 1], [0, 0, 0, 3, 3])
     assert micro.tokens_N.tolist() == [2, 3, 4, 5, 7] and micro.predictor_N.tolist() == [1, 2, 3, 1, 6]
     assert micro.mask_BT.tolist() == [[1, 1, 1], [1, 0, 0], [1, 0, 0]]

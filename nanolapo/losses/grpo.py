@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nanolapo.config import Config, NoOptions, UserError
 from nanolapo.config_file import build
+from nanolapo.ranks import to_device
 from nanolapo.rollouts import Rollouts
 
 
@@ -137,7 +138,7 @@ def sequence_weights(
 
 def mastered_tokens(x: LossInputs, above: float) -> Tensor:
     """DMMPT (UloRL, arXiv 2507.19766; UNVERIFIED): which tokens of right answers have an old probability above `above`."""
-    right_B = torch.tensor([x.rollouts.rows[row].correct for row in x.rows], device=x.mask_BT.device)
+    right_B = to_device(np.array([x.rollouts.rows[row].correct for row in x.rows], dtype=bool), x.mask_BT.device)
     return (x.old_logprobs_BT.exp() > above) & right_B[:, None]
 
 

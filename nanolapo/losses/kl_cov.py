@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nanolapo.config import NotNegative, Share
 from nanolapo.losses.grpo import Loss, LossInputs
+from nanolapo.ranks import to_device
 from nanolapo.rollouts import Rollouts
 
 
@@ -56,6 +57,6 @@ class KlCov(Loss):
         self.chosen_BT = high_covariance(rollouts.sampler_logprobs, advantages, keep_B, self.options.share)
 
     def policy_term(self, x: LossInputs) -> tuple[Tensor, Tensor]:
-        chosen_BT = self.chosen_BT[x.rows, : x.mask_BT.shape[1]].to(x.mask_BT.device)
+        chosen_BT = to_device(self.chosen_BT[x.rows, : x.mask_BT.shape[1]], x.mask_BT.device)
         log_ratio = x.logprobs_BT - x.old_logprobs_BT
         return -torch.exp(log_ratio) * x.advantages_BT + self.options.coef * chosen_BT * log_ratio.abs(), chosen_BT

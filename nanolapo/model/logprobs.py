@@ -12,6 +12,7 @@ from torch import Tensor, nn
 # At most this many logits exist at a time, for any vocabulary. On a CPU they take 8 MiB: they stay in the cache, and the C
 # library reuses blocks of this size, while it gets larger ones as fresh, cleared pages. On a GPU 256 MiB: few launches.
 CPU_LOGITS, GPU_LOGITS = 2**21, 2**26
+GPU_COLUMNS = 256  # a GPU's fast matrix kernels need widths that fill their tiles, and rows that start at 16 bytes
 
 
 class HeadLogprobs(torch.autograd.Function):
@@ -84,12 +85,21 @@ def blocks(
     hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, temperature: float
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield (block of the vocabulary, its logits / temperature [N, C] in float32). The caller may overwrite the logits."""
-    most = CPU_LOGITS if hidden_ND.device.type == "cpu" else GPU_LOGITS
-    size = max(1, most // max(1, len(hidden_ND)))
+    size = block_width(len(hidden_ND), hidden_ND.device)
     for first in range(0, len(weight_VD), size):
         block = slice(first, first + size)
         logits_NC = F.linear(hidden_ND, weight_VD[block], None if bias_V is None else bias_V[block]).float()
         yield block, logits_NC if temperature == 1 else logits_NC.div_(temperature)
+
+
+def block_width(num_tokens: int, device: torch.device) -> int:
+    """Return how many words of the vocabulary a block has. The last block may be narrower.
+
+    >>> block_width(20_000, torch.device("cpu")), block_width(20_000, torch.device("cuda"))
+    (104, 3328)
+    """
+    most, step = (CPU_LOGITS, 1) if device.type == "cpu" else (GPU_LOGITS, GPU_COLUMNS)
+    return max(1, most // max(1, num_tokens) // step) * step
 
 
 def inside(targets_N: Tensor, block: slice) -> tuple[Tensor, Tensor]:

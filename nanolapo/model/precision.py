@@ -43,6 +43,20 @@ def refresh_copy(masters: PreTrainedModel, copied: PreTrainedModel) -> None:
         mine.copy_(master)
 
 
+def without_gradient_of(word: int, embedding: nn.Module, ids: tuple[Tensor], hidden: Tensor) -> Tensor:
+    """Give the padding's row of an embedding no gradient. With padding_idx torch would pick the other rows out of a sparse
+    gradient, and the host would wait for a GPU to tell it how many these are."""
+    return torch.where((ids[0] == word)[..., None], hidden.detach(), hidden)
+
+
+def add_rows(total_VD: Tensor, gradient: Tensor) -> None:
+    """Add an embedding's sparse gradient in float32. Rows that were read twice are summed in a fixed order."""
+    if total_VD.is_cpu:
+        total_VD.add_(gradient.float().coalesce())
+    else:  # to coalesce, the host would have to wait: a GPU tells it how many rows are left
+        total_VD.index_put_((gradient._indices()[0],), gradient._values().float(), accumulate=True)
+
+
 class MasterGradients:
     """Owns `.grad` of the trained masters: dense, float32, summed over micro-batches and, before the step, over ranks.
 
@@ -65,6 +79,9 @@ class MasterGradients:
         model.get_output_embeddings().gradient_sum = partial(self.sum_of, masters.get_output_embeddings().weight)
         embedding = cast(nn.Embedding, model.get_input_embeddings())
         embedding.sparse = True
+        if embedding.padding_idx is not None and embedding.weight.requires_grad:
+            embedding.register_forward_hook(partial(without_gradient_of, embedding.padding_idx))
+            embedding.padding_idx = None
         if model is masters and embedding.weight.requires_grad:
             embedding.weight.register_hook(partial(self.rows_read, embedding.weight))
 
@@ -79,7 +96,7 @@ class MasterGradients:
         if mine.grad is None:  # the head has added its gradient already
             return
         if mine.grad.is_sparse:
-            self.sum_of(master).add_(mine.grad.float().coalesce())
+            add_rows(self.sum_of(master), mine.grad)
         elif master.grad is None:
             master.grad = mine.grad.float()
         else:

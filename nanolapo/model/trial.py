@@ -18,12 +18,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from nanolapo.config import UserError
-from nanolapo.model.attention import SharedPrompt, use_shared_prompts
+from nanolapo.model.attention import pack, use_shared_prompts
 from nanolapo.model.logprobs import LogprobHead
 
 # A `packed_difference` up to here is rounding, which is 2e-6 and 0.03 in a model of 135M parameters. One that is computed
@@ -103,13 +104,14 @@ def packed(model: PreTrainedModel, rows: list[tuple[Tensor, Tensor]], last_start
     pieces = [first, one, two, second, three]
     starts = (0, len(first), len(first), last_start, last_start + len(second))
     positions_S = torch.cat([start + torch.arange(len(piece)) for piece, start in zip(pieces, starts, strict=True)])
-    ends = torch.tensor([len(piece) for piece in pieces]).cumsum(0).tolist()
-    a, b, c, d, e = ((end - len(piece), len(piece)) for piece, end in zip(pieces, ends, strict=True))
+    sizes = [len(piece) for piece in pieces]
+    ends = np.cumsum(sizes).tolist()
+    a, b, c, d, e = ((end - size, size) for end, size in zip(ends, sizes, strict=True))
     hidden_1SD = model.get_decoder()(
         input_ids=torch.cat(pieces)[None],
         position_ids=positions_S[None].to(first.device),
         use_cache=False,
-        shared_prompts=[SharedPrompt(a, (b, c)), SharedPrompt(d, (e,))],
+        packing=pack(sizes, [0, 0, 0, 3, 3], first.device),
     ).last_hidden_state
     predictors = [  # the prompt's last token predicts the first of a response
         [sum(prompt) - 1, *range(start, start + count - 1)] for prompt, (start, count) in ((a, b), (a, c), (d, e))

@@ -21,6 +21,8 @@ from tiny import CPU, make_config, make_rows
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from nanolapo.config import UserError
+from nanolapo.model import trial
+from nanolapo.model.attention import pack
 from nanolapo.model.folder import named_weights
 from nanolapo.model.trial import PACKED_TOLERANCE, check_packed, packed_difference
 from nanolapo.policy import Policy
@@ -158,13 +160,11 @@ def test_windows_are_tried_only_where_rows_cross_them(name: str) -> None:
 
 def test_prompts_that_are_shared_wrongly_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The trial looks at our own attention as well: without the prompt, or with the other response, it objects."""
-    from nanolapo.model.attention import SharedPrompt
-
     model = tiny_family("llama")
     assert packed_difference(model, 100) < 1e-5
-    plain = SharedPrompt.pieces
-    monkeypatch.setattr(SharedPrompt, "pieces", lambda self: ((first, count, 0) for first, count, _ in plain(self)))
-    assert packed_difference(model, 100) > 0.1
+    for wrong in ([0, 1, 2, 3, 4], [0, 0, 1, 3, 3]):
+        monkeypatch.setattr(trial, "pack", lambda sizes, _, device, wrong=wrong: pack(sizes, wrong, device))
+        assert packed_difference(model, 100) > 0.05  # 50 times the tolerance
 
 
 def test_no_number_is_refused() -> None:

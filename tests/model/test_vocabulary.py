@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import nanolapo.model.logprobs as logprobs_module
 from nanolapo.microbatches import make_microbatch
+from nanolapo.model.logprobs import LogprobHead, block_width
 from nanolapo.policy import Policy
 
 WORDS, HIDDEN, TOKENS = 5000, 32, 160
@@ -36,6 +37,31 @@ def test_an_update_makes_nothing_of_the_vocabularys_size_but_the_gradients(tmp_p
     large = [size for size in allocated if size >= least]
     assert large == [WORDS * HIDDEN * 4] * (1 if tied else 2)  # the masters' gradients, once
     assert all(p.grad is not None and p.grad.layout == torch.strided for p in policy.trained.values())
+
+
+@pytest.mark.parametrize("tokens", [1, 77, 1000, 20_000, 32_768, 300_000, 2**20])
+def test_blocks_on_a_gpu_fill_its_tiles(tokens):
+    """Their width is a multiple of 256, the largest whose logits fit; 256 where none does. A CPU's are not rounded."""
+    width = block_width(tokens, torch.device("cuda"))
+    assert width % 256 == 0 and (tokens * width <= 2**26 < tokens * (width + 256) or width == 256)
+    assert block_width(tokens, CPU) == 2**21 // tokens
+
+
+def test_a_gpus_blocks_give_the_same_numbers(monkeypatch):
+    """700 words in blocks of 256, 256 and 188: values and gradients of log_softmax in float64."""
+    monkeypatch.setattr(logprobs_module, "GPU_LOGITS", 300 * 9)
+    monkeypatch.setattr(logprobs_module, "block_width", lambda tokens, _: block_width(tokens, torch.device("cuda")))
+    torch.manual_seed(0)
+    head, hidden_ND, targets_N = torch.nn.Linear(8, 700), torch.randn(9, 8, requires_grad=True), torch.arange(9) * 86
+    got = LogprobHead(head)(hidden_ND, targets_N, 0.7, with_entropy=True)
+    logits_NV = hidden_ND.double() @ head.weight.double().T + head.bias.double()
+    logp_NV = (logits_NV / 0.7).log_softmax(-1)
+    want = logp_NV.gather(-1, targets_N[:, None])[:, 0], -(logp_NV.exp() * logp_NV).sum(-1)
+    weights_N = torch.randn(9)
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=1e-5)
+    mine, theirs = (torch.autograd.grad((a * weights_N + b).sum(), hidden_ND)[0] for a, b in (got, want))
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
