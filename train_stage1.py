@@ -23,7 +23,10 @@ def main() -> None:
     elif action == "explain":
         from nanolapo.explain.explain import explain as act
     else:
-        from nanolapo.loop import train as act
+        from nanolapo.loop import train
+        from nanolapo.plan.beside_run import beside_run
+
+        return train(method.config, method, beside_run)
     act(method.config, method)
 
 

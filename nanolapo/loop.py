@@ -7,6 +7,7 @@ all rollouts and computes the same numbers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,6 +22,8 @@ from nanolapo.rollouts import Rollouts, join
 from nanolapo.sampling import monitor_pass, next_draw, regrade, sample_and_grade
 from nanolapo.session import Session, StopRequest, export_folder, final_model, open_session, progress
 from nanolapo.update import update_policy
+
+COMPARED_STEPS = 4  # after so many a run is compared with its forecast; the first step is slower and does not count
 
 
 def run_step(session: Session) -> None:
@@ -76,13 +79,19 @@ def record(session: Session, sampled: Rollouts, metrics: dict[str, float], watch
         session.alarms.check_mismatch(step, metrics["mismatch"])
 
 
-def train(config: Config, method: Method) -> None:
-    """Run the method to the end, resuming where an earlier run of the same name stopped. Fills config.run_dir."""
+def train(config: Config, method: Method, beside_forecast: Callable[[Config], str] | None = None) -> None:
+    """Run the method to the end, resuming where an earlier run of the same name stopped. Fills config.run_dir.
+
+    beside_forecast: says in one line how far the first steps are from their forecast. The scripts hand it in, because
+    training runs without the planner.
+    """
     stop = StopRequest()
     with open_session(config, method) as session:
         was_whole = session.progress >= 1 and final_model(config).exists()  # before this process
         while session.progress < 1:
             run_step(session)
+            if beside_forecast and session.step == COMPARED_STEPS and session.ranks.is_main:
+                print(beside_forecast(config), flush=True)
             stopping = session.ranks.any(stop.wanted)
             save(session, stopping)
             if stopping and session.progress < 1:
