@@ -56,6 +56,24 @@ def test_the_step_is_the_sum_of_its_phases_and_the_tokens_are_those_asked_for(st
     assert memory == sorted(memory) and said.count(", mismatch ") == 3
 
 
+def test_products_are_those_of_the_model(step):
+    """By hand: 4 products with each weight of the head and 3 with the others, for every token of the update; decoding and
+    reading the prompts takes one."""
+    out, result, said = step
+    config = json.loads((out.parents[1] / "model" / "config.json").read_text())
+    names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    hidden, heads, kv, inner = (config[name] for name in names)
+    size = config.get("head_dim") or hidden // heads
+    layers = config["num_hidden_layers"] * hidden * (2 * size * (heads + kv) + 3 * inner)
+    head, answers = hidden * config["vocab_size"], 2 * 3 * 5
+    flops = 2 * (3 * layers * result["update_tokens"] + 4 * head * answers)
+    assert result["products"]["update"]["tflop"] * 1e12 == pytest.approx(flops)
+    least = 2 * (layers + head) * 2 * 3 * 4  # six rows of five tokens; the first comes from reading the prompt
+    assert result["products"]["sample"]["tflop"] * 1e12 > least
+    assert all(found["seconds"] > 0 for found in result["products"].values())
+    assert said.count(": its matrix products alone take ") == 2
+
+
 def test_ratios_are_taken_against_trl_of_the_same_dtype(step):
     out, result, _ = step
     other = {"args": {"dtype": "float32"}, "seconds": {"step": {"median": 8.0}}, "tokens_per_second": 2.0}
@@ -90,3 +108,8 @@ def test_growth_on_two_ranks_holds_half_of_everything_on_each():
     (row,) = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
     weights = 500 * 64 + 4 * 64 * 64 + 3 * 64 * 192 + 3 * 64
     assert row["parameters, M"] == pytest.approx(weights / 1e6) and row["held GB"] == pytest.approx(weights * 8 / 1e9)
+
+
+def test_the_gpu_script_runs_every_part_that_a_cpu_can_run(tmp_path: Path) -> None:
+    said = script("gpu.py", "--tiny", "--out", str(tmp_path), "--only", "attention,engine,resume,evaluation,step")
+    assert said.count("| ok |") == 5 and "after sleep, wake and sync: " in said and "gradient of v: " in said
