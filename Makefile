@@ -20,7 +20,7 @@ CORES := $(shell $(PYTHON) -c "import os; print(min(2, os.cpu_count() or 1))")
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help install vllm demo demo-controls explain compare tune reproduce report exercise check test faults bench lint format clean
+.PHONY: help install vllm demo demo-controls explain compare tune reproduce report exercise check test faults bench bench-gpu lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -102,6 +102,9 @@ bench: vllm  ## docs/PERFORMANCE.md's numbers: step against its floors, growth, 
 	$(PY) tests/benchmarks/trl_step.py --model $(MODEL) --dtype bfloat16 --out runs/bench/trl_bfloat16.json
 	$(PY) tests/benchmarks/trl_step.py --model $(MODEL) --dtype float32 --out runs/bench/trl_float32.json
 	$(PY) tests/benchmarks/compare.py runs/bench
+
+bench-gpu: vllm  ## is the trainer right on one H100 or H200, and how fast: six minutes, no network (TRL too, if installed)
+	$(PY) tests/benchmarks/gpu.py
 
 lint: install  ## ruff and mypy
 	.venv/bin/ruff check .

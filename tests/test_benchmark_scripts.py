@@ -58,6 +58,24 @@ def test_the_step_is_the_sum_of_its_phases_and_the_tokens_are_those_asked_for(st
     assert memory == sorted(memory) and said.count(", mismatch ") == 3
 
 
+def test_products_are_those_of_the_model(step):
+    """By hand: 4 products with each weight of the head and 3 with the others, for every token of the update; decoding and
+    reading the prompts takes one."""
+    out, result, said = step
+    config = json.loads((out.parents[1] / "model" / "config.json").read_text())
+    names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    hidden, heads, kv, inner = (config[name] for name in names)
+    size = config.get("head_dim") or hidden // heads
+    layers = config["num_hidden_layers"] * hidden * (2 * size * (heads + kv) + 3 * inner)
+    head, answers = hidden * config["vocab_size"], 2 * 3 * 5
+    flops = 2 * (3 * layers * result["update_tokens"] + 4 * head * answers)
+    assert result["products"]["update"]["tflop"] * 1e12 == pytest.approx(flops)
+    least = 2 * (layers + head) * 2 * 3 * 4  # six rows of five tokens; the first comes from reading the prompt
+    assert result["products"]["sample"]["tflop"] * 1e12 > least
+    assert all(found["seconds"] > 0 for found in result["products"].values())
+    assert said.count(": its matrix products alone take ") == 2
+
+
 def test_ratios_are_taken_against_trl_of_the_same_dtype(step):
     out, result, _ = step
     other = {"args": {"dtype": "float32"}, "seconds": {"step": {"median": 8.0}}, "tokens_per_second": 2.0}
@@ -104,3 +122,8 @@ def test_only_the_main_rank_holds_a_whole_model_while_fsdp2_loads(tmp_path):
     lines = sorted(line for line in said.splitlines() if line.startswith("rank"))
     main, other = (after - before for before, after in (map(int, re.findall(r"(\d+) MiB", line)) for line in lines))
     assert other < 0.85 * main, said  # 0.68; when every rank loaded the model it was 1
+
+
+def test_the_gpu_script_runs_every_part_that_a_cpu_can_run(tmp_path: Path) -> None:
+    said = script("gpu.py", "--tiny", "--out", str(tmp_path), "--only", "attention,engine,resume,evaluation,step")
+    assert said.count("| ok |") == 5 and "after sleep, wake and sync: " in said and "gradient of v: " in said

@@ -12,6 +12,7 @@ import argparse
 
 from nanolapo import cli
 from nanolapo.config_file import load_config
+from nanolapo.plan.beside_run import beside_run
 from nanolapo.plan.calibrate import calibrate
 from nanolapo.plan.cost import forecast
 from nanolapo.plan.footprint import expect
@@ -33,7 +34,8 @@ def main() -> None:
     machine = parse_machine(arguments.machine, config)
     if arguments.calibrate:
         machine = calibrate(config, machine, expect(config, arguments.mean_tokens, arguments.prompt_tokens))
-    print("\n".join(forecast(config, machine, arguments.mean_tokens, arguments.prompt_tokens).lines()))
+    planned = forecast(config, machine, arguments.mean_tokens, arguments.prompt_tokens)
+    print("\n".join([*planned.lines(), *beside_run(config, planned)]))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ Memory is footprint.py. Training is counted in FLOPs: 2 per weight and token for
 Kaplan et al., arXiv 2001.08361, section 2.1), and attention. Sampling: every decode step reads all weights, and the cached
 keys and values of its rows, once (Pope et al., arXiv 2211.05102, section 2).
 
-GPU rates (machines.py) are data-sheet figures times an assumed efficiency: ESTIMATES, not measured here, and printed as
-such. CPU rates are measured: on our machine, or with --calibrate on this one (calibrate.py). Left out, each a few percent:
-grading, weight sync, all-reduce, optimizer step, checkpoints, skewed lengths. Of dynamic sampling only the first round is
-counted.
+GPU rates (machines.py) are data-sheet figures times the shares that were measured on one H100 with one shape: for any
+other machine they are ESTIMATES, and printed as such. CPU rates are measured: on our machine, or with --calibrate on
+this one (calibrate.py). Left out, each a few percent: grading, weight sync, all-reduce, optimizer step, checkpoints,
+skewed lengths. Of dynamic sampling only the first round is counted.
 """
 
 from __future__ import annotations

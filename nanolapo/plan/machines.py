@@ -21,9 +21,15 @@ DATA_SHEET = {
     "H100-80GB": (80, 989, 67, 3350),
     "H200-141GB": (141, 989, 67, 4800),
 }
-# ESTIMATES: the share of peak FLOP/s and of peak bandwidth that is reached; seconds of vLLM's own work per decode step, and
-# per row (each has its own generator).
-TRAIN_EFFICIENCY, DECODE_EFFICIENCY, STEP_S, ROW_S = 0.35, 0.6, 5e-3, 1e-5
+# Measured at commit 43bd68e on one H100-80GB, a 1.5B shape in bfloat16. tests/plan/test_gpu_rates.py has the numbers:
+# change these lines together with it. Other GPUs and other shapes are assumed to reach the same shares.
+GPU_MEASURED = "one H100 at commit 43bd68e"
+# The share of peak FLOP/s that the update's kernels reach while they run, and the share of an update in which the GPU
+# waits for Python. Only KERNELS * (1 - IDLE) is measured: IDLE is from a profile of a variant with faster attention.
+KERNELS, IDLE = 0.243, 0.22
+# The share of peak bandwidth; seconds of vLLM's own work per decode step, and per row (each has its own generator). Only
+# their sum is measured: whole steps of 256 answers, less the update. BANDWIDTH and ROW_S are assumed, STEP_S remains.
+BANDWIDTH, STEP_S, ROW_S = 0.6, 3e-3, 1e-5
 # Measured with configs/demo (float32) and configs/smollm2-135m (bfloat16) on an AMD EPYC of the fourth generation: FLOP/s
 # of a thread in training and in decoding, seconds per layer and decode step. The memory bandwidth is an estimate.
 CPU_FLOPS, CPU_DECODE = {"float32": 48e9, "bfloat16": 110e9}, {"float32": 24e9, "bfloat16": 100e9}
@@ -165,13 +171,20 @@ def parse_machine(text: str, config: Config) -> Machine:
 
 
 def gpu_machine(name: str, count: int, memory: float, config: Config) -> Machine:
-    """Use the data sheet's rates times the assumed efficiencies, or nan for a GPU without a data sheet here."""
+    """Use the data sheet's rates times the shares measured on one H100, or nan for a GPU without a data sheet here."""
     rows = [row for key, row in DATA_SHEET.items() if key.split("-")[0] in name]
     _, bf16, float32, bandwidth = rows[0] if rows else (math.nan,) * 4
     tflops = bf16 if config.model.dtype == "bfloat16" else float32
-    source = f"ESTIMATE: {TRAIN_EFFICIENCY:.0%} of the data sheet's FLOP/s, {DECODE_EFFICIENCY:.0%} of its bandwidth"
-    flops, bandwidth = tflops * 1e12 * TRAIN_EFFICIENCY, bandwidth * 1e9 * DECODE_EFFICIENCY
-    return Machine(f"{count} x {name}", count, memory, flops, flops, bandwidth, STEP_S, 0.0, ROW_S, source)
+    reached = KERNELS * (1 - IDLE)
+    source = (
+        f"ESTIMATE from {GPU_MEASURED}: {reached:.0%} of the data sheet's FLOP/s in training (kernels reach "
+        f"{KERNELS:.0%}, the GPU waits {IDLE:.0%} of the time); sampling at {BANDWIDTH:.0%} of its bandwidth (assumed)"
+    )
+    peak, bandwidth = tflops * 1e12, bandwidth * 1e9 * BANDWIDTH
+    # In decoding the kernels are captured in CUDA graphs: no waiting for Python beyond STEP_S.
+    return Machine(
+        f"{count} x {name}", count, memory, peak * reached, peak * KERNELS, bandwidth, STEP_S, 0.0, ROW_S, source
+    )
 
 
 def cpu_machine(config: Config) -> Machine:

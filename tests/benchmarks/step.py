@@ -10,17 +10,22 @@ Floors: sample, vLLM's LLM.generate on the same prompts, once after every step; 
 loss.backward() of the bare transformers model in the same dtype on the same unpadded rows, a group at a time, and a fused
 AdamW step; sync, one copy of all weights in memory. The update computes a group's prompt once, the bare model G times, so a
 ratio above 1 can be had.
+
+Limit: one more step records the matrix products of its update, and of the torch sampler (products.py; vLLM's own are not
+seen). They are timed alone, on the same machine in the same run, and the share of a phase's seconds is printed.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import torch
 from common import forget_peak, memory_gb, parser, save, spread, table, texts, use_cpu_clock
+from products import Products
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanolapo.alarms import Alarms
@@ -143,6 +148,7 @@ def main() -> None:
             print(f"step {total:.2f} s, memory peak {memory_gb():.2f} GB, mismatch {mismatch:.4f}", flush=True)
             if args.engine == "vllm" and not args.no_floors:
                 raw.append(timed(1, lambda: generate(args, sampler, prompts))[0])
+        recorded = {} if args.no_floors else record_products(s, args.engine == "torch")
     memory["peak"] = memory_gb()
     result: dict[str, Any] = {"args": vars(args), "memory_gb": memory, "threads": torch.get_num_threads()}
     result |= {"seconds": {phase: spread(values) for phase, values in seconds.items()}}
@@ -153,8 +159,31 @@ def main() -> None:
     result["mismatch"] = mismatch
     if not args.no_floors:
         result["floors"] = floors(args, policy, ranks.device, prompts) | ({"sample": spread(raw)} if raw else {})
+        result["products"] = {
+            phase: {"seconds": products.seconds(), "tflop": products.flops / 1e12}
+            for phase, products in recorded.items()
+        }
     report(args, result)
     save(result, args.out)
+
+
+def record_products(s: Session, with_sampling: bool) -> dict[str, Products]:
+    """The matrix products of one more step, by phase. The trainer lets the sampler sleep between the two phases."""
+    found = ({"sample": Products()} if with_sampling else {}) | {"update": Products()}
+    sleep = s.sampler.sleep
+    with ExitStack() as recording:
+
+        def next_phase() -> None:
+            recording.close()
+            sleep()
+            recording.enter_context(found["update"])
+
+        s.sampler.sleep = next_phase  # type: ignore[method-assign]
+        if with_sampling:
+            recording.enter_context(found["sample"])
+        run_step(s)
+    s.sampler.sleep = sleep  # type: ignore[method-assign]
+    return found
 
 
 def generate(args: Any, sampler: Any, prompts: list[list[int]]) -> None:
@@ -198,6 +227,10 @@ def report(args: Any, result: dict[str, Any]) -> None:
     print(
         f"{result['tokens_per_second']:.0f} sampled tokens/s; mean |d log-prob| to the sampler {result['mismatch']:.4f}"
     )
+    for phase, found in result.get("products", {}).items():
+        share, rate = found["seconds"] / result["seconds"][phase]["median"], found["tflop"] / found["seconds"]
+        took = f"{found['seconds']:.3g} s ({rate:.3g} TFLOP/s)"
+        print(f"{phase}: its matrix products alone take {took}, {share:.0%} of the phase")
     print(table([["memory, GB", ""], *result["memory_gb"].items()]))
     if args.peak_tflops:
         flops = 6 * result["parameters"] * result["update_tokens"]  # attention, and the head's second pass, left out
