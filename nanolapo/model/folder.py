@@ -117,7 +117,7 @@ def disable_dropout(model: nn.Module) -> None:
 
 def compile_token_wise(model: PreTrainedModel) -> None:
     """Compile, in place, the layers that treat every token alone: MLPs and norms, which serve any number of tokens.
-    Attention depends on the rows of each micro-batch, and is already one fused kernel per row."""
+    Attention depends on the rows of each micro-batch, and runs in fused kernels already."""
     for name, module in model.get_decoder().named_modules():
         if name.rsplit(".", 1)[-1] in ("mlp", "input_layernorm", "post_attention_layernorm"):
             module.compile(dynamic=True)
