@@ -81,7 +81,9 @@ def read_settings(path: str, key: str) -> tuple[PreTrainedConfig, GenerationConf
     for source in filter(None, (config, config.get_text_config(), generation)):
         ends = getattr(source, "eos_token_id", None)
         if any(type(end) is not int or end < 0 for end in (ends if isinstance(ends, list) else [ends] if ends else [])):
-            raise UserError(f"{key}={path!r}: eos_token_id={ends!r} is no token id and no list of them; mend its *.json")
+            raise UserError(
+                f"{key}={path!r}: eos_token_id={ends!r} is no token id and no list of them; mend its *.json"
+            )
     return config, generation
 
 
