@@ -361,7 +361,9 @@ def test_a_broken_folder_ends_the_other_scripts_with_one_line(
 
 def test_an_evaluation_with_answers_longer_than_the_model_is_one_line(random_base: Path, tmp_path: Path, here) -> None:
     code, _, err = here("evaluate.py", write_config(random_base, tmp_path), "--dry-run", "evaluate.max_new_tokens=9999")
-    assert code == 2 and err.strip().splitlines()[-1].startswith("error: evaluate.max_new_tokens: with the longest"), err
+    assert code == 2 and err.strip().splitlines()[-1].startswith("error: evaluate.max_new_tokens: with the longest"), (
+        err
+    )
 
 
 def test_stage2_refuses_a_map_of_other_problems(random_base: Path, tmp_path: Path, here) -> None:
