@@ -120,7 +120,7 @@ def check_launcher(environ: Mapping[str, str], has_gpu: bool) -> None:
     """
     given = {name: value for name, value in environ.items() if name in VARIABLES and value}
     for name, value in given.items():
-        if not value.removeprefix("-").isdecimal() and not name.startswith("MASTER"):
+        if not value.removeprefix("-").isdecimal() and name != "MASTER_ADDR":
             raise UserError(f"{name}={value!r} is not a number; {START}")
     size = next((name for name in SIZES if name in given), "")
     count = int(given.get(size, "1"))
@@ -131,7 +131,8 @@ def check_launcher(environ: Mapping[str, str], has_gpu: bool) -> None:
     needed = [rank, "MASTER_ADDR", "MASTER_PORT", *(["LOCAL_RANK"] if has_gpu else [])]
     missing = [name for name in needed if name not in given]
     if missing:
-        raise UserError(f"{cause} asks for a process group, but {' and '.join(missing)} is not set; {START}")
+        verb = "is" if len(missing) == 1 else "are"
+        raise UserError(f"{cause} asks for a process group, but {' and '.join(missing)} {verb} not set; {START}")
     if not 0 <= int(given[rank]) < count:
         raise UserError(f"{rank}={given[rank]} must be 0 to {count - 1}; {START}")
 

@@ -323,6 +323,16 @@ def test_a_model_without_any_end_token_is_refused(folder: Path) -> None:
         check(config_of(folder))
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("ends", ["3", -1, [3, "1"], [3, -1], 3.5])
+def test_an_end_token_that_is_no_id_is_one_line(folder: Path, name: str, ends: Any) -> None:
+    """As people write them by hand; transformers takes some of them as they are."""
+    edit(folder / name, lambda c: c.update(eos_token_id=ends))
+    with pytest.raises(UserError, match="^model.path=.*eos_token_id") as error:
+        check(config_of(folder))
+    assert "\n" not in str(error.value)
+
+
 def test_an_end_token_of_a_nested_config_counts() -> None:
     config = Gemma3Config(text_config={"eos_token_id": 7, "num_hidden_layers": 1})
     core = PreTrainedTokenizerFast(tokenizer_object=word_level(["Start"]))

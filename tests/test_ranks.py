@@ -121,6 +121,8 @@ def without(*names: str) -> dict[str, str]:
         (TORCHRUN | {"RANK": "-1"}, "RANK=-1 .* 0 to 1"),
         (TORCHRUN | {"WORLD_SIZE": "two"}, "WORLD_SIZE='two' is not a number"),
         (TORCHRUN | {"LOCAL_RANK": "x"}, "LOCAL_RANK='x' is not a number"),
+        (TORCHRUN | {"MASTER_PORT": "http"}, "MASTER_PORT='http' is not a number"),
+        (without("MASTER_ADDR", "MASTER_PORT"), "MASTER_ADDR and MASTER_PORT are not set"),
     ],
 )
 def test_half_of_a_launchers_variables_are_one_line_and_no_waiting(environ, words) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -339,6 +340,30 @@ def test_a_kind_of_model_that_does_not_train_is_one_line(tmp_path: Path, here, n
     code, _, err = here("train_stage1.py", write_config(tmp_path / "base", tmp_path), *overrides)
     last = err.strip().splitlines()[-1]
     assert code == 2 and last.startswith("error: model.path=") and message in last, err
+
+
+@pytest.mark.parametrize("program", ["evaluate.py", "nanolapo/demo/warm_start.py"])
+@pytest.mark.parametrize("damaged", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_broken_folder_ends_the_other_scripts_with_one_line(
+    random_base: Path, tmp_path: Path, here, program: str, damaged: str
+) -> None:
+    broken = Path(shutil.copytree(random_base, tmp_path / "broken"))
+    (broken / damaged).write_bytes(b"{")
+    config, out = write_config(random_base, tmp_path), tmp_path / "out"
+    key, overrides = "evaluate.models: base", [f"evaluate.models=[base={broken}]"]
+    if program != "evaluate.py":
+        key, overrides = "warm_start.model", [f"warm_start.model={broken}", f"model.path={out}"]
+    code, _, err = here(program, config, *overrides)
+    last = err.strip().splitlines()[-1]
+    assert code == 2 and last.startswith("error: ") and (key in last or str(broken) in last), err
+    assert "Traceback" not in err and not out.exists()
+
+
+def test_an_evaluation_with_answers_longer_than_the_model_is_one_line(random_base: Path, tmp_path: Path, here) -> None:
+    code, _, err = here("evaluate.py", write_config(random_base, tmp_path), "--dry-run", "evaluate.max_new_tokens=9999")
+    assert code == 2 and err.strip().splitlines()[-1].startswith("error: evaluate.max_new_tokens: with the longest"), (
+        err
+    )
 
 
 def test_stage2_refuses_a_map_of_other_problems(random_base: Path, tmp_path: Path, here) -> None:

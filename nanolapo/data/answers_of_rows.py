@@ -15,7 +15,8 @@ from nanolapo.grader.boxes import boxed_answer
 from nanolapo.grader.spelling import group_digits, is_reachable
 
 ANNOUNCED = re.compile(
-    r".*\b(?:answer|ans)\b(?:\s+is\b\s*:?|\**\s*[:=])|.*\bfinal answer\**\s*(?:\n|$)", re.DOTALL | re.IGNORECASE
+    r".*\b(?:answer|ans|solution|result)\b(?:\s+is\b\s*:?|\**\s*[:=])|.*\bfinal answer\**\s*(?:\n|$)",
+    re.DOTALL | re.IGNORECASE,
 )
 FORMULA = r"\$+(?:[^$\\]|\\.)+\$+"
 FORMULAS = re.compile(rf"{FORMULA}(\s*,\s*{FORMULA})*", re.DOTALL)

@@ -76,7 +76,7 @@ def _members(text: str, place: int) -> str:
 # ---- numbers and names that people type ----
 
 SCALES = {"hundred": "10^{2}", "thousand": "10^{3}", "million": "10^{6}", "billion": "10^{9}", "trillion": "10^{12}",
-          "dozen": "12"}  # fmt: skip
+          "quadrillion": "10^{15}", "lakh": "10^{5}", "crore": "10^{7}", "dozen": "12"}  # fmt: skip
 SCALE = re.compile(r"(?<=[\d}])\s*(\\text\s*\{\s*)?(" + "|".join(SCALES) + r")s?(?![a-zA-Z])")
 TYPED = "pi|theta|alpha|beta|sin|cos|tan|log|ln|sqrt"  # without a backslash, or in upright letters
 NAMES = _rules(
@@ -114,7 +114,7 @@ PHRASES = [  # words behind a number
     re.compile(r"(?<=[\d}])\s+(?P<words>[a-z]{3,}(?:\s+[a-z]+){0,2})" + END),
 ]
 CHANGES_VALUE = re.compile(  # a number with such a word is another number, or none: no unit
-    r"k|M|B|am|pm|noon|midnight|ad|bce?|ce|(?:" + "|".join(SCALES) + r"|score|pair|gross)s?"
+    r"k|M|B|am|pm|noon|midnight|ad|bce?|ce|(?:" + "|".join(SCALES) + r"|score|pair|gross|myriad)s?"
     r"|hal(?:f|ves)|(?:third|quarter|fourth|fifth|sixth|seventh|eighth|ninth|tenth|(?:hundred|thousand|million)th)s?"
     r"|squared|cubed|factorial|times|plus|minus|negative|below|zero|point|remainder|mod|modulo|base|over|out|to|or|and|not"
     r"|if|when|for|where|odd|even|pi|theta|alpha|beta|sqrt|sin|cos|tan|log"

@@ -83,8 +83,10 @@ def digits(e: Any) -> float:
 
 
 def remainders(e: Any) -> Any:
-    """Evaluate 17 mod 5, which math-verify cannot compare as long as it is not a number."""
-    return e.replace(sympy.Mod, sympy.Mod) if isinstance(e, sympy.Basic) and e.has(sympy.Mod) else e
+    """Evaluate 17 mod 5 and gcd(4, 6), which math-verify cannot compare as long as they are not numbers."""
+    if not isinstance(e, sympy.Basic) or not e.has(sympy.Mod, sympy.UnevaluatedExpr):
+        return e
+    return e.replace(sympy.Mod, sympy.Mod).replace(sympy.UnevaluatedExpr, lambda inner: inner)
 
 
 def same_value(a: Any, r: Any) -> bool:

@@ -67,17 +67,24 @@ def file_of(path: str, name: str) -> Path | None:
 
 
 def read_settings(path: str, key: str) -> tuple[PreTrainedConfig, GenerationConfig | None]:
-    """Read config.json and generation_config.json. Raises UserError if there is no config."""
+    """Read config.json and generation_config.json. Raises UserError if there is no config, or an end token is no id."""
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         has_generation = file_of(path, "generation_config.json") is not None
-        return config, GenerationConfig.from_pretrained(path) if has_generation else None
+        generation = GenerationConfig.from_pretrained(path) if has_generation else None
     except Exception as error:  # a damaged file raises anything, see load_tokenizer
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{key}={path!r}: no config.json or a damaged generation_config.json there ({first}); give a Hugging Face "
             "model folder or a hub name"
         ) from None
+    for source in filter(None, (config, config.get_text_config(), generation)):
+        ends = getattr(source, "eos_token_id", None)
+        if any(type(end) is not int or end < 0 for end in (ends if isinstance(ends, list) else [ends] if ends else [])):
+            raise UserError(
+                f"{key}={path!r}: eos_token_id={ends!r} is no token id and no list of them; mend its *.json"
+            )
+    return config, generation
 
 
 def load_model(path: str, device: torch.device, key: str = "model.path") -> PreTrainedModel:

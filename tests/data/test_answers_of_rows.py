@@ -37,6 +37,10 @@ TAKEN = [
     ("Ans: 12", "12"),
     ("Final answer = 12.5", "12.5"),
     ("### Final Answer\n$$\\frac{3}{4}$$", "\\frac{3}{4}"),
+    ("Hence, the solution is 12.", "12"),
+    ("Solution: $x=4$", "x=4"),
+    ("The result is $\\frac{1}{2}$.", "\\frac{1}{2}"),
+    ("one solution", "one solution"),
     # formulas in other clothes
     ("\\(x+1\\)", "x+1"),
     ("\\[\\frac{1}{2}\\]", "\\frac{1}{2}"),

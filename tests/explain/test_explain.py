@@ -142,6 +142,17 @@ def test_the_last_table_is_the_line_of_metrics_jsonl(told: tuple[Path, Session, 
     assert (printed["clip_fraction"] or 0) > 0, "no token is clipped: the tests below would prove little"
 
 
+def test_the_table_of_checks_is_that_of_the_session(told: tuple[Path, Session, Trace, list[Section]]) -> None:
+    """Every check of preflight.py with what it proves and found, also the one that needs the weights."""
+    _, s, _, sections = told
+    rows = table(titled(sections, "checked before the first rollout"))
+    assert [tuple(row.values()) for row in rows] == s.preflight.rows
+    found = {row["check"]: row["found"] for row in rows}
+    assert {"tokenizer ids", "longest position", "end of turn", "trial export", "packed rows"} <= found.keys()
+    assert f"they differ by {s.policy.packed_difference:.1e} on average" in found["packed rows"]
+    assert all(text in console(sections) for text in ("What was checked before the first rollout", "tokenizer ids"))
+
+
 def test_the_followed_problem_is_in_rollouts_jsonl_with_the_same_numbers(
     told: tuple[Path, Session, Trace, list[Section]],
 ) -> None:

@@ -64,8 +64,10 @@ WRONG: 5 ~ 5 \text{ times } 7 | 5 ~ 5 \text{ times more} | 5 ~ 5 out of six | 5 
 WRONG: 5 ~ 5 \text{ degrees below}
 WRONG: 5 ~ 5\text{k} | 5 ~ 5 \text{ M} | \text{A} ~ \text{A} apples | 8:30 ~ 4:15 | 5 ~ 5 BC | 5 ~ 5\text{ B.C.}
 WRONG: 12 ~ 12 \text{ noon}
+WRONG: 5 ~ 5 lakh | 5 ~ 5\text{ lakh rupees} | 3 ~ 3 crore | 7 ~ 7 quadrillion | 5 ~ 5 myriad
 WRONG: 5 ~ 5 \text{ to four} | 5 ~ 5\text{ pairs of shoes}
 RIGHT: 4:30 pm ~ 4:30 PM | 4:30 pm ~ 4:30 \text{ p.m.} | 4\!:\!51 \text{ p.m.} ~ 4:51 pm | 12 PM ~ 12 \text{ p.m.}
+RIGHT: 500000 ~ 5 lakh | 30{,}000{,}000 ~ 3 \text{ crore rupees}
 RIGHT: 5000000 ~ 5 million | 5{,}000{,}000 ~ 5 \text{ million dollars} | 24 ~ 2 dozen eggs | 300 ~ 3 hundred people
 RIGHT: 5.2\text{ million} ~ 5200000 | 5 ~ 5 dollars | 5 ~ 5 \text{ dollars} | 5 ~ 5 red apples | 5 ~ 5 \text{ cm/s}
 RIGHT: 5 ~ 5 \text{ m} | 5 ~ 5 \text{ K} | (3,4) ~ (3 \text{ cm}, 4 \text{ cm}) | \{5\} ~ \{5 \text{ cm}\}
@@ -103,7 +105,7 @@ RIGHT: f(x)=x+1 ~ x+1 | 2x+3=y ~ 2x+3 | x+y=3 ~ 3=y+x | a_{10}=55 ~ 55 | 0=x-1 ~
 
 REFUSED = r"""
 RIGHT: 55 ~ \sum_{i=1}^{10} i | 120 ~ \prod_{i=1}^5 i | 55 ~ \sum_{i = 1}^{10} {i} | 2 ~ 17 \bmod 5 | 2 ~ 17 \mod 5
-RIGHT: 2 ~ 17\bmod{5}
+RIGHT: 2 ~ 17\bmod{5} | 2 ~ \gcd(4,6) | 2 ~ \gcd(4, 6, 8) | 12 ~ \operatorname{lcm}(4,6) | 2 ~ \max(1,2) | 1 ~ \min(1,2)
 RIGHT: \frac12 ~ \sin 30^\circ | \frac12 ~ \sin(30^\circ) | \frac12 ~ \cos 60° | \frac{\sqrt3}{2} ~ \sin 60^{\circ}
 RIGHT: 1 ~ \tan\left(45^\circ\right) | \frac14 ~ \sin^2 30^\circ | \frac12 ~ \sin{30^\circ} | 1 ~ 2\sin 30^\circ
 RIGHT: \frac12 ~ \sin(10^\circ+20^\circ) | 12 ~ \mathtt{12} | \text{Evelyn} ~ \texttt{Evelyn} | (1,2) ~ \bigl(1,2\bigr)
@@ -114,7 +116,7 @@ RIGHT: 1.5e3 ~ 1500 | 5000 ~ 5E3 | \infty ~ infinity | (2,\infty) ~ (2, infinity
 RIGHT: 3+4i ~ 4i+3 | -1 ~ i^2 | 30 ~ 30^\circ | 1 ~ \sin 90 ^ \circ | -2, -12 ~ \mathbf{-2 \text{ or } -12}
 RIGHT: 12 ~ \textsf{12} | 12 ~ \underline{12}
 WRONG: i ~ i^3 | 5000 ~ 5e4 | 2 ~ 17 \bmod 4 | \frac12 ~ \sin 30 | 54 ~ \sum_{i=1}^{10} i | 10 ~ {5 \choose 3}+1
-WRONG: \sin 30^\circ ~ \sin 30
+WRONG: \sin 30^\circ ~ \sin 30 | 3 ~ \gcd(4,6) | 2 ~ \max(1,3) | 24 ~ \operatorname{lcm}(4,6)
 WRONG: \frac{1}{100} ~ 10^2 | 100 ~ 10^-2 | 3\pi ~ 3p i | 1 ~ \sum_{i=1}^{10} i | 90 ~ \sin 90^\circ
 WRONG: \frac\pi6 ~ 30^\circ
 """

@@ -311,6 +311,22 @@ def test_A19_the_seed_decides_and_nothing_else(tied: tuple[VLLMSampler, PreTrain
         assert same(samples, sampler.generate(group, Decoding()))
 
 
+def test_without_a_trainer_the_ids_are_the_same_and_no_logprobs_come(
+    tied: tuple[VLLMSampler, PreTrainedModel], tmp_path: Path
+) -> None:
+    """As an evaluation starts it: trains=False decides what is recorded and whether memory is shared, not what is drawn."""
+    sampler, model = tied
+    folder, requests = save(model, tmp_path), make_requests(16)
+    plain = VLLMSampler(folder, torch.float32, max_model_len=LENGTH, max_rows=64, trains=False)
+    assert not plain.can_sleep and not plain.llm.llm_engine.vllm_config.model_config.enable_sleep_mode
+    for decoding in (Decoding(1.0), Decoding(0.6, top_p=0.95), Decoding(0.0)):
+        wanted, found = sampler.generate(requests, decoding), plain.generate(requests, decoding)
+        for one, other in zip(wanted, found, strict=True):
+            assert one.ids.tolist() == other.ids.tolist() and one.finished == other.finished
+            assert len(one.logprobs) == len(one.ids) and len(other.logprobs) == 0
+    plain.close()
+
+
 def test_progress_counts_every_token_and_requests_are_checked(tied: tuple[VLLMSampler, PreTrainedModel]) -> None:
     sampler, _ = tied
     seen: list[int] = []
