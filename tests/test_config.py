@@ -19,8 +19,8 @@ from nanolapo.methods.base import Method
 from nanolapo.methods.lapo import Discovery
 
 ROOT = Path(__file__).parents[1]
-# compare.yaml is a plan of runs, see tests/reproduce/test_compare.py
-CONFIGS = sorted(p for p in ROOT.glob("configs/**/*.yaml") if not p.name.startswith(("compare", "reproduce")))
+PLANS = ("compare", "reproduce", "tuning", "settings")  # of runs: see tests/reproduce
+CONFIGS = sorted(p for p in ROOT.glob("configs/**/*.yaml") if not p.name.startswith(PLANS))
 
 
 @pytest.fixture
