@@ -36,7 +36,8 @@ REFUSED = {
     "train.inner_epochs": 2, "train.final_lr_fraction": 0.5, "train.warmup_fraction": 0.5, "train.adam_betas": (0.8, 0.9),
     "train.weight_decay": 0.5, "loss.kind": "gspo", "loss.options": {"a": 1}, "loss.aggregation": "constant",
     "loss.clip_low": 0.1, "loss.clip_high": 0.1, "loss.dual_clip": 3.0, "loss.kl_coef": 0.5, "loss.kl_kind": "k1",
-    "loss.tis_cap": 2.0, "loss.sequence_mask": (0.1, 3.0), "loss.mastered_mask": (0.1, 0.9), "loss.old_logprobs": "sampler", "loss.normalize_std": False, "lapo.fidelity": "paper",
+    "loss.tis_cap": 2.0, "loss.sequence_mask": (0.1, 3.0), "loss.mastered_mask": (0.1, 0.9),
+    "loss.old_logprobs": "sampler", "loss.normalize_std": False, "lapo.fidelity": "paper",
     "lapo.alpha": 0.5, "lapo.beta": 0.5, "lapo.decay": 5.0, "lapo.sigma": 5.0, "lapo.percentiles": (10.0, 90.0),
     "lapo.statistic": "mean", "lapo.guidance": "range",
 }  # fmt: skip
