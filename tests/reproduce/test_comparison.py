@@ -20,6 +20,7 @@ from nanolapo.report.tradeoff import methods_figure
 from nanolapo.reproduce.comparison import compare_methods, comparison_table, comparison_text
 from nanolapo.reproduce.recipe import Recipe
 from nanolapo.reproduce.records import Record, costs, file_of, read, several_bases, shorter, write
+from nanolapo.reproduce.reproduce import write_methods
 
 BASE = ([2, 2, 2, 2], [100, 100, 100, 100])
 
@@ -270,3 +271,21 @@ def test_a_record_of_another_config_counts_as_missing(recipe: Path, tmp_path: Pa
         return one.digest(one.pipeline([3]), "seed3/scores/lapo")
 
     assert digest("a") == digest("b, c") != digest("a", 400)
+
+
+def test_the_table_is_there_without_a_base_and_beside_one_of_another_config(recipe: Path, tmp_path: Path) -> None:
+    """Seed 4 started from a base whose line is gone. A base of another config has answers at another temperature."""
+    one, kept = Recipe(recipe / "compare.yaml", tmp_path, ["python"], 300, ["spo"]), tmp_path / "records"
+    pipeline = one.pipeline([3, 4])
+    for method, seed, base in (("base", 3, "a"), ("base", 4, "b"), ("spo", 3, "a"), ("spo", 4, "gone")):
+        digest = one.digest(pipeline, f"seed{seed}/scores/{method}")
+        write(kept, record(method, seed, *BASE, base=base, digest=digest))
+    old = record("base", 3, *BASE, base="of another machine", digest="old")
+    old.scores[0]["row"]["temperature"] = 0.9
+    write(kept, old)
+    write_methods(one, pipeline, kept, [3, 4], [3, 4])
+    found = results(tmp_path)
+    assert [(row["model"], row["seeds"], row["temperature"]) for row in found["rows"]] == [
+        ("base", [3, 4], 0.6), ("spo", [3], 0.6)
+    ]  # fmt: skip
+    assert found["missing"] == {"spo, seed 4": f"its base has no line in {kept / 'base.jsonl'} any more; put it back"}
