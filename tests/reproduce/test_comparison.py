@@ -123,6 +123,14 @@ def test_each_seed_is_measured_against_its_own_base() -> None:
     assert "Seeds 0: not all methods started from the same base" in comparison_text(tokens=1, bases=[0], **found)
 
 
+@pytest.mark.parametrize("method", ["base", "good"])
+def test_other_problems_are_refused(method: str) -> None:
+    found = three_methods()
+    found[method][1].scores[0]["problems"] = "others"
+    with pytest.raises(UserError, match=f"{method}, seed 1 answered other problems than the rest"):
+        made(found)
+
+
 def test_a_base_without_a_right_answer_gives_dashes() -> None:
     never = [
         dataclasses.replace(one, scores=[one.scores[0] | {"accuracy": [0] * 4}]) for one in records("base", BASE, BASE)
