@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nanolapo.config import UserError
 from nanolapo.evaluation.scores import without_nan
 from nanolapo.report.tables import Row, level_cells, number, table
 from nanolapo.reproduce import differences
@@ -31,11 +33,12 @@ Found = Mapping[str, Sequence[Record]]  # method -> its seeds
 
 def compare_methods(records: Found, bases: Sequence[Record], unverified: set[str]) -> dict[str, Any]:
     """The rows, best AES first, the pairs and the front of every set and temperature. bases: for each record the base
-    that it was trained from."""
+    that it was trained from. Raises UserError where they did not all answer the same problems."""
     of_seed = {(one.seed, one.base): one for one in bases}
     places = dict.fromkeys((at["row"]["set"], at["row"]["temperature"]) for one in bases for at in one.scores)
     rows, pairs, fronts = list[Row](), list[Row](), list[Row]()
     for place in places:
+        same_problems(place, records)
         scores = {name: scores_at(place, found, of_seed) for name, found in records.items()}
         mine = [row_of(place, records[name], scores[name]) | {"unverified": name in unverified} for name in records]
         mine.sort(key=lambda row: -none_first(row["aes"]))
@@ -49,6 +52,17 @@ def compare_methods(records: Found, bases: Sequence[Record], unverified: set[str
         fronts.append(at_place | differences.front_band(*points))
         rows += mine
     return {"rows": rows, "pairs": pairs, "fronts": fronts}
+
+
+def same_problems(place: Place, records: Found) -> None:
+    of_record = {
+        f"{one.method}, seed {one.seed}": score_of(one, place)["problems"] for mine in records.values() for one in mine
+    }
+    counts = Counter(of_record.values())
+    if len(counts) > 1:
+        others = [name for name, problems in of_record.items() if problems != max(counts, key=counts.__getitem__)]
+        raise UserError(f"{place[0]}: {'; '.join(others)} answered other problems than the rest, so they cannot be paired: "
+                        "delete their lines in the records and run them again")  # fmt: skip
 
 
 def scores_at(place: Place, found: Sequence[Record], bases: Mapping[tuple[int, str], Record]) -> Scores:

@@ -115,6 +115,12 @@ def valid(recipe: Recipe, pipeline: Pipeline, folder: Path, method: str, seeds: 
             and one.digest == recipe.digest(pipeline, f"seed{one.seed}/scores/{method}")}  # fmt: skip
 
 
+def valid_bases(recipe: Recipe, pipeline: Pipeline, folder: Path) -> list[Record]:
+    """All base models that have a valid record; of one seed there are several where it ran on several machines."""
+    digests = {name: recipe.digest(pipeline, name) for name in pipeline.steps if name.endswith("/scores/base")}
+    return [one for one in read(folder, "base") if digests.get(f"seed{one.seed}/scores/base") == one.digest]
+
+
 def record_finished(recipe: Recipe, pipeline: Pipeline, folder: Path, step: str) -> None:
     """Write the record of a step seedN/scores/METHOD that is done; other steps leave none."""
     seed, kind, *method = step.split("/")
@@ -148,5 +154,7 @@ def why_missing(recipe: Recipe, pipeline: Pipeline, folder: Path, method: str, s
     for name in pipeline.closure([f"seed{seed}/scores/{method}"]):
         if not pipeline.is_done(name) and pipeline.log(name).exists():
             return f"{name.partition('/')[2]} did not end well: {pipeline.last_line(name)[:200]}"
-    stale = any(one.seed == seed for one in read(folder, method))
-    return "its result is of another config" if stale else "not run"
+    digests = [one.digest for one in read(folder, method) if one.seed == seed]
+    if recipe.digest(pipeline, f"seed{seed}/scores/{method}") in digests:
+        return f"its base has no line in {file_of(folder, 'base')} any more; put it back"
+    return "its result is of another config" if digests else "not run"

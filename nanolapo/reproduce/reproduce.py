@@ -135,7 +135,11 @@ def write_methods(
     """The table and the pictures of all records; prints the table. It says which wanted results are missing, and why."""
     from nanolapo.report.plots import write_comparison_figures
 
-    found = {name: records.valid(recipe, pipeline, folder, name, every_seed) for name in ("base", *recipe.scored)}
+    bases = records.valid_bases(recipe, pipeline, folder)
+    identities, found = {(one.seed, one.base) for one in bases}, {}
+    for name in ("base", *recipe.scored):
+        mine = records.valid(recipe, pipeline, folder, name, every_seed)
+        found[name] = {seed: one for seed, one in mine.items() if (seed, one.base) in identities}
     missing = {}
     for name in recipe.scored:
         expected = {*found[name], *(seeds if name in recipe.methods else ())}
@@ -144,7 +148,6 @@ def write_methods(
     there = {name: list(by_seed.values()) for name, by_seed in found.items() if by_seed}
     if "base" not in there:
         return []
-    bases = records.read(folder, "base")
     made = compare_methods(there, bases, unverified(recipe.scored)) | {"tokens": recipe.tokens, "missing": missing}
     made["bases"] = records.several_bases(there)
     paths = write_comparison(recipe.folder, made)

@@ -20,6 +20,7 @@ from nanolapo.report.tradeoff import methods_figure
 from nanolapo.reproduce.comparison import compare_methods, comparison_table, comparison_text
 from nanolapo.reproduce.recipe import Recipe
 from nanolapo.reproduce.records import Record, costs, file_of, read, several_bases, shorter, write
+from nanolapo.reproduce.reproduce import write_methods
 
 BASE = ([2, 2, 2, 2], [100, 100, 100, 100])
 
@@ -120,6 +121,14 @@ def test_each_seed_is_measured_against_its_own_base() -> None:
     assert (low + high) / 2 == pytest.approx(0.5)  # half of 200, half of 100
     assert several_bases(there) == [0]
     assert "Seeds 0: not all methods started from the same base" in comparison_text(tokens=1, bases=[0], **found)
+
+
+@pytest.mark.parametrize("method", ["base", "good"])
+def test_other_problems_are_refused(method: str) -> None:
+    found = three_methods()
+    found[method][1].scores[0]["problems"] = "others"
+    with pytest.raises(UserError, match=f"{method}, seed 1 answered other problems than the rest"):
+        made(found)
 
 
 def test_a_base_without_a_right_answer_gives_dashes() -> None:
@@ -270,3 +279,21 @@ def test_a_record_of_another_config_counts_as_missing(recipe: Path, tmp_path: Pa
         return one.digest(one.pipeline([3]), "seed3/scores/lapo")
 
     assert digest("a") == digest("b, c") != digest("a", 400)
+
+
+def test_the_table_is_there_without_a_base_and_beside_one_of_another_config(recipe: Path, tmp_path: Path) -> None:
+    """Seed 4 started from a base whose line is gone. A base of another config has answers at another temperature."""
+    one, kept = Recipe(recipe / "compare.yaml", tmp_path, ["python"], 300, ["spo"]), tmp_path / "records"
+    pipeline = one.pipeline([3, 4])
+    for method, seed, base in (("base", 3, "a"), ("base", 4, "b"), ("spo", 3, "a"), ("spo", 4, "gone")):
+        digest = one.digest(pipeline, f"seed{seed}/scores/{method}")
+        write(kept, record(method, seed, *BASE, base=base, digest=digest))
+    old = record("base", 3, *BASE, base="of another machine", digest="old")
+    old.scores[0]["row"]["temperature"] = 0.9
+    write(kept, old)
+    write_methods(one, pipeline, kept, [3, 4], [3, 4])
+    found = results(tmp_path)
+    assert [(row["model"], row["seeds"], row["temperature"]) for row in found["rows"]] == [
+        ("base", [3, 4], 0.6), ("spo", [3], 0.6)
+    ]  # fmt: skip
+    assert found["missing"] == {"spo, seed 4": f"its base has no line in {kept / 'base.jsonl'} any more; put it back"}
