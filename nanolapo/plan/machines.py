@@ -120,8 +120,12 @@ QWEN_1_5B = Shape(1536, 28, 12, 2, 128, 8960, 151936, tied=False, bias=True)
 PUBLISHED = {"DeepSeek-R1-Distill-Qwen-1.5B": QWEN_1_5B, "DeepScaleR-1.5B-Preview": QWEN_1_5B}
 
 
+class UnknownShape(UserError):
+    """A model without a config.json that the planner can read: often its folder is not there yet."""
+
+
 def load_shape(path: str) -> Shape:
-    """Read a shape from a folder's config.json (the only file needed) or from the hub's. Raises UserError."""
+    """Read a shape from a folder's config.json (the only file needed) or from the hub's. Raises UnknownShape."""
     name = path.rsplit("/", 1)[-1]
     if name in PUBLISHED and not Path(path).exists():
         return PUBLISHED[name]
@@ -136,8 +140,10 @@ def load_shape(path: str) -> Shape:
         return Shape(c.hidden_size, c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads, dim,
                      c.intermediate_size, c.vocab_size, bool(c.tie_word_embeddings), bias)  # fmt: skip
     except (OSError, ValueError) as error:
-        raise UserError(f"model.path={path!r}: its shape is unknown ({str(error).strip().splitlines()[0]}); to plan, give "
-                        "a folder with the config.json of the model that training will start from") from None  # fmt: skip
+        raise UnknownShape(
+            f"model.path={path!r}: its shape is unknown ({str(error).strip().splitlines()[0]}); to plan, give a folder "
+            "with the config.json of the model that training will start from"
+        ) from None
 
 
 @dataclass(frozen=True)

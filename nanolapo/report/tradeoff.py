@@ -105,9 +105,11 @@ def methods_figure(rows: Sequence[Row], front: Row) -> Figure:
     """
     figure = Figure(figsize=(10, 5.6), layout="constrained")
     axis = figure.subplots()
-    percent = {key: [100 * bound for bound in front[key]] for key in ("low", "middle", "high")}
-    axis.fill_between(front["tokens"], percent["low"], percent["high"], color=BAND, linewidth=0, zorder=0)
-    axis.plot(front["tokens"], percent["middle"], color=FRONT, linewidth=2, zorder=0)
+    low, high = ([100 * bound for bound in front[key]] for key in ("low", "high"))
+    axis.fill_between(front["tokens"], low, high, color=BAND, linewidth=0, zorder=0)
+    best = sorted((r["tokens"], 100 * r["accuracy"]) for r in rows if r["pareto"])
+    across, up = zip(*best, (front["tokens"][-1], best[-1][1]), strict=True)
+    axis.step(across, up, where="post", color=FRONT, linewidth=2, zorder=0)
     shown = [r for r in rows if r["front_share"] >= SHOWN]
     colours = dict(zip((r["model"] for r in shown), palette(len(shown)), strict=True)) | {"base": INK}
     names: list[Name] = []
@@ -116,11 +118,11 @@ def methods_figure(rows: Sequence[Row], front: Row) -> Figure:
     for r in sorted(rows, key=lambda r: r["front_share"]):  # the front on top
         x, y, colour = r["tokens"], 100 * r["accuracy"], colours.get(r["model"], GREY)
         large = r["model"] in colours or len(rows) <= FEW
-        across, up = cross(axis, r, colour, *((8, 2.2) if large else (4, 0.4)))
-        share = f" ({r['front_share']:.0%})" if r in shown else ""
+        width, height = cross(axis, r, colour, *((8, 2.2) if large else (4, 0.4)))
+        share = f" (front {r['front_share']:.0%})" if r in shown else ""
         names.append(Name(x, y, printable(r["model"] + share), colour, 11 if large else 7))
-        bars.append((min(across), max(across), y) if large else (x, x, y))
-        heights += up if large else [y]
+        bars.append((min(width), max(width), y) if large else (x, x, y))
+        heights += height if large else [y]
     axis.set_ylim(accuracy_limits(heights))
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 7, 8)))
@@ -130,9 +132,9 @@ def methods_figure(rows: Sequence[Row], front: Row) -> Figure:
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_xlabel("mean tokens of an answer (crosses: 95 % over seeds and problems)", fontsize=12)
     title = (
-        f"Accuracy (%), {front['set']}, temperature {front['temperature']:g}. Blue: the Pareto front, its 95 % band.\n"
+        f"Accuracy (%), {front['set']}, temperature {front['temperature']:g}. Line: the Pareto front of the means. Band:\n"
+        "95 % of the fronts of draws of seeds and problems. Coloured: methods on the front, with their share of these draws"
     )
-    title += "Coloured: methods on it, and in what share of draws of seeds and problems they are"
     axis.set_title(printable(title), fontsize=12, loc="left")
     write_names(axis, names, bars)
     return figure

@@ -94,7 +94,8 @@ def row_of(place: Place, found: Sequence[Record], scores: Scores) -> Row:
             row[f"{key}_interval"] = (max(low, 0.0), min(high, 1.0)) if key == "accuracy" else (low, high)
     row["seeds"], row["setting"] = list(scores.seeds), found[0].setting
     costs = [one.costs for one in found]
-    return row | {key: float(np.mean([cost[key] for cost in costs])) for key in costs[0]}
+    known = set.intersection(*map(set, costs))  # a lost metrics.jsonl leaves none
+    return row | {key: float(np.mean([cost[key] for cost in costs])) for key in sorted(known)}
 
 
 def compare_pairs(rows: Sequence[Row], scores: Sequence[Scores]) -> dict[str, Any]:

@@ -180,10 +180,10 @@ def front_shares(accuracy_RM: np.ndarray, tokens_RM: np.ndarray) -> np.ndarray:
 
 
 def front_band(accuracy_RM: np.ndarray, tokens_RM: np.ndarray, points: int = 200) -> dict[str, list[float]]:
-    """How much accuracy some method reaches within so many tokens: between `low` and `high` in 95 % of the draws, `middle`
-    is their median. Where a draw has no method so short, its accuracy is 0."""
+    """How much accuracy some method reaches within so many tokens: between `low` and `high` in 95 % of the draws. Where a
+    draw has no method so short, its accuracy is 0."""
     start, end = np.median(tokens_RM.min(axis=1)), tokens_RM.max()
     tokens_T = np.geomspace(start, end, points)
     best_TR = [np.where(tokens_RM <= limit, accuracy_RM, 0).max(axis=1) for limit in tokens_T]
-    low_T, middle_T, high_T = np.percentile(best_TR, [50 * LEVEL, 50, 100 - 50 * LEVEL], axis=1).tolist()
-    return {"tokens": tokens_T.tolist(), "low": low_T, "middle": middle_T, "high": high_T}
+    low_T, high_T = np.percentile(best_TR, [50 * LEVEL, 100 - 50 * LEVEL], axis=1).tolist()
+    return {"tokens": tokens_T.tolist(), "low": low_T, "high": high_T}

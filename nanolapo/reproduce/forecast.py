@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from nanolapo.config import Config, UserError
+from nanolapo.config import Config
 from nanolapo.config_file import load_config
 from nanolapo.evaluation.passes import Model, passes
 from nanolapo.plan.cost import forecast, sampling_seconds
 from nanolapo.plan.footprint import LONGEST, PROMPT_TOKENS, Expected
-from nanolapo.plan.machines import Machine, load_shape, parse_machine
+from nanolapo.plan.machines import Machine, UnknownShape, load_shape, parse_machine
 from nanolapo.report.tables import table
 from nanolapo.reproduce.paper import paper_tables
 from nanolapo.reproduce.pipeline import Pipeline
@@ -52,6 +52,8 @@ def print_forecast(recipe: Recipe, pipeline: Pipeline, names: Sequence[str], see
     print(f"{gpus.name}\n\n{table(HEAD, body)}\n")
     for note in filter(None, notes):
         print(note)
+    if not notes:
+        print(f"-: the costs depend on the shape of the base model, and {base} is not there yet; --step base makes it")
 
 
 def step_cost(command: Sequence[str], base: str, paper_base: str, machine: str) -> Costs | None:
@@ -69,9 +71,7 @@ def step_cost(command: Sequence[str], base: str, paper_base: str, machine: str) 
         if script == "evaluate.py":
             return evaluation_cost(config, there, paper_base)
         found = forecast(config, there)
-    except UserError as error:
-        if "no shape to be had" not in str(error):
-            raise
+    except UnknownShape:
         return None
     tokens = found.tokens_per_step * found.steps
     memory = max(sum(parts.values()) for parts in found.memory_gb.values())

@@ -159,10 +159,14 @@ class Recipe:
                         f"{file}: {method} has no setting {name!r} any more; run nanolapo.reproduce.tuning again"
                     )
 
+    def setting_of(self, name: str) -> str:
+        """The name of a run's setting; empty for the base, and for a run that is as the recipe has it."""
+        return self.chosen.get(self.runs[name].tuned_as or name, "") if name in self.runs else ""
+
     def overrides(self, name: str, run: Run) -> list[str]:
         """Those of the recipe, the run and its setting, with the base's length filled in."""
-        method = run.tuned_as or name
-        setting = self.file.settings[method][self.chosen[method]] if method in self.chosen else ()
+        chosen = self.setting_of(name)
+        setting = self.file.settings[run.tuned_as or name][chosen] if chosen else ()
         given = [*self.file.overrides, *run.overrides, *setting]
         if not any(map(IN_BASES.search, given)):
             return given

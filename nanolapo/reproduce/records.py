@@ -15,6 +15,7 @@ from typing import Any
 from nanolapo.config import UserError
 from nanolapo.evaluation.scores import Answer, correctness, length, model_identity, per_problem, read_answers
 from nanolapo.fingerprint import digest
+from nanolapo.provenance import provenance
 from nanolapo.report.files import read_metrics
 from nanolapo.reproduce.pipeline import Pipeline
 from nanolapo.reproduce.recipe import Recipe
@@ -32,6 +33,9 @@ class Record:
     setting: str  # its name in the recipe's settings; empty: the run as the recipe has it
     costs: dict[str, float]
     scores: list[dict[str, Any]]
+    commit: str = (
+        ""  # of the code. A line stays valid when the code changes, so delete those of a method that was mended
+    )
 
 
 def file_of(folder: Path, method: str) -> Path:
@@ -69,9 +73,10 @@ def record_of(recipe: Recipe, pipeline: Pipeline, seed: int, method: str) -> Rec
     runs = [recipe.run_dir(seed, phase) for phase in recipe.phases(method)] if method != "base" else []
     return Record(
         method, seed, recipe.digest(pipeline, f"seed{seed}/scores/{method}"), model_identity(recipe.base_model(seed)),
-        recipe.chosen.get(method, ""), costs(runs),
+        recipe.setting_of(method), costs(runs),
         [place(recipe.run_dir(seed, "samples"), row) for row in results["rows"]
          if row["model"] == method and row["answers"] and not row["guidance"]],
+        provenance()["git"],
     )  # fmt: skip
 
 

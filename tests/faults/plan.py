@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from runs import EVALUATE, EVALUATE_2, TRAIN, TRAIN_2, TRAIN_FSDP2, Setup
+from one_run import EVALUATE, EVALUATE_2, TRAIN, TRAIN_2, TRAIN_FSDP2, Setup
 
 Moments = list[tuple[str, str]]  # (phase, label) of one rank, in order, as killer.py wrote them down
 

@@ -21,10 +21,10 @@ from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 
+import one_run
 import plan
-import runs
 import scripted
-from runs import ROOT, TRAIN, Setup, command, differences, execute, reference, write_config
+from one_run import ROOT, TRAIN, Setup, command, differences, execute, reference, write_config
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def unbroken(folder: Path, setup: Setup) -> list[plan.Moments]:
             sys.exit(f"an unbroken run failed ({place}): {ended.last_line} {ended.orphans}")
     if different := differences(whole, watched):
         sys.exit(f"two unbroken runs differ in {different}: nothing can be compared")
-    if setup.script == TRAIN.script and not runs.learned(whole):
+    if setup.script == TRAIN.script and not one_run.learned(whole):
         sys.exit("the unbroken run has learned nothing: equal weights would say nothing")
     return [read_moments(watched, rank) for rank in range(setup.ranks)]
 
@@ -84,7 +84,7 @@ def survive(number: int, fault: plan.Fault, folder: Path) -> Line:
     for kill in fault.kills:
         broken = execute(place, command(place, fault.setup, kill.arguments()))
         seconds = max(seconds, broken.seconds)
-        steps.append("-" if fault.topic.startswith("evaluation") else str(runs.steps_logged(place)))
+        steps.append("-" if fault.topic.startswith("evaluation") else str(one_run.steps_logged(place)))
         if not (place / "struck").exists() or broken.code == 0:
             problems.append(f"it did not strike ({kill.label}, exit code {broken.code})")
         problems += [f"did not end: {process}" for process in broken.orphans]
@@ -161,7 +161,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
     shutil.rmtree(folder, ignore_errors=True)
-    runs.prepare(folder)
+    one_run.prepare(folder)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an interrupted harness leaves no run behind
     started, lines = time.monotonic(), []
     if arguments.only != "scripted":

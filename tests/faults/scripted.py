@@ -14,8 +14,8 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+from one_run import TRAIN, TRAIN_2, Ended, Setup, command, differences, execute, reference
 from plan import Kill
-from runs import TRAIN, TRAIN_2, Ended, Setup, command, differences, execute, reference
 
 Report = tuple[float, str]  # seconds until all processes had ended, what was seen
 IN_STEP_6 = Kill("update", 6, "during update").arguments()  # checkpoints 2 and 4 are there, and the log of step 5

@@ -162,12 +162,14 @@ def test_the_picture_shows_every_method_with_its_intervals_and_the_front() -> No
     assert sorted(text.get_text().split(" (")[0] for text in axis.texts) == ["bad", "base", "even", "good"]
     good = row_of(found, "good")
     [name] = [text.get_text() for text in axis.texts if text.get_text().startswith("good")]
-    assert name == f"good ({good['front_share']:.0%})" and "bad" in [text.get_text() for text in axis.texts]
+    assert name == f"good (front {good['front_share']:.0%})" and "bad" in [text.get_text() for text in axis.texts]
     drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in axis.get_lines()]
     for row in found["rows"]:
         across, up = row["tokens_interval"], [100 * bound for bound in row["accuracy_interval"]]
         assert (list(across), [100 * row["accuracy"]] * 2) in drawn and ([row["tokens"]] * 2, up) in drawn
-    assert (front["tokens"], [100 * bound for bound in front["middle"]]) in drawn and len(axis.collections) == 1
+    best = sorted((r["tokens"], 100 * r["accuracy"]) for r in found["rows"] if r["pareto"])
+    x, y = zip(*best, (front["tokens"][-1], best[-1][1]), strict=True)
+    assert (list(x), list(y)) in drawn and len(axis.collections) == 1
     boxes = [Text.get_window_extent(text) for text in axis.texts]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 

@@ -197,5 +197,5 @@ def test_the_band_is_what_some_method_reaches_within_so_many_tokens() -> None:
     split = scores(np.full((2, 4), 40.0), np.array([[0.5], [0.7]]) + np.zeros((2, 4)))
     band = front_band(*drawn_points([sure, split]))
     assert band["tokens"][0] == 40 and band["tokens"][-1] == pytest.approx(60)
-    assert (band["low"][0], band["middle"][0], band["high"][0]) == pytest.approx((0.5, 0.6, 0.7))
+    assert (band["low"][0], band["high"][0]) == pytest.approx((0.5, 0.7))
     assert band["low"][-1] == band["high"][-1] == pytest.approx(0.9)

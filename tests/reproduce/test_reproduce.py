@@ -180,6 +180,19 @@ def test_refusals_are_one_line(recipe: Path, tmp_path: Path, capsys: pytest.Capt
         assert words in (err := capsys.readouterr().err) and err.count("\n") == 1
 
 
+def test_a_forecast_before_the_base_is_there_lists_the_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a fresh clone a dry run says what would be run; what it costs depends on a model that a step has yet to make."""
+    compare = ROOT / "configs/demo/compare.yaml"
+    run_recipe(compare, tmp_path, "--dry-run", "--seeds", "0", "--methods", "truncation")
+    out = capsys.readouterr().out
+    assert [line.split(" | ")[0] for line in out.splitlines() if line.startswith("| seed0")] == [
+        f"| seed0/{step}" for step in ("base", "scores/base", "truncation", "scores/truncation")
+    ]
+    assert f"{tmp_path}/seed0/base is not there yet; --step base makes it" in out
+
+
 @pytest.mark.parametrize(
     ("name", "machine"), [("deepscaler-1.5b", "4xA100-80GB"), ("deepseek-r1-1.5b", "8xH200-141GB")]
 )

@@ -68,6 +68,8 @@ def test_the_published_setting_comes_first_and_is_scaled_by_the_bases_length() -
         for phase in ("da-dler-start", "da-dler"):  # both phases have the setting of the method
             config = json.loads(recipe.training_step(100, phase, recipe.runs[phase]).config)[1]
             assert config["rollout"]["max_new_tokens"] == round(0.49 * base)
+        names = ("base", "grpo-lapo-limit", "lapo-d-limit", "da-dler-start")  # for the table's column
+        assert [recipe.setting_of(name) for name in names] == ["", "", "published", "published"]
         config = json.loads(recipe.training_step(100, "lapo-d", recipe.runs["lapo-d"]).config)[1]
         assert not {"decay", "sigma"} & set(config.get("lapo", {}))  # null: scaled by the base
 
@@ -132,6 +134,9 @@ def test_without_a_choice_the_runs_are_as_the_recipe_has_them(tmp_path: Path) ->
     assert kl() == 0.04
     (tmp_path / "chosen.yaml").write_text("grpo: {setting: other}\n")
     assert kl() == 0.25
+    (tmp_path / "demo.yaml").write_text("extends: compare.yaml\nchosen: ''\n")
+    demo = Recipe(tmp_path / "demo.yaml", tmp_path, ["python"])
+    assert "loss.kl_coef=0.25" not in phase_overrides(demo, "grpo") and demo.chosen == {}
 
 
 # ---------------------------------------------------------------------------------------------------------- the choice
