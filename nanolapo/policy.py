@@ -95,8 +95,13 @@ class Policy:
         value gives each part its weights."""
         if self.sharded:
             return load_on_main(self.config.model.path, adapt, self.ranks)
-        model = load_model(self.config.model.path, device)
-        adapt(model)
+        with self.ranks.together():
+            model = load_model(self.config.model.path, device)
+            adapt(model)
+        if self.ranks.count > 1:
+            bits = sum(int(p.detach().view(torch.int32).sum()) for p in model.parameters())  # exact in any order
+            remedy = "every node must read the same model folder"
+            self.ranks.agree({f"in model.path={self.config.model.path!r} the sum of all bits": bits}, remedy)
         return model, None
 
     def make_trainable(self, model: PreTrainedModel) -> None:
