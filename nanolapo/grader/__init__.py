@@ -183,6 +183,11 @@ def _finished(verdict: bool) -> Future[bool | None]:
     return future
 
 
+def plainly_equal(answer: str, reference: str) -> bool:
+    r"""True if two reference answers are equal and it takes no algebra to see that: 0.5 and \frac12, or 097 and 97."""
+    return answer == reference or _decide(rf"\boxed{{{answer}}}", reference, False) is True
+
+
 @cache
 def _shared_grader() -> Grader:
     """One worker for single questions, closed at exit."""

@@ -131,9 +131,9 @@ RIGHT: \frac13 ~ 0.\overline{3} | 0.\overline{3} ~ 1/3 | \frac16 ~ 0.1\overline{
 RIGHT: 0.\overline{3} ~ 0.\overline{33} | -\frac{1}{3} ~ -0.\overline{3} | 12.\overline{3} ~ \frac{37}{3}
 RIGHT: 30 ~ 30°C | 30 ~ 30^\circ C | 30 ~ 30^{\circ}\text{C} | 30 ~ 30\,^\circ\mathrm{C} | 30 ~ 30 degrees Celsius
 RIGHT: 30°C ~ 30 | 30°C ~ 30 \text{ degrees Celsius} | -5 ~ -5^\circ\text{F} | 20, 30 ~ 20°C, 30°C | 30°C ~ 30^\circ
-WRONG: 17:00 ~ 5:00 am | 17:00 ~ 5:00 | 5:00 pm ~ 5:00 | 5:00 ~ 5:00 pm | 0:30 ~ 12:30 pm | 12:30 am ~ 12:30 | 5 pm ~ 5
+WRONG: 17:00 ~ 5:00 am | 17:00 ~ 5:00 | 5:00 pm ~ 5:00 | 5:00 am ~ 5:00 | 0:30 ~ 12:30 pm | 12:30 am ~ 12:30 | 5 pm ~ 5
 WRONG: 17:30 ~ 5 pm | 17 ~ 5 pm | 17:00 ~ 17:00 am | 19:60 ~ 19:60 pm | 5:00 pm ~ 5:00:30 pm | 12 pm ~ 0:00
-WRONG: No solution ~ one solution | no ~ nos | no solution ~ no real solution | 2s ~ no 2s | no solution ~ solutions
+WRONG: No solution ~ one solution | no ~ nos | no solution ~ no real solution | no 2s ~ no 2 | no solution ~ solutions
 WRONG: 24 ~ \text{lcm}(4,6) | 12 ~ lcm(4,5) | 3.5 ~ 3 and a third | 3 ~ 3 and a half | 3, 0.5 ~ 3 and a half
 WRONG: 1.75 ~ 1.25 and a half | \frac{\sqrt2}{2} ~ \sqrt2 and a half | 3.5 ~ 3 and two halves
 WRONG: \frac13 ~ 0.3 | 0.3 ~ 0.\overline{3} | \frac13 ~ 0.333 | 3 ~ \overline{3}
