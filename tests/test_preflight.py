@@ -6,6 +6,7 @@ Run: python -m pytest tests/test_preflight.py
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -324,13 +325,21 @@ def test_a_model_without_any_end_token_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
-@pytest.mark.parametrize("ends", ["3", -1, [3, "1"], [3, -1], 3.5])
+@pytest.mark.parametrize("ends", ["3", -1, [3, "1"], [3, -1], 3.5, 318, [3, 318]])
 def test_an_end_token_that_is_no_id_is_one_line(folder: Path, name: str, ends: Any) -> None:
-    """As people write them by hand; transformers takes some of them as they are."""
+    """As people write them by hand; transformers takes some of them as they are. The model has 318 ids."""
     edit(folder / name, lambda c: c.update(eos_token_id=ends))
-    with pytest.raises(UserError, match="^model.path=.*eos_token_id") as error:
+    words = f"^model.path=.*: eos_token_id={re.escape(repr(ends))} in {name} is no token id below .*vocab_size=318"
+    words += "|^model.path=.*'eos_token_id'"  # transformers itself refuses other types in config.json
+    with pytest.raises(UserError, match=words) as error:
         check(config_of(folder))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_the_last_id_may_end_an_answer(folder: Path, name: str) -> None:
+    edit(folder / name, lambda c: c.update(eos_token_id=[3, 317]))
+    assert found(check(config_of(folder)))["end of turn"].endswith("(317)")
 
 
 def test_an_end_token_of_a_nested_config_counts() -> None:

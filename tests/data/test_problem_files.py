@@ -201,7 +201,7 @@ def test_other_answers_to_the_same_question_are_counted_and_listed(tmp_path):
 
 
 def test_equal_answers_are_no_contradiction(tmp_path):
-    """As the grader compares, where that takes no algebra. Between sources it holds as well. A torn answer equals itself."""
+    """As the grader compares, where that takes no algebra; between sources as well. A torn answer equals itself."""
     rows = rows_of(
         ("a", "0.5"), ("a", "\\frac12"), ("a", "1/2"), ("b", "097"), ("b", "97"), ("c", "1, 2"), ("c", "2 and 1")
     )
