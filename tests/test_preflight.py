@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ from nanolapo.demo.pretrain import make_tokenizer
 from nanolapo.grader import Grader
 from nanolapo.methods.base import Method
 from nanolapo.model.folder import load_model, load_tokenizer, position_limit, save_model
-from nanolapo.preflight import Preflight, before_training
+from nanolapo.policy import Policy
+from nanolapo.preflight import Preflight, after_loading, before_training
 from nanolapo.samplers.torch_sampler import end_token_ids
 
 ROOT = Path(__file__).parents[1]
@@ -95,6 +97,17 @@ def test_a_good_folder_passes_and_every_check_says_what_it_found(good: Path) -> 
     assert told["longest position"].endswith("the model was made for 512")
     assert told["reference answers"].startswith("6 of 6 are read back")
     assert told["names and shapes"] == "12 tensors as in the files"
+
+
+def test_the_trial_of_packed_rows_counts_with_its_time(good: Path) -> None:
+    """It is made where the policy is made, which takes longer than the trial alone."""
+    started = time.monotonic()
+    policy = Policy(config_of(good, model={"path": str(good), "dtype": "bfloat16"}), torch.device("cpu"))
+    assert 0 < policy.packed_seconds < time.monotonic() - started
+    checked = after_loading(Preflight(rows=[("a", "b", "c")], seconds=1.0), policy)
+    assert checked.lines() == [f"preflight: 2 checks, {checked.seconds:.1f} s"]
+    assert 0 <= checked.seconds - 1.0 - policy.packed_seconds < 0.01
+    assert re.fullmatch("float32: off by .*, allowed 1.0e-03; bfloat16: off by .*, allowed 2.3e-02", checked.rows[1][2])
 
 
 # ----------------------------------------------------------------------------------- folders broken by hand
