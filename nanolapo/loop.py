@@ -18,7 +18,7 @@ from nanolapo.metrics import Stopwatch, memory_gb, rollout_metrics
 from nanolapo.model.folder import save_model
 from nanolapo.provenance import what_next
 from nanolapo.rollouts import Rollouts, join
-from nanolapo.sampling import monitor_pass, next_draw, regrade, sample_and_grade
+from nanolapo.sampling import grader_errors, monitor_pass, next_draw, regrade, sample_and_grade
 from nanolapo.session import Session, StopRequest, export_folder, final_model, open_session, progress
 from nanolapo.update import update_policy
 
@@ -57,11 +57,11 @@ def run_step(session: Session) -> None:
 def record(session: Session, sampled: Rollouts, metrics: dict[str, float], watch: Stopwatch, tokens: int) -> None:
     """Write the step to the logs and print warnings. `tokens`: how many the step sampled."""
     step, config = session.step, session.config
+    metrics |= {"grader_errors": grader_errors(session)}
     warnings = session.alarms.check_learning(step, metrics, sampled.texts)
     if session.log is not None:
         metrics |= {
             "sampled_tokens": session.sampled_tokens,
-            "grader_errors": session.grader.error_rate,
             "memory_gb": memory_gb(),
             "tokens_per_second": tokens / watch.total(),
             **{f"seconds/{phase}": seconds for phase, seconds in watch.seconds.items()},

@@ -7,6 +7,7 @@ over ranks and says why gradients are *summed* over them.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
@@ -24,7 +25,7 @@ from nanolapo.model.lora import adapters_off, add_lora
 from nanolapo.model.precision import MasterGradients, cast_parameters, make_copy, refresh_copy
 from nanolapo.model.sharding import shard
 from nanolapo.model.spread import load_on_main
-from nanolapo.model.trial import check_packed
+from nanolapo.model.trial import check_packed, tolerance
 from nanolapo.ranks import Ranks
 
 
@@ -67,10 +68,14 @@ class Policy:
         self.config, self.device, self.ranks = config, device, ranks or Ranks()
         self.dtype = getattr(torch, config.model.dtype)
         self.sharded = config.model.sharding == "fsdp2" and self.ranks.count > 1  # one rank has nothing to split
-        self.packed_difference = 0.0  # see model/trial.py
+        self.packed: list[str] = []  # what model/trial.py has found, by dtype
+        self.packed_seconds = 0.0
         self.model, give = self.load(self.make_trainable, device)
         masters_compute = self.sharded or self.dtype == torch.float32
         self.bf16_copy = None if masters_compute else make_copy(self.model, self.dtype)
+        if self.bf16_copy:  # on a GPU the attention of 16 bits is another kernel than that of float32
+            with self.ranks.together():
+                self.try_packed(self.bf16_copy)
         model = self.bf16_copy or self.model
         self.scorer = self.prepare(model, give)
         self.trained = {plain_name(n): p for n, p in self.model.named_parameters() if p.requires_grad}
@@ -95,8 +100,13 @@ class Policy:
         value gives each part its weights."""
         if self.sharded:
             return load_on_main(self.config.model.path, adapt, self.ranks)
-        model = load_model(self.config.model.path, device)
-        adapt(model)
+        with self.ranks.together():
+            model = load_model(self.config.model.path, device)
+            adapt(model)
+        if self.ranks.count > 1:
+            bits = sum(int(p.detach().view(torch.int32).sum()) for p in model.parameters())  # exact in any order
+            remedy = "every node must read the same model folder"
+            self.ranks.agree({f"in model.path={self.config.model.path!r} the sum of all bits": bits}, remedy)
         return model, None
 
     def make_trainable(self, model: PreTrainedModel) -> None:
@@ -104,12 +114,18 @@ class Policy:
         packed rows do not get the log-probs that transformers gives them."""
         m = self.config.model
         if model.device.type != "meta":  # with fsdp2 the main rank tries it for all
-            self.packed_difference = check_packed(model, m.path, self.config.rollout.longest_row)
+            self.try_packed(model)
         model.train(m.gradient_checkpointing)  # without dropout the two modes compute the same
         if m.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if m.lora_rank:
             add_lora(model, m.lora_rank, m.lora_alpha)
+
+    def try_packed(self, model: PreTrainedModel) -> None:
+        started = time.monotonic()
+        off = check_packed(model, self.config.model.path, self.config.rollout.longest_row)
+        self.packed.append(f"{model.dtype}: off by {off:.1e}, allowed {tolerance(model):.1e}".removeprefix("torch."))
+        self.packed_seconds += time.monotonic() - started
 
     def prepare(self, model: PreTrainedModel, give: Give | None, offload: bool = False) -> Scorer:
         """Wrap a model for scoring, and split it over the ranks if model.sharding says so (`give`: see `load`).

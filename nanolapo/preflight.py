@@ -34,7 +34,6 @@ from nanolapo.model.folder import (
     read_settings,
     write_folder,
 )
-from nanolapo.model.trial import PACKED_TOLERANCE
 from nanolapo.policy import Policy
 from nanolapo.samplers.choose import check_engine, pick_engine
 from nanolapo.samplers.torch_sampler import end_token_ids
@@ -88,7 +87,8 @@ def before_training(config: Config, data: Data, method: Method, grader: Grader, 
 
 
 def after_loading(checked: Preflight, policy: Policy) -> Preflight:
-    """Add what was tried with the weights, where the policy was made."""
+    """Add what was tried with the weights, and how long it took, where the policy was made."""
+    checked.seconds += policy.packed_seconds
     return checked.run([partial(packed_rows, policy)])
 
 
@@ -239,8 +239,7 @@ def kind_of_model(config: Config) -> str:
 
 def packed_rows(policy: Policy) -> str:
     """Packed rows of different length have the log-probs that transformers gives each row alone."""
-    allowed = PACKED_TOLERANCE[policy.model.dtype]  # Policy itself has refused a larger difference
-    return f"they differ by {policy.packed_difference:.1e} on average, allowed are {allowed:g}"
+    return "; ".join(policy.packed)  # Policy itself has refused a larger difference
 
 
 def names_and_shapes(path: str, key: str, model: PreTrainedModel) -> str:

@@ -103,6 +103,14 @@ class Ranks:
                 made = make()
         return self.gather(made)[0]
 
+    def agree(self, mine: Mapping[str, Any], remedy: str) -> None:
+        """Raise UserError on all ranks if a rank holds another value than the main rank. Its line names key and values."""
+        of_ranks = [{key: repr(value) for key, value in of_rank.items()} for of_rank in self.gather(mine)]
+        for rank, theirs in enumerate(of_ranks):
+            for key, value in of_ranks[0].items():
+                if theirs.get(key) != value:
+                    raise UserError(f"rank {rank} has {key}={theirs.get(key)}, rank 0 has {value}: {remedy}")
+
     def any(self, flag: bool) -> bool:
         """True on all ranks when it is true on one."""
         return any(self.gather(flag))

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from nanolapo.data.load import Data
 from nanolapo.data.order import round_indices
 from nanolapo.data.problems import Problem
-from nanolapo.grader import Grader
+from nanolapo.grader import Grader, check_errors
 from nanolapo.methods.base import MonitorPlan, SamplingPlan
 from nanolapo.metrics import Stopwatch
 from nanolapo.rollouts import Measured, Rollout, Rollouts, join, make_rollouts, row_seed
@@ -93,8 +93,8 @@ def graded_share(
     with watch("grade"):  # wait for the answers still being graded
         for row, text in zip(mine.rows, texts, strict=True):
             row.text = text
-        with session.ranks.together():
-            mark(session, mine.rows, (verdict.result() for verdict in verdicts))
+        mark(session, mine.rows, (verdict.result() for verdict in verdicts))
+        grader_errors(session)
     return mine
 
 
@@ -153,7 +153,13 @@ def mark(session: Session, rows: Sequence[Rollout], verdicts: Iterable[bool]) ->
     """Fill in `correct`. An answer that was cut off counts as wrong unless the method says otherwise."""
     for row, verdict in zip(rows, verdicts, strict=True):
         row.correct = verdict and (row.finished or session.method.cut_answers_count)
-    session.grader.stop_if_untrustworthy()
+
+
+def grader_errors(session: Session) -> float:
+    """Return the share of the answers of all ranks that could not be graded, since these processes started. All ranks must
+    call it together. Raises RunStopped on all of them if it is too large, so that their number does not matter."""
+    counts = session.ranks.gather((session.grader.errors, session.grader.total))
+    return check_errors(*map(sum, zip(*counts, strict=True)))
 
 
 def regrade(session: Session, edited: Sequence[Rollout]) -> None:
@@ -163,9 +169,9 @@ def regrade(session: Session, edited: Sequence[Rollout]) -> None:
         return
     for row in edited:
         row.text = session.data.decode(row.response_ids)
-    with session.ranks.together():
-        if session.ranks.is_main:
-            texts, answers = [row.text for row in edited], [row.problem.answer for row in edited]
-            mark(session, edited, session.grader.grade_all(texts, answers))
+    if session.ranks.is_main:
+        texts, answers = [row.text for row in edited], [row.problem.answer for row in edited]
+        mark(session, edited, session.grader.grade_all(texts, answers))
+    grader_errors(session)
     for row, correct in zip(edited, session.ranks.gather([row.correct for row in edited])[0], strict=True):
         row.correct = correct

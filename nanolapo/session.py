@@ -5,10 +5,11 @@ Config and data are checked before any weight is loaded, so a misspelt file name
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,7 +21,7 @@ from nanolapo.checkpoint import load_checkpoint
 from nanolapo.config import Config
 from nanolapo.config_file import validate
 from nanolapo.data.load import Data, load_data
-from nanolapo.fingerprint import changes, fingerprint_of
+from nanolapo.fingerprint import changes, digest, fingerprint_of
 from nanolapo.grader import Grader
 from nanolapo.locks import alone_in
 from nanolapo.methods.base import Method
@@ -76,6 +77,9 @@ def open_session(config: Config, method: Method) -> Iterator[Session]:
         checked = ranks.from_main(lambda: before_training(config, data, method, grader))
         policy, alarms = Policy(config, ranks.device, ranks), Alarms(config)
         fingerprint = fingerprint_of(config, method, data)
+        # What each rank has read by itself: the tokenizer's folder, and what method.start reads, such as a length map.
+        state = {f"method, {key}": digest([json.dumps(value)]) for key, value in method.state_dict().items()}
+        ranks.agree(fingerprint | state, "every rank must read the same files: put them on a disk that all nodes share")
         saved = load_checkpoint(config.run_dir / "checkpoints", policy, fingerprint, ranks) or {}
         session = Session(
             config, method, ranks, data, grader, policy, None, alarms, None,  # type: ignore[arg-type]
@@ -109,6 +113,8 @@ def set_up_process(config: Config) -> Ranks:
         torch.set_num_threads(config.run.threads)
     ranks = Ranks()
     validate(config, ranks.count)
+    keys = {f"{section}.{key}": value for section, part in asdict(config).items() for key, value in part.items()}
+    ranks.agree(keys, "start every rank with the same YAML file and the same overrides")
     torch.manual_seed(config.run.seed)
     return ranks
 

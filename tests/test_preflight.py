@@ -6,7 +6,9 @@ Run: python -m pytest tests/test_preflight.py
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,8 @@ from nanolapo.demo.pretrain import make_tokenizer
 from nanolapo.grader import Grader
 from nanolapo.methods.base import Method
 from nanolapo.model.folder import load_model, load_tokenizer, position_limit, save_model
-from nanolapo.preflight import Preflight, before_training
+from nanolapo.policy import Policy
+from nanolapo.preflight import Preflight, after_loading, before_training
 from nanolapo.samplers.torch_sampler import end_token_ids
 
 ROOT = Path(__file__).parents[1]
@@ -94,6 +97,17 @@ def test_a_good_folder_passes_and_every_check_says_what_it_found(good: Path) -> 
     assert told["longest position"].endswith("the model was made for 512")
     assert told["reference answers"].startswith("6 of 6 are read back")
     assert told["names and shapes"] == "12 tensors as in the files"
+
+
+def test_the_trial_of_packed_rows_counts_with_its_time(good: Path) -> None:
+    """It is made where the policy is made, which takes longer than the trial alone."""
+    started = time.monotonic()
+    policy = Policy(config_of(good, model={"path": str(good), "dtype": "bfloat16"}), torch.device("cpu"))
+    assert 0 < policy.packed_seconds < time.monotonic() - started
+    checked = after_loading(Preflight(rows=[("a", "b", "c")], seconds=1.0), policy)
+    assert checked.lines() == [f"preflight: 2 checks, {checked.seconds:.1f} s"]
+    assert 0 <= checked.seconds - 1.0 - policy.packed_seconds < 0.01
+    assert re.fullmatch("float32: off by .*, allowed 1.0e-03; bfloat16: off by .*, allowed 2.3e-02", checked.rows[1][2])
 
 
 # ----------------------------------------------------------------------------------- folders broken by hand
@@ -324,13 +338,21 @@ def test_a_model_without_any_end_token_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
-@pytest.mark.parametrize("ends", ["3", -1, [3, "1"], [3, -1], 3.5])
+@pytest.mark.parametrize("ends", ["3", -1, [3, "1"], [3, -1], 3.5, 318, [3, 318]])
 def test_an_end_token_that_is_no_id_is_one_line(folder: Path, name: str, ends: Any) -> None:
-    """As people write them by hand; transformers takes some of them as they are."""
+    """As people write them by hand; transformers takes some of them as they are. The model has 318 ids."""
     edit(folder / name, lambda c: c.update(eos_token_id=ends))
-    with pytest.raises(UserError, match="^model.path=.*eos_token_id") as error:
+    words = f"^model.path=.*: eos_token_id={re.escape(repr(ends))} in {name} is no token id below .*vocab_size=318"
+    words += "|^model.path=.*'eos_token_id'"  # transformers itself refuses other types in config.json
+    with pytest.raises(UserError, match=words) as error:
         check(config_of(folder))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_the_last_id_may_end_an_answer(folder: Path, name: str) -> None:
+    edit(folder / name, lambda c: c.update(eos_token_id=[3, 317]))
+    assert found(check(config_of(folder)))["end of turn"].endswith("(317)")
 
 
 def test_an_end_token_of_a_nested_config_counts() -> None:

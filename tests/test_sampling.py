@@ -14,7 +14,6 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import Future
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -428,14 +427,11 @@ def test_ranks_of_one_engine_bring_their_rows_once():
     """rollout.tensor_parallel=2: both ranks of an engine have sampled the same groups."""
     config, right = make_config(rollout={"tensor_parallel": 2}), Future[bool]()
     right.set_result(True)
-    session = scripted_session(
-        SimpleNamespace(submit=lambda *_: right, stop_if_untrustworthy=lambda: None), lambda _: "text"
-    )
+    session = scripted_session(SimpleNamespace(submit=lambda *_: right, errors=0, total=8), lambda _: "text")
     session.config, session.method, session.policy = config, Method(config), SimpleNamespace(vocab_size=9)
     session.step = session.sampled_tokens = 0
     session.data.prompter = SimpleNamespace(ids=lambda *_: [1])
-    session.ranks = SimpleNamespace(is_main=True, engine=lambda _: (0, 1), gather=lambda part: [part, part],
-                                    together=nullcontext)  # fmt: skip
+    session.ranks = SimpleNamespace(is_main=True, engine=lambda _: (0, 1), gather=lambda part: [part, part])
     draw = dict(enumerate(make_problems(4)))
     rollouts = sample_and_grade(session, session.method.sampling(0), draw, Stopwatch())
     measured = sample_and_measure(session, session.method.sampling(0), draw, Stopwatch())

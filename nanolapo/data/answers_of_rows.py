@@ -18,6 +18,12 @@ ANNOUNCED = re.compile(
     r".*\b(?:answer|ans|solution|result)\b(?:\s+is\b\s*:?|\**\s*[:=])|.*\bfinal answer\**\s*(?:\n|$)",
     re.DOTALL | re.IGNORECASE,
 )
+TAGGED = re.compile(r"(?:.*</think>|.*(?=<\w*answer>))?\s*<([a-z]\w*)>(.*)</\1>\s*", re.DOTALL | re.IGNORECASE)
+# What stands in front of an answer: an arrow, an equals sign, or one label ("Total: 12", but not "Ann: 1, Bob: 2")
+LEADING = re.compile(
+    r"\s*(?:(?:[=-]+>|[→⇒∴=]|\\(?:(?:long|Long)?(?:R|r)ightarrow|implies|therefore|to)(?![a-zA-Z]))\s*"
+    r"|[A-Za-z][A-Za-z ]{0,20}:\s+(?=\S)(?!.*(?:[A-Za-z]:|->|→|\\(?:to|mapsto)(?![a-zA-Z]))))+"
+)
 FORMULA = r"\$+(?:[^$\\]|\\.)+\$+"
 FORMULAS = re.compile(rf"{FORMULA}(\s*,\s*{FORMULA})*", re.DOTALL)
 
@@ -55,7 +61,10 @@ def _number_text(value: int | float) -> str:
 
 
 def _final_answer(text: str) -> str:
-    """What a solution states as its answer: its boxes, as the grader reads them, or what follows #### or "Answer:"."""
+    """What a solution states as its answer: its boxes, as the grader reads them, or what follows #### or "Answer:". Tags
+    around an answer go, and so does what leads to it."""
+    while tagged := TAGGED.fullmatch(text):
+        text = tagged[2]
     if re.search(r"\\(?:boxed|fbox)(?![a-zA-Z])", text):
         boxed = boxed_answer(text, require_think_close=False)
         if boxed is None:
@@ -65,7 +74,8 @@ def _final_answer(text: str) -> str:
         text = group_digits(text.rpartition("####")[2])
     if announced := ANNOUNCED.match(text):
         text = re.split(r"\.\s+(?=[A-Z])", text[announced.end() :])[0]
-    return _without_dollars(re.sub(r"(?<!\.)\.$", "", text.strip("* \n\t")))
+    text = _without_dollars(re.sub(r"(?<!\.)\.$", "", text.strip("* \n\t")))
+    return _without_dollars(text[leading.end() :]) if (leading := LEADING.match(text)) else text
 
 
 def _without_dollars(text: str) -> str:

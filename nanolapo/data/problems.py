@@ -18,6 +18,7 @@ from typing import Any
 from nanolapo.config import SourceConfig, UserError
 from nanolapo.data.answers_of_rows import reference_answer
 from nanolapo.data.problem_files import BadRow, field_at, first_few, listing, read_rows, source_key
+from nanolapo.grader import plainly_equal
 
 LETTERS = "ABCDEFGHIJ"
 
@@ -42,11 +43,12 @@ def load_problems(sources: Sequence[SourceConfig]) -> tuple[list[Problem], list[
         _check(source)
         found, source_report = _load_source(source)
         report += source_report
-        others = [(p, earlier[p.question]) for p in found if earlier.get(p.question, p).answer != p.answer]
+        repeated = [(p, earlier[p.question]) for p in found if p.question in earlier]
+        others = [(here, there) for here, there in repeated if not plainly_equal(here.answer, there.answer)]
         if others:
             here, there = others[0]
             report.append(
-                f"  {source.name}: other answer texts than in an earlier source: {len(others)}, such as {here.answer!r} to "
+                f"  {source.name}: other answers than in an earlier source: {len(others)}, such as {here.answer!r} to "
                 f"{here.question[:60]!r}, where {there.source} has {there.answer!r}"
             )
         for problem in found:
@@ -93,7 +95,7 @@ def _load_source(source: SourceConfig) -> tuple[list[Problem], list[str]]:
         else:
             kept = problems.setdefault(problem.id, problem)
             first = places.setdefault(problem.id, number)
-            if kept.answer != problem.answer:
+            if not plainly_equal(problem.answer, kept.answer):
                 others.append(f"{word} {number}: answer {problem.answer!r}, but {word} {first} has the same question with "
                               f"{kept.answer!r}, which is kept")  # fmt: skip
     dropped = listing(bad, word)
@@ -111,7 +113,7 @@ def _load_source(source: SourceConfig) -> tuple[list[Problem], list[str]]:
     if num_repeated:
         summary += f", {num_repeated} repeated questions left out"
     if others:
-        summary += f", {len(others)} of them with another answer text"
+        summary += f", {len(others)} of them with another answer"
     if num_bad:
         summary += f", {num_bad} bad rows dropped"
     return chosen, [summary, *(f"  {source.path} {line}" for line in [*dropped, *first_few(others)])]

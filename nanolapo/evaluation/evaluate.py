@@ -40,7 +40,7 @@ from nanolapo.evaluation.scores import (
     without_nan,
 )
 from nanolapo.fingerprint import digest
-from nanolapo.grader import Grader
+from nanolapo.grader import Grader, check_errors
 from nanolapo.methods.tools import stated
 from nanolapo.metrics import append, write_config
 from nanolapo.ranks import Ranks
@@ -175,7 +175,8 @@ class Benchmark:
                     self.sampler, self.data, self.grader, requests, decoding
                 )
                 rights = [verdict.result() for verdict in verdicts]
-                self.grader.stop_if_untrustworthy()  # before writing: a failure must not look like a wrong answer
+                # Before writing: a failure must not look like a wrong answer.
+                check_errors(self.grader.errors, self.grader.total)
                 by_file = defaultdict(list)
                 for (_, k), p, s, text, right in zip(part, problems, samples, texts, rights, strict=True):
                     correct, budget = right and s.finished, prompts[p.id][0].budget

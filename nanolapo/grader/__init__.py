@@ -147,23 +147,6 @@ class Grader:
             patient.close()
         return decided
 
-    @property
-    def error_rate(self) -> float:
-        return self.errors / max(self.total, 1)
-
-    @property
-    def untrustworthy(self) -> bool:
-        """True if more than 5% of at least 200 answers are errors: the loop stops the run."""
-        return self.total >= MIN_ANSWERS and self.error_rate > MAX_ERROR_RATE
-
-    def stop_if_untrustworthy(self) -> None:
-        """Raise RunStopped when too many answers could not be graded: neither reward nor score means anything then."""
-        if self.untrustworthy:
-            raise RunStopped(
-                f"the grader failed on {self.error_rate:.0%} of {self.total} answers (time-outs or crashes, not wrong "
-                "answers): its verdicts can no longer be trusted"
-            )
-
     def _reply(
         self, completion: str, reference: str, require_think_close: bool, pool: Pool | None = None
     ) -> Future[bool | None]:
@@ -182,10 +165,27 @@ class Grader:
         verdict.set_result(reply.result() is True)
 
 
+def check_errors(errors: int, total: int) -> float:
+    """Return errors / total. Raises RunStopped when too many answers could not be graded (more than 5% of at least 200):
+    neither reward nor score means anything then."""
+    rate = errors / max(total, 1)
+    if total >= MIN_ANSWERS and rate > MAX_ERROR_RATE:
+        raise RunStopped(
+            f"the grader failed on {rate:.0%} of {total} answers (time-outs or crashes, not wrong answers): its verdicts "
+            "can no longer be trusted"
+        )
+    return rate
+
+
 def _finished(verdict: bool) -> Future[bool | None]:
     future: Future[bool | None] = Future()
     future.set_result(verdict)
     return future
+
+
+def plainly_equal(answer: str, reference: str) -> bool:
+    r"""True if two reference answers are equal and it takes no algebra to see that: 0.5 and \frac12, or 097 and 97."""
+    return answer == reference or _decide(rf"\boxed{{{answer}}}", reference, False) is True
 
 
 @cache

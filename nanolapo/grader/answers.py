@@ -21,7 +21,9 @@ Leaf = Callable[[str, str], bool]
 DECIMAL = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)")
 FRACTION = re.compile(r"([+-]?)(\d*)\\frac\{([+-]?\d+)\}\{([+-]?\d+)\}|([+-]?\d+)/(\d+)")
 BASED = re.compile(r"([0-9A-Z]+)_\{?(\d+)\}?")  # 1010_2
-CLOCK = re.compile(r"\d{1,2}(?::\d\d)+")  # 8:30 is no ratio
+REPEATING = re.compile(r"([+-]?)(\d*)\.(\d*)\\overline\{(\d+)\}")  # 0.1\overline{6}
+CLOCK = re.compile(r"(\d{1,2})((?::\d\d)*)(?:\\text\{([aApP])\.?m\.?\})?")  # 8:30 is no ratio
+TEMPERATURE = re.compile(r"(.*[\d}])\\text\{deg([CF])\}")
 TEXT = re.compile(r"\\text\{([^{}]*)\}")
 WORDS = re.compile(TEXT.pattern + r"|[A-Za-z]{3,}|(?i:no|on|up|am|pm)|\(?[A-Z]\)?")  # but xy is a product
 NOT_LABELS = re.compile(
@@ -74,6 +76,11 @@ def number(text: str) -> Fraction | None:
         return None
     if DECIMAL.fullmatch(text):
         return Fraction(text)
+    if match := REPEATING.fullmatch(text):
+        sign, whole, once, again = match.groups()
+        period = Fraction(int(again), 10 ** len(again) - 1)
+        value = (int(whole + once or 0) + period) / 10 ** len(once)
+        return -value if sign == "-" else value
     match = FRACTION.fullmatch(text)
     if match is None:
         return None
@@ -109,8 +116,12 @@ def equal(answer: str, reference: str, leaf: Leaf) -> bool:
         return left == right
     if WORDS.fullmatch(answer) or WORDS.fullmatch(reference):
         return _plain(answer) == _plain(reference)
-    if CLOCK.fullmatch(answer) and CLOCK.fullmatch(reference):
-        return answer.lstrip("0") == reference.lstrip("0")
+    if (time := _clock(answer)) and (wanted := _clock(reference)):
+        return time == wanted
+    warm_a, warm_r = TEMPERATURE.fullmatch(answer), TEMPERATURE.fullmatch(reference)
+    if warm_a or warm_r:  # one of them may leave the unit out
+        same_unit = not (warm_a and warm_r) or warm_a[2] == warm_r[2]
+        return same_unit and equal(warm_a[1] if warm_a else answer, warm_r[1] if warm_r else reference, leaf)
     a, r = _members(answer), _members(reference)
     if (a.is_tuple and right is not None) or (r.is_tuple and left is not None):
         return False
@@ -180,6 +191,22 @@ def _same_formula(answer: str, reference: str, leaf: Leaf) -> bool:
         same = [*map(_plain, words_a)] == [*map(_plain, words_r)]
         return same and equal(TEXT.sub("", answer), TEXT.sub("", reference), leaf)
     return leaf(answer, reference)
+
+
+def _clock(text: str) -> tuple[int, str, bool] | None:
+    r"""(hour, minutes, whether the half of the day is known) of a time of day, None for anything else.
+
+    >>> _clock(r"5:00\text{pm}"), _clock("17:00"), _clock("5:00"), _clock("17")
+    ((17, '', True), (17, '', True), (5, '', False), None)
+    """
+    match = CLOCK.fullmatch(text)
+    if match is None or not (match[2] or match[3]):
+        return None
+    hour, minutes, half = int(match[1]), re.sub("(?::00)+$", "", match[2]), (match[3] or "").lower()
+    in_half = 1 <= hour <= 12
+    if not half:
+        return hour, minutes, not in_half
+    return (hour % 12 + 12 * (half == "p"), minutes, True) if in_half else None
 
 
 def _plain(text: str) -> str:

@@ -78,11 +78,12 @@ def _members(text: str, place: int) -> str:
 SCALES = {"hundred": "10^{2}", "thousand": "10^{3}", "million": "10^{6}", "billion": "10^{9}", "trillion": "10^{12}",
           "quadrillion": "10^{15}", "lakh": "10^{5}", "crore": "10^{7}", "dozen": "12"}  # fmt: skip
 SCALE = re.compile(r"(?<=[\d}])\s*(\\text\s*\{\s*)?(" + "|".join(SCALES) + r")s?(?![a-zA-Z])")
-TYPED = "pi|theta|alpha|beta|sin|cos|tan|log|ln|sqrt"  # without a backslash, or in upright letters
+TYPED = "pi|theta|alpha|beta|sin|cos|tan|log|ln|sqrt|gcd|lcm"  # without a backslash, or in upright letters
 NAMES = _rules(
     (r"(?<=\d)[eE]([+-]?\d{1,3})(?![\w.^])", r"\\cdot10^{\1}"),  # 5e3
     (r"(?<![\\a-zA-Z])infinity(?![a-zA-Z])", r"\\infty "),
     (rf"\\(?:text|operatorname)\s*\{{\s*({TYPED})\s*\}}|(?<![\\a-zA-Z])({TYPED})(?![a-zA-Z])", r"\\\1\2 "),
+    (r"(?<=[.\d])\\bar\s*\{(\d+)\}", r"\\overline{\1}"),  # 0.\bar{3}
     (r"\\[dtc]frac", r"\\frac"),
     (r"\\[dt]binom", r"\\binom"),
     (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}|^([^{}]*)\\choose(?![a-zA-Z])([^{}]*)$", r"\\binom{\1\3}{\2\4}"),
@@ -117,7 +118,7 @@ CHANGES_VALUE = re.compile(  # a number with such a word is another number, or n
     r"k|M|B|am|pm|noon|midnight|ad|bce?|ce|(?:" + "|".join(SCALES) + r"|score|pair|gross|myriad)s?"
     r"|hal(?:f|ves)|(?:third|quarter|fourth|fifth|sixth|seventh|eighth|ninth|tenth|(?:hundred|thousand|million)th)s?"
     r"|squared|cubed|factorial|times|plus|minus|negative|below|zero|point|remainder|mod|modulo|base|over|out|to|or|and|not"
-    r"|if|when|for|where|odd|even|pi|theta|alpha|beta|sqrt|sin|cos|tan|log"
+    r"|if|when|for|where|odd|even|deg[cf]|pi|theta|alpha|beta|sqrt|sin|cos|tan|log"
 )
 
 
@@ -130,7 +131,17 @@ def _drop_unit(phrase: re.Match[str]) -> str:
 
 # ---- lists, LaTeX and the blanks ----
 
+PARTS = {"half": 2, "third": 3, "quarter": 4}
+AND_A_PART = re.compile(
+    r"(?<![\w.\\^{}])(\d+)\s+and\s+(?:a|one)[\s-]+(" + "|".join(PARTS) + r")(?![a-zA-Z])"
+)  # 3 and a half
+IN_TEXT = r"(?:\\text\s*\{\s*)?"
 SHAPES = _rules(
+    (
+        rf"(?<=[\d}}])\s*{IN_TEXT}(?:{DEGREE}|\\degree|degrees?)\s*{IN_TEXT}([CF])(?:elsius|ahrenheit)?\s*(?:\}}|(?=[,)]|$))",
+        r"\\text{deg\1}",
+    ),  # 30°C reads 30, but never 30°F
+    (r"\b([Nn]o (?:[a-z]+ ){0,2}[a-z]*[a-rt-z])s(?![a-zA-Z])", r"\1"),  # no solutions
     (DEGREE + r"|\\degree", ""),
     (r"\\?%|\\text\s*\{\s*percent\s*\}|\bpercent\b", ""),  # 50% reads 50, never 0.5
     (r"(?<=\d)\s*([aApP])\.?[mM](?![a-zA-Z])\.?", r"\\text{\1m}"),
@@ -172,6 +183,7 @@ def normalise(text: str, is_list: bool = False) -> str:
     text = SCALE.sub(lambda scale: rf"\cdot{SCALES[scale[2]]} {scale[1] or ''}", text)
     text = _apply(NAMES, text)
     text = TRIGONOMETRY.sub(lambda formula: DEGREES.sub(r"\\frac{\1\\pi }{180}", formula[0]), text)
+    text = AND_A_PART.sub(lambda part: rf"{part[1]}\frac{{1}}{{{PARTS[part[2]]}}}", text)
     text = _apply(SHAPES, text)
     for phrase in PHRASES:
         text = phrase.sub(_drop_unit, text)
@@ -181,7 +193,11 @@ def normalise(text: str, is_list: bool = False) -> str:
     return text.strip(",")
 
 
-NO_ANSWER = re.compile(r"None|null|NULL|[Nn]a[Nn]|N/?A|n/a|[\s!-/:-@\[\]^_`|~]*|.*:")
+NO_ANSWER = re.compile(
+    r"None|null|NULL|[Nn]a[Nn]|N/?A|n/a|[\s!-/:-@\[\]^_`|~]*|.*:"
+    r"|#(?:N/A|[A-Z]+[!?]|DIV/0!)"  # of a spreadsheet
+    r"|(?i:TB[ADC]|to ?do|to be \w+|fixme|proof|not ?found|see .*|answers? (?:may|will|can)? ?var(?:y|ies))"
+)
 MAX_WORDS = 7  # more of them are a sentence, which no answer repeats word by word
 
 

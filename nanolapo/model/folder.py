@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -67,7 +68,8 @@ def file_of(path: str, name: str) -> Path | None:
 
 
 def read_settings(path: str, key: str) -> tuple[PreTrainedConfig, GenerationConfig | None]:
-    """Read config.json and generation_config.json. Raises UserError if there is no config, or an end token is no id."""
+    """Read config.json and generation_config.json. Raises UserError if there is no config, or an end token is no
+    id of the model."""
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         has_generation = file_of(path, "generation_config.json") is not None
@@ -78,11 +80,15 @@ def read_settings(path: str, key: str) -> tuple[PreTrainedConfig, GenerationConf
             f"{key}={path!r}: no config.json or a damaged generation_config.json there ({first}); give a Hugging Face "
             "model folder or a hub name"
         ) from None
-    for source in filter(None, (config, config.get_text_config(), generation)):
+    size = getattr(config.get_text_config(), "vocab_size", math.inf)
+    sources = (config, "config.json"), (config.get_text_config(), "config.json"), (generation, "generation_config.json")
+    for source, file in sources:
         ends = getattr(source, "eos_token_id", None)
-        if any(type(end) is not int or end < 0 for end in (ends if isinstance(ends, list) else [ends] if ends else [])):
+        listed = ends if isinstance(ends, list) else [ends] if ends else []
+        if not all(type(end) is int and 0 <= end < size for end in listed):
             raise UserError(
-                f"{key}={path!r}: eos_token_id={ends!r} is no token id and no list of them; mend its *.json"
+                f"{key}={path!r}: eos_token_id={ends!r} in {file} is no token id below the model's vocab_size={size} and "
+                "no list of them; mend that key"
             )
     return config, generation
 

@@ -25,14 +25,15 @@ from transformers import PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 import numpy as np
+from reading_cases import main_rank_decides, what_all_get, what_ranks_read
 from tiny import make_config, make_rows
 
 import nanolapo.ranks
 from nanolapo.alarms import Alarms
 from nanolapo.checkpoint import load_checkpoint, optimizer_tensors, save_checkpoint
-from nanolapo.config import PromptConfig, RunStopped, SourceConfig, UserError
+from nanolapo.config import PromptConfig, SourceConfig
 from nanolapo.data.demo_task import parse_question
-from nanolapo.data.load import Data, gradable_problems
+from nanolapo.data.load import Data
 from nanolapo.data.problems import Problem, load_problems
 from nanolapo.data.prompts import Prompter
 from nanolapo.demo.pretrain import TEMPLATE, make_tokenizer
@@ -46,7 +47,7 @@ from nanolapo.policy import Policy, freeze
 from nanolapo.ranks import Ranks
 from nanolapo.rollouts import Measured, Rollouts
 from nanolapo.samplers.sampler import Decoding, Request, Sample
-from nanolapo.sampling import monitor_pass, next_draw, sample_and_grade
+from nanolapo.sampling import grader_errors, monitor_pass, next_draw, sample_and_grade
 from nanolapo.session import Session
 from nanolapo.update import update_policy
 
@@ -125,6 +126,7 @@ def step_up_to_advantages(model: str, ranks: CountingRanks) -> dict[str, Any]:
         rollouts = sample_and_grade(s, plan, next_draw(s, plan, []), Stopwatch())
         errors = sum(ranks.gather(grader.errors))
         monitored = monitor_all(s, ranks)
+        on_few = stop_on_few_answers(s, ranks)
         stopped = what_all_get(lambda: stop_on_the_last_rank(s, plan))
     rewards_PG = rollouts.by_group(method.reward(rollouts)["correct"])
     advantages_B = method.advantage(rollouts, torch.from_numpy(rewards_PG))
@@ -137,6 +139,7 @@ def step_up_to_advantages(model: str, ranks: CountingRanks) -> dict[str, Any]:
         "advantages": advantages_B.tolist(),
         "monitored": monitored,
         "stopped": stopped,
+        "on few": on_few,
     }
 
 
@@ -161,20 +164,19 @@ def monitor_all(s: Session, ranks: CountingRanks) -> list[dict[str, Any]]:
     return seen
 
 
-def what_all_get(call: Callable[[], Any]) -> str:
-    """The error in which this rank's call ends."""
-    try:
-        call()
-    except (UserError, RunStopped) as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
-
-
 def stop_on_the_last_rank(s: Session, plan: SamplingPlan) -> None:
     """The grader of one rank has failed on too many answers."""
     if s.ranks.index == s.ranks.count - 1:
         s.grader.total, s.grader.errors = 400, 100
     sample_and_grade(s, plan, next_draw(s, plan, []), Stopwatch())
+
+
+def stop_on_few_answers(s: Session, ranks: Ranks) -> str:
+    """180 answers on all ranks together, 12 of them errors; then 240 and 16, when no rank has seen 200 by itself."""
+    s.grader.total, s.grader.errors = 180 // ranks.count, 12 // ranks.count
+    rate = grader_errors(s)
+    s.grader.total, s.grader.errors = 240 // ranks.count, 16 * (ranks.index == 0)
+    return f"{rate:.4f}, then {what_all_get(lambda: grader_errors(s))}"
 
 
 def load_split(model: str, ranks: Ranks) -> dict[str, Any]:
@@ -194,22 +196,6 @@ def load_split(model: str, ranks: Ranks) -> dict[str, Any]:
         "freed": not give.full,  # type: ignore[attr-defined]
         "refused": what_all_get(lambda: load_on_main(f"{model}/missing/folder", freeze, ranks)),
     }
-
-
-def main_rank_decides(out: Path, ranks: Ranks) -> dict[str, Any]:
-    """Problems as the ranks see them. Reference answers need algebra; the last rank's grader is too slow for any, and its
-    file has lost half of its rows."""
-    is_last = ranks.index == ranks.count - 1
-    rows = [{"problem": f"question {i}", "answer": rf"\sqrt{{2}}+{i}"} for i in range(4)]
-    rows[1]["answer"] = r"\frac{1}{2"
-    path = out / f"rank{ranks.index}of{ranks.count}.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows[: 2 if ranks.index else 4])), encoding="utf-8")
-    config = make_config(data={"sources": [{"name": "d", "path": str(path)}]})
-    missing = make_config(data={"sources": [{"name": "d", "path": str(out / "nothing.jsonl")}]})
-    with Grader(workers=1, deadline_s=1e-5 if is_last else 20.0) as grader:
-        problems, report = gradable_problems(config, grader, ranks)
-        refused = what_all_get(lambda: gradable_problems(missing if ranks.is_main else config, grader, ranks))
-    return {"kept": [problem.question for problem in problems], "report": report, "refused": refused}
 
 
 def train_and_resume(model: str, out: Path, sharding: str, ranks: Ranks) -> None:
@@ -261,6 +247,7 @@ def main(model: str, out: str) -> None:
     ranks = CountingRanks()
     result = step_up_to_advantages(model, ranks)
     result["decided"] = main_rank_decides(Path(out), ranks)
+    result["read"] = what_ranks_read(model, Path(out), ranks)
     result["split"] = load_split(model, ranks) if ranks.count > 1 else {}
     for sharding in ("ddp", "fsdp2"):
         train_and_resume(model, Path(out), sharding, ranks)

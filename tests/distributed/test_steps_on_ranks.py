@@ -106,6 +106,26 @@ def test_a_grader_that_fails_on_one_rank_stops_all(outcome, ranks):
 
 
 @pytest.mark.parametrize("ranks", RANKS)
+def test_graders_are_judged_by_the_answers_of_all_ranks(outcome, ranks):
+    """180 answers on all ranks are too few to judge. Of 240, 16 errors on one rank stop the run, however many ranks share
+    the answers; no single rank has seen the 200 that it takes."""
+    stopped = "RunStopped: the grader failed on 7% of 240 answers"
+    assert held(outcome(ranks), ranks)["on few"].startswith(f"0.0667, then {stopped}")
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_that_read_other_files_do_not_start(outcome, ranks):
+    """Each would train on something else, or wait for ever, without a word. The line names what differs, on every rank."""
+    read, last = held(outcome(ranks), ranks)["read"], f"UserError: rank {ranks - 1} has "
+    assert read["same"] == "no error"
+    assert read["override"].startswith(f"{last}train.microbatch_tokens=512, rank 0 has 1024: ")
+    assert read["weight"].startswith(f"{last}in model.path='weight' the sum of all bits=")
+    assert read["template"].startswith(f"{last}prompt, rendered='Asked: ")
+    assert read["map"].startswith(f"{last}method, length_map='") and "all nodes share" in read["map"]
+    assert read["torn"].startswith("UserError: model.path='torn': cannot be loaded")
+
+
+@pytest.mark.parametrize("ranks", RANKS)
 def test_a_monitor_pass_sends_lengths_and_verdicts_only(outcome, ranks):
     """40 problems with 4 answers each, named backwards: the same numbers as with whole rows, in 24 bytes an answer."""
     numbers, whole = held(outcome(ranks), ranks)["monitored"]

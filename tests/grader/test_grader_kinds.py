@@ -121,6 +121,27 @@ WRONG: \frac{1}{100} ~ 10^2 | 100 ~ 10^-2 | 3\pi ~ 3p i | 1 ~ \sum_{i=1}^{10} i 
 WRONG: \frac\pi6 ~ 30^\circ
 """
 
+OTHER_WORDS = r"""
+RIGHT: 17:00 ~ 5:00 pm | 5:00 pm ~ 17:00 | 17:00 ~ 5 \text{ p.m.} | 5 pm ~ 5:00 PM | 0:30 ~ 12:30 am | 12:30 ~ 12:30
+RIGHT: (9:00, 17:30) ~ (9:00, 5:30 pm) | 08:30 ~ 8:30 | 5:00 am ~ 05:00 \text{ a.m.}
+RIGHT: No solution ~ no solutions | no solutions ~ \text{No solution} | \text{no real solutions} ~ No real solution
+RIGHT: 12 ~ \text{lcm}(4,6) | 12 ~ lcm(4, 6) | 2 ~ \mathrm{gcd}(4,6) | \operatorname{lcm}(4,6) ~ 12
+RIGHT: 3.5 ~ 3 \text{ and a half} | 3.5 ~ 3 and one half | 3.5 ~ 3 and a half hours | \frac{13}{4} ~ 3 and a quarter
+RIGHT: \frac13 ~ 0.\overline{3} | 0.\overline{3} ~ 1/3 | \frac16 ~ 0.1\overline{6} | \frac13 ~ .\bar{3} | 1 ~ 0.\overline{9}
+RIGHT: 0.\overline{3} ~ 0.\overline{33} | -\frac{1}{3} ~ -0.\overline{3} | 12.\overline{3} ~ \frac{37}{3}
+RIGHT: 30 ~ 30°C | 30 ~ 30^\circ C | 30 ~ 30^{\circ}\text{C} | 30 ~ 30\,^\circ\mathrm{C} | 30 ~ 30 degrees Celsius
+RIGHT: 30°C ~ 30 | 30°C ~ 30 \text{ degrees Celsius} | -5 ~ -5^\circ\text{F} | 20, 30 ~ 20°C, 30°C | 30°C ~ 30^\circ
+WRONG: 17:00 ~ 5:00 am | 17:00 ~ 5:00 | 5:00 pm ~ 5:00 | 5:00 am ~ 5:00 | 0:30 ~ 12:30 pm | 12:30 am ~ 12:30 | 5 pm ~ 5
+WRONG: 17:30 ~ 5 pm | 17 ~ 5 pm | 17:00 ~ 17:00 am | 19:60 ~ 19:60 pm | 5:00 pm ~ 5:00:30 pm | 12 pm ~ 0:00
+WRONG: No solution ~ one solution | no ~ nos | no solution ~ no real solution | no 2s ~ no 2 | no solution ~ solutions
+WRONG: 24 ~ \text{lcm}(4,6) | 12 ~ lcm(4,5) | 3.5 ~ 3 and a third | 3 ~ 3 and a half | 3, 0.5 ~ 3 and a half
+WRONG: 1.75 ~ 1.25 and a half | \frac{\sqrt2}{2} ~ \sqrt2 and a half | 3.5 ~ 3 and two halves
+WRONG: \frac13 ~ 0.3 | 0.3 ~ 0.\overline{3} | \frac13 ~ 0.333 | 3 ~ \overline{3}
+WRONG: \frac13 ~ 0.\overline{03} | 16 ~ 0.1\overline{6}
+WRONG: 30°C ~ 30°F | 30 \text{ degrees Celsius} ~ 30 \text{ degrees Fahrenheit} | 30°F ~ 30^\circ\text{C} | 31 ~ 30°C
+WRONG: 30 ~ -30°C | 30°C ~ 30 pm | 20°C, 30°F ~ 20°C, 30°C | 30 ~ 30 C_2
+"""
+
 SETS = r"""
 RIGHT: \frac12 ~ \frac12, 0.5 | 5 ~ 5, 5 | \{1,2\} ~ \{1,1,2\} | 1, 1, 2 ~ 2, 1, 1 | 2, 3 ~ 3 \text{ or } 2
 WRONG: 1, 1, 2 ~ 1, 2, 2 | 1, 1, 2 ~ 1, 2 | 1, 2 ~ 1, 1 | 1, 2 ~ 2 | 1, 2 ~ 1, 2, 3 | 5 ~ 5, 5, 6 | (5,5) ~ 5
@@ -145,8 +166,8 @@ def accepted(grader: Grader, rows: list[tuple[str, str]]) -> list[tuple[str, str
 
 
 @pytest.mark.parametrize(
-    "table", [GROUPING, BLANKS, VALUES, WORDS, LABELS, EQUATIONS, REFUSED, SETS],
-    ids=["grouping", "blanks", "values", "words", "labels", "equations", "refused", "sets"],
+    "table", [GROUPING, BLANKS, VALUES, WORDS, LABELS, EQUATIONS, REFUSED, OTHER_WORDS, SETS],
+    ids=["grouping", "blanks", "values", "words", "labels", "equations", "refused", "other words", "sets"],
 )  # fmt: skip
 def test_kind(grader: Grader, table: str) -> None:
     right, wrong = pairs(table, "RIGHT"), pairs(table, "WRONG")

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from nanolapo.config import RunStopped, UserError
-from nanolapo.grader import Grader, grade
+from nanolapo.grader import Grader, check_errors, grade
 
 pytestmark = pytest.mark.slow
 
@@ -85,13 +85,13 @@ def test_C1_same_verdicts_in_main_thread_worker_thread_and_subprocess() -> None:
 def test_C1_errors_are_counted_apart_and_stop_the_run() -> None:
     with Grader(workers=1, deadline_s=0.3) as grader:
         assert grader.grade_all(boxed([RUNAWAY, "x+2"]) + ["no box"] * 100, ["x+1"] * 102) == [False] * 102
-        assert (grader.errors, grader.total, grader.untrustworthy) == (1, 102, False)
+        assert (grader.errors, grader.total) == (1, 102) and check_errors(1, 102) == 1 / 102
         grader.grade_all(boxed([RUNAWAY] * 9), ["x+1"] * 9)
-        assert grader.errors == 10 and grader.error_rate > 0.05 and not grader.untrustworthy  # too few to judge
+        assert grader.errors == 10 and check_errors(10, grader.total) > 0.05  # too few to judge
         grader.grade_all(boxed([RUNAWAY] * 3 + ["5"] * 90), ["x+1"] * 3 + ["5"] * 90)
-        assert (grader.errors, grader.total, grader.untrustworthy) == (13, 204, True)
+        assert (grader.errors, grader.total) == (13, 204) and check_errors(10, 200) == 0.05
         with pytest.raises(RunStopped, match="failed on 6% of 204 answers"):
-            grader.stop_if_untrustworthy()
+            check_errors(grader.errors, grader.total)
 
 
 def test_a_late_reference_answer_is_asked_again_and_never_dropped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,9 +190,7 @@ def test_da_dler_grades_what_is_left_of_an_answer():
     rollouts = make_rows([1] * 4, 4, correct=[True] * 4)
     fill(rollouts, response_ids=[np.array(ids) for ids in ([1, 7], [1, 7, 1, 1, 1, 1], [1, 1, 1, 1, 7], [1, 1, 1, 7])])
     fill(rollouts, sampler_logprobs=[np.zeros(len(ids), dtype=np.float32) for ids in rollouts.response_ids])
-    grader = SimpleNamespace(
-        grade_all=lambda texts, references: ["7" in text for text in texts], stop_if_untrustworthy=lambda: None
-    )
+    grader = SimpleNamespace(grade_all=lambda texts, references: ["7" in text for text in texts], errors=0, total=8)
     data = SimpleNamespace(decode=lambda ids: "".join(map(str, ids)))
     session = SimpleNamespace(data=data, grader=grader, method=method, ranks=Ranks())
     regrade(session, method.edit_rollouts(rollouts))

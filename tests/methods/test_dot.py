@@ -138,9 +138,7 @@ def test_a_cut_answer_is_worth_what_is_left_of_it():
     early, late = [7] + [1] * 89, [1] * 89 + [7]
     fill(rollouts, response_ids=[np.array(ids) for ids in [[1] * 9 + [7]] * 3 + [early] + [[1] * 9 + [7]] * 3 + [late]])
     fill(rollouts, sampler_logprobs=[np.zeros(len(ids), dtype=np.float32) for ids in rollouts.response_ids])
-    grader = SimpleNamespace(
-        grade_all=lambda texts, references: ["7" in text for text in texts], stop_if_untrustworthy=lambda: None
-    )
+    grader = SimpleNamespace(grade_all=lambda texts, references: ["7" in text for text in texts], errors=0, total=8)
     data = SimpleNamespace(decode=lambda ids: "".join(map(str, ids)))
     session = SimpleNamespace(data=data, grader=grader, method=method, ranks=Ranks())
     regrade(session, method.edit_rollouts(rollouts))

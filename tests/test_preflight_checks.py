@@ -1,0 +1,108 @@
+"""The checks of preflight one by one, at their limits. test_preflight.py breaks whole folders.
+
+Run: python -m pytest tests/test_preflight_checks.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from folders import CHAT, edit, make_chat_folder
+from test_preflight import Told, ToldOutside, check, config_of, found
+from transformers import LlamaConfig
+
+from nanolapo import preflight
+from nanolapo.config import UserError
+from nanolapo.data.prompts import Prompter, outside_guidance
+from nanolapo.model.folder import load_model, load_tokenizer
+from nanolapo.preflight import ids_of_the_model, known_tokens, names_and_shapes, place_of_guidance, trial_export
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_chat_folder(tmp_path_factory.mktemp("good") / "model")
+
+
+def test_an_unknown_token_in_a_hundred_is_let_through_and_a_prompt_without_tokens_is_not(good: Path) -> None:
+    tokenizer = load_tokenizer(str(good))
+    tokenizer.unk_token = "?"
+    unknown = tokenizer.unk_token_id
+    assert known_tokens("key", tokenizer, [[unknown], [5] * 99]) == "1 of 100 tokens are unknown"
+    for prompts in ([[unknown] * 2, [5] * 98], [[5] * 100, []]):
+        with pytest.raises(UserError, match="^key: the tokenizer cannot write the prompts"):
+            known_tokens("key", tokenizer, prompts)
+
+
+def test_the_largest_id_has_an_embedding() -> None:
+    assert ids_of_the_model("key", [[1], [5, 2]], LlamaConfig(vocab_size=6)) == "largest id 5, vocab_size 6"
+    with pytest.raises(UserError, match="^key: .* makes the id 5, but the model's vocab_size is 5"):
+        ids_of_the_model("key", [[1], [5, 2]], LlamaConfig(vocab_size=5))
+
+
+@pytest.mark.parametrize(("asked", "times"), [("m['content'][:9]", 0), ("m['content'] + m['content']", 2)])
+@pytest.mark.parametrize("method", [Told, ToldOutside])
+def test_a_template_that_cuts_or_repeats_the_question(
+    tmp_path: Path, asked: str, times: int, method: type[Told]
+) -> None:
+    """A length inside the thought does not depend on it."""
+    written = f"{asked} if m['role'] == 'user' else m['content']"
+    template = make_chat_folder(tmp_path / "model") / "chat_template.jinja"
+    template.write_text(CHAT.replace("m['content']", written))
+    if method is Told:
+        assert "60 tokens." in found(check(config_of(tmp_path / "model"), method))["place of guidance"]
+    else:
+        with pytest.raises(UserError, match=f"stands {times} times in .*; mend the chat template"):
+            check(config_of(tmp_path / "model"), method)
+
+
+def test_a_question_may_have_the_words_of_the_guidance(good: Path) -> None:
+    prompter, guidance = Prompter(load_tokenizer(str(good)), config_of(good).prompt), outside_guidance(60)
+    question = f"What is meant by {prompter.placed(guidance).outside.strip()!r}"
+    assert place_of_guidance(prompter, [(question, guidance)]).startswith("before the thought")
+
+
+def set_another_rope(out: Path) -> None:
+    edit(out / "config.json", lambda c: c.update(rope_parameters={"rope_type": "default", "rope_theta": 77.0}))
+
+
+def set_another_end(out: Path) -> None:
+    edit(out / "generation_config.json", lambda c: c.update(eos_token_id=[3, 9]))
+
+
+def set_another_template(out: Path) -> None:
+    (out / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+
+
+def lose_a_file(out: Path) -> None:
+    (out / "config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("loses", "words"),
+    [(set_another_rope, "other settings: rope_parameters"), (set_another_end, "other settings: tokenizer, end tokens"),
+     (set_another_template, "other settings: tokenizer, end tokens"), (lose_a_file, "could not be saved")],
+)  # fmt: skip
+def test_an_export_that_is_read_back_otherwise_is_refused(
+    good: Path, monkeypatch: pytest.MonkeyPatch, loses: Callable[[Path], None], words: str
+) -> None:
+    """The fault is put into the written folder, which transformers then reads."""
+    right = preflight.write_folder
+
+    def faulty(model: Any, weights: Any, dtype: Any, tokenizer: Any, out: Path) -> None:
+        right(model, weights, dtype, tokenizer, out)
+        loses(out)
+
+    monkeypatch.setattr(preflight, "write_folder", faulty)
+    with pytest.raises(UserError, match=f"^key: the trained model .*{words}"):
+        trial_export("key", load_model(str(good), torch.device("meta")), torch.float32, load_tokenizer(str(good)))
+
+
+def test_weights_of_another_shape_are_named(good: Path) -> None:
+    model = load_model(str(good), torch.device("meta"))
+    model.model.norm.weight = torch.nn.Parameter(torch.empty(33, device="meta"))
+    with pytest.raises(UserError, match=r"model.norm.weight is \(33,\) in the model, \(32,\) in the files \(1 such\)"):
+        names_and_shapes(str(good), "key", model)
