@@ -46,7 +46,7 @@ def run_step(session: Session) -> None:
         trained = update_policy(policy, method, batch, advantages, batch.keep_B & ~batch.broken_B, session.ranks)
     with watch("sync"):  # weight sync
         session.sampler.wake()
-        session.sampler.load_weights(policy.named_weights())
+        session.sampler.load_weights(policy.sampler_weights())
 
     metrics = rollout_metrics(sampled) | monitored | trained | statistics
     metrics |= {"rounds": float(len(rounds)), "kept_groups": float(batch.keep_B.sum() / plan.group_size)}

@@ -197,5 +197,9 @@ class Policy:
         return norm
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Return the weights to send to the sampler, see model/folder.py."""
+        """Return the float32 weights by their names in a model folder, see model/folder.py."""
         return named_weights(self.model)
+
+    def sampler_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Return the same weights as the sampler holds them, cast to its dtype."""
+        return named_weights(self.model, getattr(torch, self.config.rollout.dtype or self.config.model.dtype))

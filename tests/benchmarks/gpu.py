@@ -189,7 +189,7 @@ def engine(args: Any) -> None:
         return float(((own_BT - sampled_BT).abs() * micro.mask_BT).sum() / micro.mask_BT.sum())
 
     most = 1e-4 if args.tiny else 3e-2
-    sampler.load_weights(policy.named_weights())
+    sampler.load_weights(policy.sampler_weights())
     check("mean |d log-prob|", mismatch(), most)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -200,7 +200,7 @@ def engine(args: Any) -> None:
         raise SystemExit(f"other weights change nothing: {stale:.2e}")
     sampler.sleep()
     sampler.wake()
-    sampler.load_weights(policy.named_weights())
+    sampler.load_weights(policy.sampler_weights())
     check("after sleep, wake and sync", mismatch(), most)
     sampler.close()
 

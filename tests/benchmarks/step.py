@@ -129,7 +129,7 @@ def main() -> None:
     memory["+ policy"] = memory_gb("VmRSS")
     sampler: Any = make_sampler(config, args.model, args.tokens, ranks)
     sampler.end_ids = sampler.end_ids[:0]  # nothing ends a completion
-    sampler.load_weights(policy.named_weights())
+    sampler.load_weights(policy.sampler_weights())
     memory["+ sampler"] = memory_gb("VmRSS")
     seconds: dict[str, list[float]] = {phase: [] for phase in (*PHASES, "other", "step")}
     prompts, raw = [prompter.ids(problem.question) for problem in problems], list[float]()
@@ -197,7 +197,7 @@ def generate(args: Any, sampler: Any, prompts: list[list[int]]) -> None:
 
 def floors(args: Any, policy: Policy, device: torch.device, prompts: list[list[int]]) -> dict[str, dict]:
     """Seconds of the least that update and sync could do."""
-    weights = [tensor.to(policy.dtype) for _, tensor in policy.named_weights()]
+    weights = [tensor for _, tensor in policy.sampler_weights()]
     room = [torch.empty_like(tensor) for tensor in weights]
     found = {"sync": spread(timed(5, lambda: [to.copy_(x) for to, x in zip(room, weights, strict=True)]))}
     dtype = getattr(torch, args.dtype)
