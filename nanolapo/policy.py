@@ -66,7 +66,6 @@ class Policy:
     def __init__(self, config: Config, device: torch.device, ranks: Ranks | None = None) -> None:
         self.config, self.device, self.ranks = config, device, ranks or Ranks()
         self.dtype = getattr(torch, config.model.dtype)
-        self.sharded = config.model.sharding == "fsdp2" and self.ranks.count > 1  # one rank has nothing to split
         self.packed_difference = 0.0  # see model/trial.py
         self.model, give = self.load(self.make_trainable, device)
         masters_compute = self.sharded or self.dtype == torch.float32
@@ -87,6 +86,11 @@ class Policy:
             self.trained.values(), lr=t.learning_rate, betas=(t.adam_betas[0], t.adam_betas[1]),
             weight_decay=t.weight_decay, fused=True,
         )  # fmt: skip
+
+    @property
+    def sharded(self) -> bool:
+        """True if each rank holds only slices. A single rank has nothing to split."""
+        return self.config.model.sharding == "fsdp2" and self.ranks.count > 1
 
     def load(
         self, adapt: Callable[[PreTrainedModel], None], device: torch.device
