@@ -196,8 +196,8 @@ def fsdp2(args: Any) -> None:
 
     In bf16 on a CPU log-probs are equal to the bit, the gradient is 1.3e-3 apart (fsdp2 adds the embedding's rows in bf16),
     and the change 1.7e-3 (AdamW's first step is the gradient's sign, and the smallest ones turn over). On a GPU the order
-    of sums is not fixed, so two to ten times as much is allowed; a gradient that is halved on
-    its way gave 0.2 (clipping hides a part of it).
+    of sums is not fixed, so four to ten times as much is allowed. A gradient that is
+    halved on its way gave 0.2 (clipping hides a part of it).
     """
     from nanolapo.policy import Policy
     from nanolapo.ranks import Ranks
