@@ -41,12 +41,12 @@ def run_step(session: Session) -> None:
     advantages = method.advantage(batch, torch.from_numpy(batch.rewards_PG))  # advantage: [B], or [B, T] by token
     statistics = method.after_step(sampled)  # M(q) and other state change only after the step's rewards
 
-    session.sampler.sleep()  # it frees its memory for the trainer
+    session.sampler.sleep()  # it frees its memory for the trainer, that of the weights too
     with watch("update"):  # loss, backward, optimizer step; without any kept group, batch is all rows and none counts
         trained = update_policy(policy, method, batch, advantages, batch.keep_B & ~batch.broken_B, session.ranks)
     with watch("sync"):  # weight sync
         session.sampler.wake()
-        session.sampler.load_weights(policy.named_weights())
+        session.sampler.load_weights(policy.sampler_weights())
 
     metrics = rollout_metrics(sampled) | monitored | trained | statistics
     metrics |= {"rounds": float(len(rounds)), "kept_groups": float(batch.keep_B.sum() / plan.group_size)}

@@ -67,7 +67,6 @@ class Policy:
     def __init__(self, config: Config, device: torch.device, ranks: Ranks | None = None) -> None:
         self.config, self.device, self.ranks = config, device, ranks or Ranks()
         self.dtype = getattr(torch, config.model.dtype)
-        self.sharded = config.model.sharding == "fsdp2" and self.ranks.count > 1  # one rank has nothing to split
         self.packed: list[str] = []  # what model/trial.py has found, by dtype
         self.packed_seconds = 0.0
         self.model, give = self.load(self.make_trainable, device)
@@ -92,6 +91,11 @@ class Policy:
             self.trained.values(), lr=t.learning_rate, betas=(t.adam_betas[0], t.adam_betas[1]),
             weight_decay=t.weight_decay, fused=True,
         )  # fmt: skip
+
+    @property
+    def sharded(self) -> bool:
+        """True if each rank holds only slices. A single rank has nothing to split."""
+        return self.config.model.sharding == "fsdp2" and self.ranks.count > 1
 
     def load(
         self, adapt: Callable[[PreTrainedModel], None], device: torch.device
@@ -213,5 +217,9 @@ class Policy:
         return norm
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Return the weights to send to the sampler, see model/folder.py."""
+        """Return the float32 weights by their names in a model folder, see model/folder.py."""
         return named_weights(self.model)
+
+    def sampler_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Return the same weights as the sampler holds them, cast to its dtype."""
+        return named_weights(self.model, getattr(torch, self.config.rollout.dtype or self.config.model.dtype))

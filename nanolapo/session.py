@@ -96,7 +96,7 @@ def open_session(config: Config, method: Method) -> Iterator[Session]:
                 )
             session.sampler = make_sampler(config, config.model.path, config.rollout.max_new_tokens, ranks)
             # Before the first rollout too: a resumed run must sample from the model it trains.
-            session.sampler.load_weights(policy.named_weights())
+            session.sampler.load_weights(policy.sampler_weights())
             session.say(*after_loading(checked, policy).lines())
             if ranks.is_main:
                 session.log = RunLog(config, session.step, saved.get("wandb_id"), session.progress)

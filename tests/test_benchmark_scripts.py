@@ -125,5 +125,26 @@ def test_only_the_main_rank_holds_a_whole_model_while_fsdp2_loads(tmp_path):
 
 
 def test_the_gpu_script_runs_every_part_that_a_cpu_can_run(tmp_path: Path) -> None:
-    said = script("gpu.py", "--tiny", "--out", str(tmp_path), "--only", "attention,engine,resume,evaluation,step")
-    assert said.count("| ok |") == 5 and "after sleep, wake and sync: " in said and "gradient of v: " in said
+    said = script("gpu.py", "--tiny", "--out", str(tmp_path), "--only", "attention,fsdp2,engine,resume,evaluation,step")
+    assert said.count("| ok |") == 6
+    for what in (
+        "gradient of v",
+        "after sleep, wake and sync",
+        "change of the weights, gloo",
+        "third step after a restart",
+    ):
+        assert f"{what}" in said
+
+
+def test_the_gpu_script_says_what_was_cut_and_what_failed() -> None:
+    """A proof that is not done has failed. A measure that is not done was cut; it is not begun with too little time."""
+    waits, fails = ["sleep", "60"], [sys.executable, "-c", "raise SystemExit('no')"]
+    sys.path.insert(0, str(SCRIPTS))
+    from gpu import WORTH, finish
+
+    assert (
+        finish(waits, 1.0, measures=False) == "not done after 1 s" and finish(waits, 0.5, False) == "no time was left"
+    )
+    assert finish(waits, WORTH - 1, measures=True) == "cut: not begun, no time was left"
+    assert finish(fails, 30, False) == finish(fails, WORTH, True) == "exit code 1"
+    assert finish(["true"], 30, measures=False) == "ok"

@@ -101,7 +101,7 @@ def the_sync(v: View) -> Section:
     ]
     return Section(
         "The sampler gets the new weights",
-        "policy.py: named_weights; the sampler's load_weights; update.py: tally_mismatch",
+        "policy.py: sampler_weights; the sampler's load_weights; update.py: tally_mismatch",
         [
             "log p of each whole answer, as sampled and under the new weights:",
             Table(["answer", "A", "before", "after"], rows),

@@ -136,11 +136,15 @@ def compile_token_wise(model: PreTrainedModel) -> None:
             module.compile(dynamic=True)
 
 
-def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def named_weights(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face name, full tensor) of every parameter and saved buffer, with the names of a saved checkpoint.
 
     A tied head appears once, under the embedding's name; samplers that keep two copies must fill both. Slices are gathered
     one tensor at a time, and LoRA matrices are added in. All ranks must iterate in lockstep.
+
+    dtype: of the tensors; None leaves them as they are. Slices are cast before they are gathered, so that ranks send and
+    hold half of the bytes. Rounding goes number by number, so the order changes nothing. But a sum is rounded once, at
+    its end: weights with a LoRA are gathered in float32.
     """
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     adapters = {f"{plain_name(name)}.base_layer.weight": layer for name, layer in lora_layers(model).items()}
@@ -148,10 +152,11 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         plain = plain_name(name)
         if plain in tied or ".lora_" in plain:
             continue
-        full = gather_full(tensor.detach())
-        if plain in adapters:
-            full = full + merged_delta(adapters[plain])
-        yield plain.replace(".base_layer.", "."), full
+        adapter = adapters.get(plain)
+        full = gather_full(tensor.detach() if dtype is None or adapter else tensor.detach().to(dtype))
+        if adapter:
+            full = full + merged_delta(adapter)
+        yield plain.replace(".base_layer.", "."), full if dtype is None else full.to(dtype)
 
 
 def plain_name(name: str) -> str:
@@ -167,7 +172,7 @@ def save_model(
     transformers (4 and 5) and vLLM load the folder as it is. A tied head is stored once, as transformers expects. All ranks
     must call this; the main rank writes.
     """
-    state = to_host(((name, tensor.to(dtype)) for name, tensor in named_weights(model)), keep=is_main)
+    state = to_host(named_weights(model, dtype), keep=is_main)
     if not is_main:
         return
     temporary = folder.with_name(folder.name + ".tmp")

@@ -141,16 +141,14 @@ def host_memory(config: Config, shape: Shape, machine: Machine) -> dict[str, flo
     stays there, belongs to each.
 
     loading: one float32 model on the main rank under fsdp2 (model/spread.py), one on every rank under ddp. saving: Adam's
-    moments on the main rank (checkpoint.py). sleeping: the weights of vLLM's engines during the update.
+    moments on the main rank (checkpoint.py). vLLM's engines keep nothing there while they sleep.
     """
     m, split = config.model, config.model.sharding == "fsdp2" and machine.count > 1
     size, lora = bytes_of(m.dtype), shape.lora_params(m.lora_rank)
     kept = config.loss.kl_coef and m.offload_reference and not lora
-    weights = sampler_weights(config, shape)
     return {
         "loading": 4.0 * shape.num_params * (1 if split else machine.count),
         "saving": 8.0 * (lora or shape.num_params),
-        "sleeping": weights * machine.count if uses_vllm(config, machine) else 0.0,
         "reference": shape.num_params * (4.0 if split else float(size * machine.count)) if kept else 0.0,
     }
 

@@ -46,7 +46,8 @@ class Sample:
 
 
 class Sampler(Protocol):
-    """What the loop asks of an engine; torch_sampler.py and vllm_sampler.py both are one."""
+    """What the loop asks of an engine; torch_sampler.py and vllm_sampler.py both are one. After `sleep` must come
+    `wake` and `load_weights`, in this order, before the next `generate`."""
 
     def generate(
         self,

@@ -30,6 +30,10 @@ from nanolapo.samplers.torch_sampler import end_token_ids
 from nanolapo.samplers.vllm_fit import EMBEDDING, HEAD, checkpoint_shapes, import_vllm, local_folder
 
 CPU_CACHE, CPU_BLOCK = 2**30, 128  # bytes of keys and values at most; tokens that vLLM puts into a block on a CPU
+# What the engine is, as an error says it. It samples only when it is READY.
+READY = "is awake and has its weights"
+ASLEEP = "sleeps and has no weights: call wake, then load_weights"
+EMPTY = "has slept and got no weights since: call load_weights"
 
 
 def cpu_cache(token_bytes: float, rows: int, length: int) -> int:
@@ -79,7 +83,7 @@ class VLLMSampler:
         self.dtype, self.max_model_len = dtype, max_model_len
         on_cpu = current_platform.is_cpu()
         self.can_sleep, self.records_logprobs = trains and not on_cpu, trains
-        self.broken_by = ""  # the call that broke off half-way, see `_whole`
+        self.state = READY  # see `_whole`
         self.owns_group = not dist.is_initialized()
         if (
             self.owns_group
@@ -136,7 +140,7 @@ class VLLMSampler:
                 raise ValueError(f"request {i}: a prompt id is not in [0, {self.vocab_size})")
         params = [self._params(request, decoding) for request in requests]
         engine, samples = self.llm.llm_engine, dict[int, Sample]()
-        with self._whole("generate"):
+        with self._whole("generate", READY):
             names = self.llm.enqueue(prompts, params, use_tqdm=False)  # an output's name, and a suffix
             numbers = {name.partition("-")[0]: i for i, name in enumerate(names)}
             while engine.has_unfinished_requests():
@@ -178,8 +182,11 @@ class VLLMSampler:
         Tensors are taken one at a time (a generator may gather each from its shards) and copied. An unknown, repeated or
         missing name or another shape raises ValueError; the half-loaded engine then refuses to go on.
         """
-        with self._whole("load_weights"):
+        has_slept = self.state == EMPTY
+        with self._whole("load_weights", READY, EMPTY):
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._checked(named_tensors)})
+            if has_slept and self.can_sleep:
+                self.llm.wake_up(tags=["kv_cache"])
             if not self.llm.reset_prefix_cache():
                 raise RuntimeError("load_weights: vLLM did not drop its prefix cache")
 
@@ -201,27 +208,32 @@ class VLLMSampler:
             raise ValueError(f"load_weights: missing names {sorted(missing)}")
 
     @contextmanager
-    def _whole(self, call: str) -> Iterator[None]:
-        """Refuse further calls after one that broke off: it leaves half-loaded weights or waiting requests."""
-        if self.broken_by:
-            raise RuntimeError(f"{call}: the engine is not usable since {self.broken_by} broke off")
-        self.broken_by = call
+    def _whole(self, call: str, *states: str, then: str = READY) -> Iterator[None]:
+        """Allow a call only in these states, and afterwards be in the state `then`. A call that breaks off leaves
+        half-loaded weights or waiting requests, so no call is allowed after it. Raises RuntimeError."""
+        if self.state not in states:
+            raise RuntimeError(f"{call}: the engine {self.state}")
+        self.state = f"is not usable since {call} broke off"
         yield
-        self.broken_by = ""
+        self.state = then
 
     def sleep(self) -> None:
-        """Free the GPU for the trainer: cached keys and values are dropped, weights move to host memory.
+        """Free the GPU for the trainer: weights, cached keys and values are discarded. Nothing is copied to the host,
+        because the trainer sends all weights after every update.
 
-        Level 1 on purpose. Level 2 would save the host copy, but leaves garbage in the weights until the next
-        load_weights: one forgotten call and the run samples noise. On a CPU there is nothing to free.
+        Until `wake` and `load_weights` have come, `generate` raises RuntimeError: it would sample from whatever lies in
+        that memory. On a CPU, where vLLM frees nothing, the rule is the same.
         """
-        if self.can_sleep:
-            self.llm.sleep(level=1)
+        with self._whole("sleep", READY, then=ASLEEP):
+            if self.can_sleep:
+                self.llm.sleep(level=2)
 
     def wake(self) -> None:
-        """Undo `sleep`. The old weights are back; send the trainer's new ones with load_weights."""
-        if self.can_sleep:
-            self.llm.wake_up()
+        """Take the memory of the weights back, still without values: load_weights must come next. At its end that takes
+        the memory for keys and values back, when the copies that it needed on the way are gone."""
+        with self._whole("wake", ASLEEP, then=EMPTY):
+            if self.can_sleep:
+                self.llm.wake_up(tags=["weights"])
 
     def close(self) -> None:
         """Free the engine and its memory. A process group that was there before stays, with vLLM's subgroups in it."""

@@ -114,6 +114,7 @@ def main() -> None:
     p.add_argument("--compile", action="store_true", help="model.compile; the first step, not counted, takes longer")
     p.add_argument("--peak-tflops", type=float, default=0.0, help="of the device, for the update's MFU")
     p.add_argument("--no-floors", action="store_true")
+    p.add_argument("--raw-only", action="store_true", help="of the floors only vLLM's own generate, and no limits")
     args = p.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -129,7 +130,7 @@ def main() -> None:
     memory["+ policy"] = memory_gb("VmRSS")
     sampler: Any = make_sampler(config, args.model, args.tokens, ranks)
     sampler.end_ids = sampler.end_ids[:0]  # nothing ends a completion
-    sampler.load_weights(policy.named_weights())
+    sampler.load_weights(policy.sampler_weights())
     memory["+ sampler"] = memory_gb("VmRSS")
     seconds: dict[str, list[float]] = {phase: [] for phase in (*PHASES, "other", "step")}
     prompts, raw = [prompter.ids(problem.question) for problem in problems], list[float]()
@@ -148,7 +149,7 @@ def main() -> None:
             print(f"step {total:.2f} s, memory peak {memory_gb():.2f} GB, mismatch {mismatch:.4f}", flush=True)
             if args.engine == "vllm" and not args.no_floors:
                 raw.append(timed(1, lambda: generate(args, sampler, prompts))[0])
-        recorded = {} if args.no_floors else record_products(s, args.engine == "torch")
+        recorded = {} if args.no_floors or args.raw_only else record_products(s, args.engine == "torch")
     memory["peak"] = memory_gb()
     result: dict[str, Any] = {"args": vars(args), "memory_gb": memory, "threads": torch.get_num_threads()}
     result |= {"seconds": {phase: spread(values) for phase, values in seconds.items()}}
@@ -158,7 +159,8 @@ def main() -> None:
     result["update_tokens"] = sampled + sum(map(len, prompts))  # a group's prompt once
     result["mismatch"] = mismatch
     if not args.no_floors:
-        result["floors"] = floors(args, policy, ranks.device, prompts) | ({"sample": spread(raw)} if raw else {})
+        bare = {} if args.raw_only else floors(args, policy, ranks.device, prompts)
+        result["floors"] = bare | ({"sample": spread(raw)} if raw else {})
         result["products"] = {
             phase: {"seconds": products.seconds(), "tflop": products.flops / 1e12}
             for phase, products in recorded.items()
@@ -197,7 +199,7 @@ def generate(args: Any, sampler: Any, prompts: list[list[int]]) -> None:
 
 def floors(args: Any, policy: Policy, device: torch.device, prompts: list[list[int]]) -> dict[str, dict]:
     """Seconds of the least that update and sync could do."""
-    weights = [tensor.to(policy.dtype) for _, tensor in policy.named_weights()]
+    weights = [tensor for _, tensor in policy.sampler_weights()]
     room = [torch.empty_like(tensor) for tensor in weights]
     found = {"sync": spread(timed(5, lambda: [to.copy_(x) for to, x in zip(room, weights, strict=True)]))}
     dtype = getattr(torch, args.dtype)

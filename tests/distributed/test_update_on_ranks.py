@@ -15,7 +15,7 @@ from torch import Tensor
 from update_cases import CASES, LENGTHS, Case, run_case
 
 pytestmark = pytest.mark.slow
-DEPENDS_ON_RANKS = ("rank_imbalance", "held_share")
+DEPENDS_ON_RANKS = ("rank_imbalance", "held_share", "sent_share")
 BY_NAME = {case.name: case for case in CASES}
 
 
@@ -27,7 +27,7 @@ def outcome(request, tmp_path_factory, tied_model, untied_model) -> dict[str, Te
     assert result.returncode == 0, result.stderr[-3000:]
     files = [load_file(out / f"rank{rank}of{request.param}.safetensors") for rank in range(request.param)]
     for name, tensor in files[0].items():
-        if name.endswith("held_share"):  # slices need not be of one size
+        if name.endswith(("held_share", "sent_share")):  # slices need not be of one size
             continue
         assert all(torch.equal(tensor, other[name]) or tensor.isnan().all() for other in files), name
     return files[0]
@@ -108,6 +108,17 @@ def test_B19_slices_where_promised_ties_kept_buffers_whole(outcome, request, sha
     assert float(got["held_share"]) == (1.0 if sharding == "ddp" else pytest.approx(1 / ranks, rel=0.1))
     assert float(got["head_is_embedding"]) == (model == "tied")
     assert float(got["buffers"]) > 0 and float(got["buffers_that_differ"]) == 0
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("name", ["tied-token_mean", "untied-token_mean", "bfloat16", "lora"])
+def test_weights_for_a_bf16_sampler_are_cast_before_they_are_gathered(outcome, sharding, name):
+    """Half of the bytes, and the same bits: those of float32 weights that are gathered first. With LoRA the sum of both
+    matrices must be gathered in float32."""
+    got = of(outcome, sharding, BY_NAME[name])
+    assert float(got["sent_differ"]) == 0
+    share = float(got["sent_share"])
+    assert share == 0 if sharding == "ddp" else 0.8 < share < 1 if name == "lora" else share == 0.5
 
 
 def test_balance_is_better_than_as_sampled(outcome, request):

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 from tiny import fill, make_config, make_rows
@@ -23,7 +24,7 @@ from tiny import fill, make_config, make_rows
 from nanolapo.losses import Loss, LossInputs
 from nanolapo.methods.base import Method
 from nanolapo.methods.hapo_tokens import TokenHapo
-from nanolapo.model.folder import load_model
+from nanolapo.model.folder import load_model, named_weights
 from nanolapo.model.sharding import gather_full
 from nanolapo.policy import Policy
 from nanolapo.ranks import Ranks
@@ -135,7 +136,31 @@ def run_case(case: Case, folders: dict[str, str], sharding: str) -> tuple[dict[s
     if case.nan_on_last_rank:
         assert all(torch.equal(start[name], tensor) for name, tensor in policy.named_weights())
         assert not policy.optimizer.state and policy.bad_steps == 2 and steps == 0
+    logged |= what_is_sent(policy)
     return {name: tensor.contiguous() for name, tensor in seen.items()}, logged
+
+
+class GatheredBytes(TorchDispatchMode):
+    """Counts what this rank gives to all-gathers."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "all_gather" in str(function):
+            self.total += args[0].nbytes
+        return function(*args, **(kwargs or {}))
+
+
+def what_is_sent(policy: Policy) -> dict[str, float]:
+    """The trained weights for a bf16 sampler: how many differ in a bit from the float32 weights, gathered first and then
+    cast, and their share of the bytes that those take (0 where nothing is gathered)."""
+    with GatheredBytes() as whole:
+        wanted = {name: tensor.to(torch.bfloat16) for name, tensor in policy.named_weights()}
+    with GatheredBytes() as cast:
+        sent = dict(named_weights(policy.model, torch.bfloat16))
+    assert sent.keys() == wanted.keys()
+    differ = sum(sent[n].dtype != w.dtype or not torch.equal(sent[n], w) for n, w in wanted.items())
+    return {"sent_differ": float(differ), "sent_share": cast.total / max(1, whole.total)}
 
 
 def what_this_rank_holds(policy: Policy) -> dict[str, float]:

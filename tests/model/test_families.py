@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_helpers import make_requests, perturb, reference, save
+from engine_helpers import discard_as_level_2_does, make_requests, perturb, reference, save
 from families import BEGIN, END, FAMILIES, LONGEST, PAGE, Row, family_config, tiny_family, try_family
 from test_policy import plain_logprobs, scored
 from test_update import gradients, slow_gradients
@@ -125,6 +125,7 @@ def test_vllm_agrees_with_the_trainer_and_takes_new_weights(name: str, tmp_path:
     sampler = VLLMSampler(save(model, tmp_path), torch.float32, max_model_len=LONGEST, max_rows=8)
     check_samples(sampler, model)
     perturb(model, 0.1, seed=1)
+    discard_as_level_2_does(sampler)
     sampler.load_weights(named_weights(model))
     check_samples(sampler, model)
     sampler.close()

@@ -41,6 +41,20 @@ def test_A4_names_are_those_of_a_saved_checkpoint(tied_model, untied_model, kind
         assert all(torch.equal(sent[name], saved[name]) for name in saved)
 
 
+@pytest.mark.parametrize(
+    "model, rollout, dtype",
+    [("bfloat16", "", "bfloat16"), ("bfloat16", "float32", "float32"), ("float32", "bfloat16", "bfloat16")],
+)
+def test_the_sampler_gets_the_weights_in_its_own_dtype(tied_model, model, rollout, dtype):
+    """rollout.dtype, or else model.dtype. The masters are float32 in any case."""
+    policy = Policy(make_config(tied_model, model={"dtype": model}, rollout={"dtype": rollout}), CPU)
+    masters, sent = dict(policy.named_weights()), dict(policy.sampler_weights())
+    assert sent.keys() == masters.keys()
+    for name, tensor in sent.items():
+        assert tensor.dtype == getattr(torch, dtype)
+        assert torch.equal(tensor, masters[name].to(tensor.dtype)) and masters[name].dtype == torch.float32
+
+
 def test_named_weights_are_the_live_ones(tied_model):
     policy = Policy(make_config(tied_model), CPU)
     before = weights_of(policy)

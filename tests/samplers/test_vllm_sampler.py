@@ -23,6 +23,7 @@ from engine_helpers import (
     END_TOKENIZER,
     VOCAB,
     children,
+    discard_as_level_2_does,
     listening_addresses,
     make_requests,
     mismatch,
@@ -39,7 +40,7 @@ from nanolapo.data.problems import Problem
 from nanolapo.rollouts import make_rollouts
 from nanolapo.samplers.sampler import Decoding, Request, Sample
 from nanolapo.samplers.vllm_fit import import_vllm
-from nanolapo.samplers.vllm_sampler import CPU_BLOCK, VLLMSampler, _to_sample
+from nanolapo.samplers.vllm_sampler import CPU_BLOCK, READY, VLLMSampler, _to_sample
 
 pytestmark = [
     pytest.mark.vllm,
@@ -112,17 +113,51 @@ def test_A2_d_stays_at_its_first_value_over_updates(tied: tuple[VLLMSampler, Pre
     first = score(sampler, model).mean()
     for step in range(5):
         ids = torch.randint(0, VOCAB, (4, 16), generator=torch.Generator().manual_seed(step))
-        if sleeps:
-            sampler.sleep()
         model(ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if sleeps:
-            sampler.wake()
         stale = score(sampler, model).mean()
+        if sleeps:
+            sampler.sleep()
+            sampler.wake()
         sampler.load_weights(named_weights(model))
         now = score(sampler, model).mean()
         assert now <= 3 * first + 1e-6 and stale > 100 * now, (step, first, stale, now)
+
+
+def test_nothing_is_sampled_between_sleep_and_new_weights(tied: tuple[VLLMSampler, PreTrainedModel]) -> None:
+    """Every call at the wrong time is refused, in one line that names the right one; none of them does harm."""
+    sampler, model = tied
+    requests = make_requests(2)
+    before = sampler.generate(requests, Decoding())
+    calls = {
+        "generate": lambda: sampler.generate(requests, Decoding()),
+        "sleep": sampler.sleep,
+        "wake": sampler.wake,
+        "load_weights": lambda: sampler.load_weights(named_weights(model)),
+    }
+
+    def refused(why: str, *names: str) -> None:
+        for name in names:
+            with pytest.raises(RuntimeError, match=f"^{name}: the engine {why}$"):
+                calls[name]()
+
+    refused("is awake and has its weights", "wake")
+    sampler.sleep()
+    refused("sleeps and has no weights: call wake, then load_weights", "generate", "sleep", "load_weights")
+    sampler.wake()
+    refused("has slept and got no weights since: call load_weights", "generate", "sleep", "wake")
+    sampler.load_weights(named_weights(model))
+    assert same(before, sampler.generate(requests, Decoding()))
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_new_weights_replace_everything_that_level_2_discards(engines: dict[str, VLLMSampler], kind: str) -> None:
+    """All of it is NaN instead, and then the weights that are sent suffice, to the last padded row."""
+    sampler, model = engines[kind], tiny_model(kind == "tied", seed=3)
+    assert discard_as_level_2_does(sampler) > 10  # vLLM for CPUs keeps most matrices packed, elsewhere
+    sampler.load_weights(named_weights(model))
+    assert score(sampler, model).max() < EXACT
 
 
 def test_A3_A12_no_memory_of_earlier_weights(tied: tuple[VLLMSampler, PreTrainedModel], tmp_path: Path) -> None:
@@ -168,10 +203,10 @@ def test_A4_every_name_must_match(tied: tuple[VLLMSampler, PreTrainedModel]) -> 
             sampler.load_weights(weights.items())
         with pytest.raises(RuntimeError, match="load_weights broke off"):  # half-loaded weights are not sampled from
             sampler.generate(make_requests(1), Decoding())
-        sampler.broken_by = ""  # the engines of this file are shared
+        sampler.state = READY  # the engines of this file are shared
     with pytest.raises(ValueError, match=f"repeated name '{norm}'"):
         sampler.load_weights([*good.items(), (norm, good[norm])])
-    sampler.broken_by = ""
+    sampler.state = READY
     sampler.load_weights(good.items())
     assert score(sampler, model).max() < EXACT
 
@@ -358,7 +393,7 @@ def test_D6_a_generate_that_broke_off_is_not_continued(tied: tuple[VLLMSampler, 
         sampler.load_weights(named_weights(model))
     while sampler.llm.llm_engine.has_unfinished_requests():
         sampler.llm.llm_engine.step()
-    sampler.broken_by = ""
+    sampler.state = READY
 
 
 def test_D7_F1_only_loopback_and_no_child_left(tmp_path: Path) -> None:
