@@ -68,12 +68,16 @@ class ModelConfig:
     # Forward and backward compute in this; master weights and optimizer state are always float32
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     gradient_checkpointing: bool = False  # recompute activations layer by layer in the backward pass
-    compile: bool = False  # torch.compile MLPs and norms: the first step takes longer, later ones less
+    # torch.compile the layers around attention: the first step takes longer, later ones less. null: on a GPU only
+    compile: bool | None = None
     # ddp: every rank holds a whole copy; fsdp2: every rank holds a slice of every weight and moment
     sharding: Literal["ddp", "fsdp2"] = "ddp"
     offload_reference: bool = False  # keep the reference model (loss.kl_coef) in host memory, not on the GPU
     lora_rank: NotNegative[int] = 0  # 0: all weights are trained; else LoRA beside every linear layer, merged on export
     lora_alpha: Positive[int] = 32  # the adapter's scale is lora_alpha / lora_rank
+
+    def compiled_on(self, device_type: str) -> bool:
+        return device_type == "cuda" if self.compile is None else self.compile
 
 
 @dataclass(frozen=True)

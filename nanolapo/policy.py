@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from nanolapo.config import Config, RunStopped
 from nanolapo.microbatches import MicroBatch
 from nanolapo.model.attention import use_shared_prompts
-from nanolapo.model.folder import compile_token_wise, load_model, named_weights, plain_name
+from nanolapo.model.folder import load_model, named_weights, plain_name
 from nanolapo.model.logprobs import LogprobHead
 from nanolapo.model.lora import adapters_off, add_lora
 from nanolapo.model.precision import MasterGradients, cast_parameters, make_copy, refresh_copy
@@ -118,8 +118,9 @@ class Policy:
         """
         use_shared_prompts(model)
         model.set_output_embeddings(LogprobHead(model.get_output_embeddings()))
-        if self.config.model.compile:
-            compile_token_wise(model)
+        if self.config.model.compiled_on(self.device.type) and not offload:
+            for layer in model.get_decoder().layers:
+                layer.compile(dynamic=True)  # one graph for all layers and lengths; attention interrupts it
         scorer = Scorer(model)
         if give:
             shard(scorer, model.get_decoder().layers, self.dtype, give, offload and self.device.type != "cpu")

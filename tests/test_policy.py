@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from tiny import CPU, VOCAB, fill, make_config, make_problems, make_rows, tiny_llama, tiny_qwen, update, weights_of
-from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import nanolapo.model.logprobs as logprobs_module
@@ -211,25 +210,6 @@ def test_gradient_checkpointing_changes_memory_not_numbers(tied_model):
         trained.append(weights_of(policy))
     for name, tensor in trained[0].items():
         torch.testing.assert_close(tensor, trained[1][name], rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.slow
-def test_compiling_changes_speed_not_numbers(tied_model):
-    """Two graphs serve all layers and all numbers of tokens; they are really used, and give the same gradients."""
-    torch._dynamo.reset()
-    counters.clear()
-    rollouts, trained = make_rows([9, 4, 30, 2, 17, 6]), []
-    for flag in (False, True):
-        policy = Policy(make_config(tied_model, model={"compile": flag}), CPU)
-        names = [name for name, _ in policy.named_weights()]
-        for rows in ([0, 1], [2, 3], [4, 5]):
-            logprobs_BT, _ = policy.logprobs(make_microbatch(rollouts, rows, CPU))
-            logprobs_BT.square().sum().backward()
-        trained.append([names, *(p.grad for p in policy.trained.values())])
-        assert counters["stats"]["unique_graphs"] == (2 if flag else 0)
-    assert trained[0][0] == trained[1][0]
-    for a, b in zip(trained[0][1:], trained[1][1:], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(a.abs().max()))  # sums of terms that cancel
 
 
 def test_B20_no_dropout_while_scoring_or_training(tmp_path):
