@@ -70,8 +70,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     # The share of the layers whose activations the backward pass computes again instead of keeping them; true: all
     gradient_checkpointing: Share | bool = False
-    # torch.compile the layers around attention: the first step takes longer, later ones less. null: on a GPU only
-    compile: bool | None = None
+    compile: bool | None = None  # torch.compile layers and head: the first step takes longer; null: on a GPU
     # ddp: every rank holds a whole copy; fsdp2: every rank holds a slice of every weight and moment
     sharding: Literal["ddp", "fsdp2"] = "ddp"
     offload_reference: bool = False  # keep the reference model (loss.kl_coef) in host memory, not on the GPU

@@ -120,8 +120,9 @@ class Policy:
         offload: the weights stay in host memory and visit the device while they are used.
         """
         use_shared_prompts(model)
-        model.set_output_embeddings(LogprobHead(model.get_output_embeddings()))
-        if self.config.model.compiled_on(self.device.type) and not offload:
+        compiled = self.config.model.compiled_on(self.device.type) and not offload
+        model.set_output_embeddings(LogprobHead(model.get_output_embeddings(), compiled))
+        if compiled:
             for layer in model.get_decoder().layers:
                 layer.compile(dynamic=True)  # one graph for all layers and lengths; attention interrupts it
         scorer = Scorer(model)
