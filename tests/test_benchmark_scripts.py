@@ -125,5 +125,8 @@ def test_only_the_main_rank_holds_a_whole_model_while_fsdp2_loads(tmp_path):
 
 
 def test_the_gpu_script_runs_every_part_that_a_cpu_can_run(tmp_path: Path) -> None:
-    said = script("gpu.py", "--tiny", "--out", str(tmp_path), "--only", "attention,engine,resume,evaluation,step")
-    assert said.count("| ok |") == 5 and "after sleep, wake and sync: " in said and "gradient of v: " in said
+    said = script(
+        "gpu.py", "--tiny", "--out", str(tmp_path), "--only", "attention,engine,resume,evaluation,update,step"
+    )
+    assert "compiled, checkpointing: attention " in said and "share of the peak" in said
+    assert said.count("| ok |") == 6 and "after sleep, wake and sync: " in said and "gradient of v: " in said

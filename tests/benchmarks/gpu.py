@@ -24,7 +24,7 @@ from common import table
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
-SECONDS = {"attention": 40, "engine": 90, "resume": 60, "evaluation": 120, "step": 150, "trl": 100}
+SECONDS = {"attention": 40, "engine": 90, "resume": 60, "evaluation": 120, "update": 150, "step": 150, "trl": 100}
 TOTAL = 360  # seconds of all parts
 
 
@@ -277,13 +277,21 @@ def step(args: Any) -> None:
     script(args, "step.py", "--engine", engine_of(args)["engine"], *([] if args.tiny else peak))
 
 
+def update(args: Any) -> None:
+    """The update with each of its settings for speed, and its kernels by kind."""
+    from gpu_update import update_table
+
+    update_table(random_model(args, "large", large=True), args.tiny, args.peak_tflops)
+
+
 def trl(args: Any) -> None:
     """TRL's step on the same workload."""
     script(args, "trl_step.py", "--gradient-checkpointing")
 
 
 PARTS = {
-    "attention": attention, "engine": engine, "resume": resume, "evaluation": evaluation, "step": step, "trl": trl,
+    "attention": attention, "engine": engine, "resume": resume, "evaluation": evaluation, "update": update, "step": step,
+    "trl": trl,
 }  # fmt: skip
 
 
