@@ -6,6 +6,7 @@ config_file.py reads YAML into these classes and refuses everything else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,13 +68,21 @@ class ModelConfig:
     path: str = ""  # a local Hugging Face folder or a hub name
     # Forward and backward compute in this; master weights and optimizer state are always float32
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    gradient_checkpointing: bool = False  # recompute activations layer by layer in the backward pass
-    compile: bool = False  # torch.compile MLPs and norms: the first step takes longer, later ones less
+    # The share of the layers whose activations the backward pass computes again instead of keeping them; true: all
+    gradient_checkpointing: Share | bool = False
+    compile: bool | None = None  # torch.compile layers and head: the first step takes longer; null: on a GPU
     # ddp: every rank holds a whole copy; fsdp2: every rank holds a slice of every weight and moment
     sharding: Literal["ddp", "fsdp2"] = "ddp"
     offload_reference: bool = False  # keep the reference model (loss.kl_coef) in host memory, not on the GPU
     lora_rank: NotNegative[int] = 0  # 0: all weights are trained; else LoRA beside every linear layer, merged on export
     lora_alpha: Positive[int] = 32  # the adapter's scale is lora_alpha / lora_rank
+
+    def num_checkpointed(self, layers: int) -> int:
+        """Return how many layers compute their activations again: the first ones, which the backward pass reaches last."""
+        return math.ceil(layers * self.gradient_checkpointing)
+
+    def compiled_on(self, device_type: str) -> bool:
+        return device_type == "cuda" if self.compile is None else self.compile
 
 
 @dataclass(frozen=True)

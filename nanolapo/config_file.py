@@ -59,7 +59,7 @@ def convert(value: Any, hint: Any, key: str) -> Any:
         return build(typing.cast(type, hint), value, key)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        return None if value is None else convert(value, args[0], key)
+        return value if type(value) in args[1:] else convert(value, args[0], key)
     if origin is Annotated:
         value, must = convert(value, args[0], key), args[1]
         if must.hold(value):

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from nanolapo.config import Config, RunStopped
 from nanolapo.microbatches import MicroBatch
 from nanolapo.model.attention import use_shared_prompts
-from nanolapo.model.folder import compile_token_wise, load_model, named_weights, plain_name
+from nanolapo.model.folder import load_model, named_weights, plain_name
 from nanolapo.model.logprobs import LogprobHead
 from nanolapo.model.lora import adapters_off, add_lora
 from nanolapo.model.precision import MasterGradients, cast_parameters, make_copy, refresh_copy
@@ -119,9 +119,12 @@ class Policy:
         m = self.config.model
         if model.device.type != "meta":  # with fsdp2 the main rank tries it for all
             self.try_packed(model)
-        model.train(m.gradient_checkpointing)  # without dropout the two modes compute the same
         if m.gradient_checkpointing:
+            model.train()  # without dropout the two modes compute the same
             model.gradient_checkpointing_enable({"use_reentrant": False})
+            layers = model.get_decoder().layers
+            for layer in layers[m.num_checkpointed(len(layers)) :]:
+                layer.gradient_checkpointing = False
         if m.lora_rank:
             add_lora(model, m.lora_rank, m.lora_alpha)
 
@@ -137,9 +140,11 @@ class Policy:
         offload: the weights stay in host memory and visit the device while they are used.
         """
         use_shared_prompts(model)
-        model.set_output_embeddings(LogprobHead(model.get_output_embeddings()))
-        if self.config.model.compile:
-            compile_token_wise(model)
+        compiled = self.config.model.compiled_on(self.device.type) and not offload
+        model.set_output_embeddings(LogprobHead(model.get_output_embeddings(), compiled))
+        if compiled:
+            for layer in model.get_decoder().layers:
+                layer.compile(dynamic=True)  # one graph for all layers and lengths; attention interrupts it
         scorer = Scorer(model)
         if give:
             shard(scorer, model.get_decoder().layers, self.dtype, give, offload and self.device.type != "cpu")

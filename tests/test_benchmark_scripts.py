@@ -125,13 +125,17 @@ def test_only_the_main_rank_holds_a_whole_model_while_fsdp2_loads(tmp_path):
 
 
 def test_the_gpu_script_runs_every_part_that_a_cpu_can_run(tmp_path: Path) -> None:
-    said = script("gpu.py", "--tiny", "--out", str(tmp_path), "--only", "attention,fsdp2,engine,resume,evaluation,step")
-    assert said.count("| ok |") == 6
+    said = script(
+        "gpu.py", "--tiny", "--out", str(tmp_path), "--only", "attention,fsdp2,engine,resume,evaluation,update,step"
+    )
+    assert said.count("| ok |") == 7
     for what in (
         "gradient of v",
         "after sleep, wake and sync",
         "change of the weights, gloo",
         "third step after a restart",
+        "compiled, checkpointing: attention ",
+        "share of the peak",
     ):
         assert f"{what}" in said
 

@@ -5,6 +5,7 @@ Run: python -m pytest tests/test_config.py
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -191,6 +192,28 @@ def test_a_config_made_in_python_is_checked_like_one_from_a_file(section, change
     with pytest.raises(UserError) as error:
         validate(replace(config, **{section: replace(getattr(config, section), **changes)}))
     assert expected in str(error.value)
+
+
+def test_a_share_of_layers_may_be_yes_or_no():
+    """A number is still checked as one, and null is no share."""
+    for value in (True, False, 0, 0.5, "1e-1", 1):
+        found = build(Config, {"model": {"gradient_checkpointing": value}}, "").model.gradient_checkpointing
+        assert found == (value if isinstance(value, bool) else float(value)) and isinstance(found, (bool, float))
+    for value, words in (
+        (1.5, "between 0 and 1"),
+        (None, "type float"),
+        ("yes", "finite number"),
+        (math.nan, "finite"),
+    ):
+        with pytest.raises(UserError, match=f"model.gradient_checkpointing=.*{words}"):
+            build(Config, {"model": {"gradient_checkpointing": value}}, "")
+    for value in (math.inf, True):  # the type of a key that may be null
+        with pytest.raises(UserError, match="lapo.beta"):
+            build(Config, {"lapo": {"beta": value}}, "")
+    for value in (None, True, False):
+        assert build(Config, {"model": {"compile": value}}, "").model.compile is value
+    with pytest.raises(UserError, match="model.compile=1 is a int; it must be of type bool"):
+        build(Config, {"model": {"compile": 1}}, "")
 
 
 def test_B4_prompts_that_do_not_divide_over_the_ranks():

@@ -65,6 +65,7 @@ def pack(sizes: Sequence[int], prompt_of: Sequence[int], device: torch.device) -
     return Packing(list(sizes), list(prompt_of), seen_R, query_ends, key_ends, (max(sizes), max(counts)))
 
 
+@torch.compiler.disable  # it depends on the pieces of each micro-batch, and its kernels are fused already
 def shared_prompt_attention(
     module: nn.Module,
     query_1HSD: Tensor,

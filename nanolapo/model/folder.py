@@ -128,14 +128,6 @@ def disable_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
-def compile_token_wise(model: PreTrainedModel) -> None:
-    """Compile, in place, the layers that treat every token alone: MLPs and norms, which serve any number of tokens.
-    Attention depends on the rows of each micro-batch, and runs in fused kernels already."""
-    for name, module in model.get_decoder().named_modules():
-        if name.rsplit(".", 1)[-1] in ("mlp", "input_layernorm", "post_attention_layernorm"):
-            module.compile(dynamic=True)
-
-
 def named_weights(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face name, full tensor) of every parameter and saved buffer, with the names of a saved checkpoint.
 

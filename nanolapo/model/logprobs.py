@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,69 +28,97 @@ class HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, temperature: float,
-        with_entropy: bool, gradient_sum: Callable[[], Tensor] | None,
+        with_entropy: bool, head: LogprobHead,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        ctx.temperature, ctx.with_entropy, ctx.gradient_sum = temperature, with_entropy, gradient_sum
-        log_z_N = torch.full_like(
-            targets_N, -torch.inf, dtype=torch.float32
-        )  # of the blocks so far, like the next line
-        chosen_N, mean_N = torch.zeros_like(log_z_N), torch.zeros_like(log_z_N)  # the target's logit, and p.z
-        for block, logits_NC in blocks(hidden_ND, weight_VD, bias_V, temperature):
-            here_N, index_N1 = inside(targets_N, block)
-            chosen_N = torch.where(here_N, logits_NC.gather(-1, index_N1).squeeze(-1), chosen_N)
-            before_N, top_N1 = log_z_N, logits_NC.amax(dim=-1, keepdim=True)
-            z_NC = logits_NC.clone() if with_entropy else None
-            p_NC = logits_NC.sub_(top_N1).exp_()  # in place, to save a tensor; p / exp(top) so far
-            log_z_N = torch.logaddexp(before_N, p_NC.sum(-1).log_().add_(top_N1[:, 0]))
-            if z_NC is not None:
-                added_N = (p_NC * z_NC).sum(-1) * (top_N1[:, 0] - log_z_N).exp()
-                mean_N = mean_N * (before_N - log_z_N).exp() + added_N
-        entropy_N = log_z_N - mean_N
+        ctx.temperature, ctx.with_entropy, ctx.head = temperature, with_entropy, head
+        log_z_N = torch.full_like(targets_N, -torch.inf, dtype=torch.float32)
+        chosen_N = torch.zeros_like(log_z_N)
+        mean_N = torch.zeros_like(log_z_N) if with_entropy else None
+        for block, logits_NC in blocks(hidden_ND, weight_VD, bias_V):
+            log_z_N, chosen_N, mean_N = head.add_block(
+                logits_NC, targets_N - block.start, temperature, log_z_N, chosen_N, mean_N
+            )
+        entropy_N = log_z_N[:0] if mean_N is None else log_z_N - mean_N
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, log_z_N, entropy_N)
-        return chosen_N - log_z_N, entropy_N if with_entropy else entropy_N[:0]
+        return chosen_N - log_z_N, entropy_N
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden_ND, weight_VD, bias_V, targets_N, log_z_N, entropy_N = ctx.saved_tensors
-        grad_logprobs_N, grad_entropy_N = gradients
+        of_entropy = (entropy_N, gradients[1]) if ctx.with_entropy else None
         grad_hidden_ND = torch.zeros_like(hidden_ND, dtype=torch.float32)
         grad_weight_VD = None  # a frozen head (LoRA) gets none
         if ctx.needs_input_grad[1]:
-            grad_weight_VD = (
-                ctx.gradient_sum() if ctx.gradient_sum else torch.zeros_like(weight_VD, dtype=torch.float32)
-            )
+            new_sum = partial(torch.zeros_like, weight_VD, dtype=torch.float32)
+            grad_weight_VD = (ctx.head.gradient_sum or new_sum)()
         grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
-        for block, logits_NC in blocks(hidden_ND, weight_VD, bias_V, ctx.temperature):
-            logp_NC = logits_NC.sub_(log_z_N[:, None])
-            if ctx.with_entropy:
-                grad_entropy = grad_entropy_N[:, None] * (logp_NC + entropy_N[:, None])
-                grad_NC = -logp_NC.exp_() * (grad_logprobs_N[:, None] + grad_entropy)
-            else:
-                grad_NC = logp_NC.exp_().mul_(-grad_logprobs_N[:, None])
-            here_N, index_N1 = inside(targets_N, block)
-            grad_NC.scatter_add_(-1, index_N1, (grad_logprobs_N * here_N)[:, None])
-            if ctx.temperature != 1:
-                grad_NC.div_(ctx.temperature)
-            grad_NC = grad_NC.to(hidden_ND.dtype)
+        for block, logits_NC in blocks(hidden_ND, weight_VD, bias_V):
+            grad_NC = ctx.head.logits_gradient(
+                logits_NC, targets_N - block.start, ctx.temperature, log_z_N, gradients[0], of_entropy
+            )
             grad_hidden_ND += grad_NC @ weight_VD[block]
             if grad_weight_VD is not None:
                 grad_weight_VD[block] += grad_NC.T @ hidden_ND
             if grad_bias_V is not None:
                 grad_bias_V[block] += grad_NC.sum(0)
-        returned = None if grad_weight_VD is None or ctx.gradient_sum else grad_weight_VD.to(weight_VD.dtype)
+        returned = None if grad_weight_VD is None or ctx.head.gradient_sum else grad_weight_VD.to(weight_VD.dtype)
         grad_bias_V = None if grad_bias_V is None else grad_bias_V.to(weight_VD.dtype)
         return grad_hidden_ND.to(hidden_ND.dtype), returned, grad_bias_V, None, None, None, None
 
 
-def blocks(
-    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, temperature: float
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (block of the vocabulary, its logits / temperature [N, C] in float32). The caller may overwrite the logits."""
+def blocks(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (block of the vocabulary, its logits [N, C]). The caller may overwrite the logits."""
     size = block_width(len(hidden_ND), hidden_ND.device)
     for first in range(0, len(weight_VD), size):
         block = slice(first, first + size)
-        logits_NC = F.linear(hidden_ND, weight_VD[block], None if bias_V is None else bias_V[block]).float()
-        yield block, logits_NC if temperature == 1 else logits_NC.div_(temperature)
+        yield block, F.linear(hidden_ND, weight_VD[block], None if bias_V is None else bias_V[block])
+
+
+def tempered(logits_NC: Tensor, temperature: float) -> Tensor:
+    """Return logits / temperature in float32, in place if they are float32 already."""
+    z_NC = logits_NC.float()
+    return z_NC if temperature == 1 else z_NC.div_(temperature)
+
+
+def add_block(
+    logits_NC: Tensor, index_N: Tensor, temperature: float, log_z_N: Tensor, chosen_N: Tensor, mean_N: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return log Z, the target's logit and (unless None is given) p.z over one block more. `index_N` is the target's place
+    in this block: below 0 or at least C if it lies in another one."""
+    z_NC, C = tempered(logits_NC, temperature), logits_NC.shape[1]
+    in_block_N = z_NC.gather(-1, index_N.clamp(0, C - 1)[:, None])[:, 0]
+    chosen_N = torch.where((index_N >= 0) & (index_N < C), in_block_N, chosen_N)
+    top_N1 = z_NC.amax(dim=-1, keepdim=True)
+    p_NC = (z_NC if mean_N is None else z_NC.clone()).sub_(top_N1).exp_()  # p / exp(top) so far
+    total_N = torch.logaddexp(log_z_N, p_NC.sum(-1).log_().add_(top_N1[:, 0]))
+    if mean_N is not None:
+        added_N = (p_NC * z_NC).sum(-1) * (top_N1[:, 0] - total_N).exp()
+        mean_N = mean_N * (log_z_N - total_N).exp() + added_N
+    return total_N, chosen_N, mean_N
+
+
+def logits_gradient(
+    logits_NC: Tensor, index_N: Tensor, temperature: float, log_z_N: Tensor, grad_logprobs_N: Tensor,
+    of_entropy: tuple[Tensor, Tensor] | None,
+) -> Tensor:  # fmt: skip
+    """Return the gradient of a block's logits, in their dtype. `of_entropy`: entropies and their gradients, both [N]."""
+    dtype, C = logits_NC.dtype, logits_NC.shape[1]
+    logp_NC = tempered(logits_NC, temperature).sub_(log_z_N[:, None])
+    if of_entropy is None:
+        grad_NC = logp_NC.exp_().mul_(-grad_logprobs_N[:, None])
+    else:
+        entropy_N, grad_entropy_N = of_entropy
+        of_logp_NC = grad_logprobs_N[:, None] + grad_entropy_N[:, None] * (logp_NC + entropy_N[:, None])
+        grad_NC = -logp_NC.exp_() * of_logp_NC
+    if (
+        torch.compiler.is_compiling()
+    ):  # a comparison is part of the one pass; a scatter would write float32 and read it again
+        at_target_NC = torch.arange(C, device=grad_NC.device) == index_N[:, None]
+        grad_NC = grad_NC + torch.where(at_target_NC, grad_logprobs_N[:, None], 0.0)
+    else:
+        here_N = (index_N >= 0) & (index_N < C)
+        grad_NC.scatter_add_(-1, index_N.clamp(0, C - 1)[:, None], (grad_logprobs_N * here_N)[:, None])
+    return (grad_NC if temperature == 1 else grad_NC.div_(temperature)).to(dtype)
 
 
 def block_width(num_tokens: int, device: torch.device) -> int:
@@ -102,27 +131,20 @@ def block_width(num_tokens: int, device: torch.device) -> int:
     return max(1, most // max(1, num_tokens) // step) * step
 
 
-def inside(targets_N: Tensor, block: slice) -> tuple[Tensor, Tensor]:
-    """Return which targets lie in the block [N] and their index in it [N, 1] (0 for the others).
-
-    >>> inside(torch.tensor([3, 4, 7]), slice(4, 8))
-    (tensor([False,  True,  True]), tensor([[0],
-            [0],
-            [3]]))
-    """
-    here_N = (targets_N >= block.start) & (targets_N < block.stop)
-    return here_N, ((targets_N - block.start) * here_N)[:, None]
-
-
 class LogprobHead(nn.Module):
     """A model's head that returns log-probs instead of logits. Its weights keep the names they have in the linear layer.
 
     It is a module because sharding and offloading bring weights to the device around a module's `forward`.
     """
 
-    def __init__(self, head: nn.Module) -> None:
+    def __init__(self, head: nn.Module, compiled: bool = False) -> None:
         super().__init__()
         self.weight, self.bias = head.weight, getattr(head, "bias", None)
+        # Compiled, each reads a block of logits once or twice and writes no other; elsewhere they work in place.
+        self.add_block, self.logits_gradient = add_block, logits_gradient
+        if compiled:
+            self.add_block = torch.compile(add_block, dynamic=True)
+            self.logits_gradient = torch.compile(logits_gradient, dynamic=True)
         # Returns the float32 tensor [V, D] to add the weight's gradient to (precision.py). None: autograd gets it.
         self.gradient_sum: Callable[[], Tensor] | None = None
 
@@ -134,6 +156,6 @@ class LogprobHead(nn.Module):
         The temperature divides the logits, exactly as in the sampler. The softmax runs in float32.
         """
         logprobs_N, entropy_N = HeadLogprobs.apply(
-            hidden_ND, self.weight, self.bias, targets_N, temperature, with_entropy, self.gradient_sum
+            hidden_ND, self.weight, self.bias, targets_N, temperature, with_entropy, self
         )
         return logprobs_N, entropy_N if with_entropy else None

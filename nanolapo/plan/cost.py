@@ -23,9 +23,11 @@ from nanolapo.plan.footprint import (
     Expected,
     bytes_of,
     cache_rows,
+    changed,
     expect,
     fit,
     host_memory,
+    least_checkpointing,
     memory,
     prompt_share,
     remedy,
@@ -102,8 +104,7 @@ def forecast(
     shape, e = load_shape(config.model.path), expect(config, mean_tokens, prompt_tokens, extra_rows)
     steps, tokens, notes = config.train.steps, e.rows * e.answer, []
     fits, share = fit(config, shape, machine, e), prompt_share(config, machine.count)
-    if not fits:
-        notes.append(remedy(config, shape, machine, e))
+    notes.append(roomier(config, shape, machine, e, share) if fits else remedy(config, shape, machine, e))
     if limit := config.train.sampled_tokens:
         steps = min(steps, math.ceil(limit / tokens))
     phases = memory(config, shape, machine, e)
@@ -116,12 +117,29 @@ def forecast(
         tokens_per_step=tokens,
         trained_tokens=e.trained * (e.answer + share * e.prompt),
         sample_seconds=sampling_seconds(config, shape, machine, e),
-        train_seconds=training_flops(config, shape, e, share) / machine.count / machine.flops,
+        train_seconds=training_seconds(config, shape, machine, e, share),
         steps=steps,
         disk_gb=disk(config, shape, e, steps),
         host_gb={} if machine.is_cpu else {k: x / 1e9 for k, x in host_memory(config, shape, machine).items()},
-        notes=tuple(notes),
+        notes=tuple(filter(None, notes)),
     )
+
+
+def roomier(config: Config, shape: Shape, machine: Machine, e: Expected, share: float) -> str:
+    """Say which lower model.gradient_checkpointing fits as well, and what it saves; "" if none does."""
+    least = least_checkpointing(config, shape, machine, e)
+    if least is None or least >= config.model.gradient_checkpointing:
+        return ""
+    lower = changed(config, "model.gradient_checkpointing", least)
+    seconds = training_seconds(lower, shape, machine, e, share)
+    layers = f"{lower.model.num_checkpointed(shape.layers)} of {shape.layers} layers"
+    return (
+        f"there is room for model.gradient_checkpointing={least:g} ({layers}): a step would train in {seconds:,.1f} s"
+    )
+
+
+def training_seconds(config: Config, shape: Shape, machine: Machine, e: Expected, share: float) -> float:
+    return training_flops(config, shape, e, share) / machine.count / machine.flops
 
 
 def training_flops(config: Config, shape: Shape, e: Expected, share: float) -> float:
@@ -136,7 +154,7 @@ def training_flops(config: Config, shape: Shape, e: Expected, share: float) -> f
     passes, epochs = (2 if config.model.lora_rank else 3) + bool(config.loss.kl_coef), config.train.inner_epochs
     layers, head = shape.layer_flops(e.answer, e.prompt, share), 2.0 * shape.head * e.answer
     last = 2.0 * shape.layers * shape.intermediate * shape.hidden * (e.answer + share * e.prompt)
-    again = epochs * config.model.gradient_checkpointing * (layers - last)
+    again = epochs * config.model.num_checkpointed(shape.layers) / shape.layers * (layers - last)
     return e.trained * ((epochs * passes + several) * layers + again + (epochs * (passes + 1) + several) * head)
 
 

@@ -103,8 +103,9 @@ def memory(config: Config, shape: Shape, machine: Machine, e: Expected) -> dict[
     """Bytes per rank, phase -> part -> bytes. On a GPU the sampler sleeps during the update; on a CPU it stays.
 
     copies: under ddp the bf16 copy (model/precision.py); under fsdp2 embedding, head, two layers, whole.
-    activations: all layers' (with checkpointing only their inputs), and of one layer the gradients and, with checkpointing,
-    the activations computed again. head: a block of logits, under fsdp2 also its gradient as summed and as handed over.
+    activations: those of all layers (only the inputs of layers that compute theirs again), and the gradients of one layer.
+    The backward pass frees the last layer's before it computes the first ones' again. Compiled layers keep less, which is
+    not counted. head: a block of logits, under fsdp2 also its gradient as summed and as handed over.
     """
     m, size = config.model, bytes_of(config.model.dtype)
     cut = machine.count if m.sharding == "fsdp2" else 1
@@ -115,18 +116,15 @@ def memory(config: Config, shape: Shape, machine: Machine, e: Expected) -> dict[
     state = {"weights": 4 * n / cut, "Adam": 8 * trained / cut, "reference": reference if at_hand else 0.0}
     together = shape.head * (2 - shape.tied) + 2 * shape.layer_weights
     state["copies"] = size * together if cut > 1 else n * size * (size == 2)
-    share, tokens, again = (
-        prompt_share(config, machine.count),
-        microbatch_tokens(config, machine, e),
-        m.gradient_checkpointing,
-    )
+    share, tokens = prompt_share(config, machine.count), microbatch_tokens(config, machine, e)
     rows = tokens / (e.answer + share * e.prompt)
     layer = shape.activation_bytes(size, machine.is_cpu, rows, e.answer, e.prompt, share)
-    kept = shape.layers * (tokens * size * shape.hidden if again else layer)
+    again = m.num_checkpointed(shape.layers)
+    whole = shape.layers - again + 1  # layers, with the gradients of the one that the backward pass is in
     logits = CPU_LOGITS if machine.is_cpu else GPU_LOGITS
     update = {
         "gradients": 4 * trained / cut,
-        "activations": kept + layer * (2 if again else 1),
+        "activations": again * tokens * size * shape.hidden + max(whole, 2 if again else 1) * layer,
         "head": 4 * LOGIT_COPIES * min(logits, tokens * shape.vocab) + (size + 4) * shape.head * (cut > 1 and not lora),
     }
     sampler = sampler_memory(config, shape, machine, e)
@@ -224,6 +222,15 @@ def remedy(config: Config, shape: Shape, machine: Machine, e: Expected) -> str:
     return "no setting makes it fit: take a smaller model, GPUs with more memory, or more of them with model.sharding=fsdp2"
 
 
+def least_checkpointing(config: Config, shape: Shape, machine: Machine, e: Expected) -> float | None:
+    """Return the smallest share of layers for model.gradient_checkpointing that fits, in hundredths; None if all do not."""
+    for layers in range(shape.layers + 1):
+        share = math.floor(100 * layers / shape.layers) / 100  # num_checkpointed rounds up
+        if fit(changed(config, "model.gradient_checkpointing", share), shape, machine, e):
+            return share
+    return None
+
+
 def changes(config: Config, shape: Shape, machine: Machine, e: Expected) -> Iterator[tuple[str, Any]]:
     """Yield keys that may help, each with a value. Those that cost the least time come first."""
     r, m, t, vllm = config.rollout, config.model, config.train, uses_vllm(config, machine)
@@ -237,8 +244,9 @@ def changes(config: Config, shape: Shape, machine: Machine, e: Expected) -> Iter
     one_row = math.ceil(e.prompt + r.max_new_tokens)
     if t.microbatch_tokens > 2 * one_row:
         yield "train.microbatch_tokens", max(one_row, t.microbatch_tokens // 4)
-    if not m.gradient_checkpointing:
-        yield "model.gradient_checkpointing", True
+    if m.gradient_checkpointing < 1:
+        least = least_checkpointing(config, shape, machine, e)
+        yield "model.gradient_checkpointing", True if least is None else least
     if machine.count > 1 and m.sharding != "fsdp2":
         yield "model.sharding", "fsdp2"
     if config.loss.kl_coef and not m.offload_reference and not machine.is_cpu:

@@ -10,7 +10,6 @@ from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from nanolapo.config import GUIDANCE_ROOM, Config, UserError
-from nanolapo.model.folder import compile_token_wise
 from nanolapo.ranks import Ranks
 from nanolapo.samplers.sampler import Sampler
 from nanolapo.samplers.torch_sampler import TorchSampler, torch_objection
@@ -58,8 +57,10 @@ def make_sampler(config: Config, model_path: str, max_new_tokens: int, ranks: Ra
             sampler = TorchSampler(model_path, dtype, ranks.device, max_rows=r.max_rows)
         except (OSError, ValueError, SafetensorError) as error:  # in evaluation these weights are loaded here first
             raise UserError(f"{model_path}: the model cannot be loaded ({str(error).strip()[:200]})") from None
-        if config.model.compile:
-            compile_token_wise(sampler.model)
+        if config.model.compiled_on(ranks.device.type):
+            for layer in sampler.model.model.layers:  # what treats every token alone, for any number of tokens
+                for part in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp):
+                    part.compile(dynamic=True)
         return sampler
     from nanolapo.samplers.vllm_sampler import VLLMSampler
 

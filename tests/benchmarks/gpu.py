@@ -26,7 +26,7 @@ from common import table
 from gpu_correct import ROOT, attention, engine, evaluation, fsdp2, random_model, resume
 
 PROOFS = {"attention": 40, "fsdp2": 40, "engine": 90, "resume": 40, "evaluation": 110}  # at most so many seconds
-MEASURES = {"step": 150, "trl": 150}
+MEASURES = {"update": 120, "step": 150, "trl": 150}
 SECONDS = PROOFS | MEASURES
 TOTAL = 360  # seconds of all parts
 PATIENCE = 5  # times as long with --tiny: a CPU may be busy with other work
@@ -114,13 +114,21 @@ def step(args: Any) -> None:
     script(args, "step.py", "--engine", args.engine, *([] if args.tiny else [*peak, "--raw-only"]))
 
 
+def update(args: Any) -> None:
+    """The update with each of its settings for speed, and its kernels by kind."""
+    from gpu_update import update_table
+
+    update_table(random_model(args, "large", large=True), args.tiny, args.peak_tflops)
+
+
 def trl(args: Any) -> None:
     """TRL's step on the same workload."""
     script(args, "trl_step.py", "--gradient-checkpointing")
 
 
 PARTS = {
-    "attention": attention, "fsdp2": fsdp2, "engine": engine, "resume": resume, "evaluation": evaluation, "step": step,
+    "attention": attention, "fsdp2": fsdp2, "engine": engine, "resume": resume, "evaluation": evaluation, "update": update,
+    "step": step,
     "trl": trl,
 }  # fmt: skip
 

@@ -78,7 +78,9 @@ def test_logprobs_and_gradients_are_those_of_transformers(name: str, tmp_path: P
     model = tiny_family(name)
     model.save_pretrained(tmp_path)
     rollouts, advantages = make_rows([5, 45, 9, 40]), [1.0, -1.0, 0.5, -0.5]
-    policy = Policy(family_config(tmp_path), CPU)
+    config = family_config(tmp_path)
+    policy = Policy(replace(config, model=replace(config.model, gradient_checkpointing=0.5)), CPU)
+    assert [layer.gradient_checkpointing for layer in policy.model.get_decoder().layers] == [True, False]
     assert len(policy.packed) == 1 and policy.packed[0].startswith("float32: off by ")
     got = scored(policy, rollouts, [0, 1, 2, 3])
     for row in range(4):

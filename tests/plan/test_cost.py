@@ -104,10 +104,10 @@ def written_out(query: Tensor, key: Tensor, value: Tensor, scaling: float, windo
     return (query @ key.mT * scaling).masked_fill(hidden, -torch.inf).softmax(dim=-1) @ value
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, 0.5, True])
 @pytest.mark.parametrize(("batch_size", "epochs"), [(2, 2), (4, 2), (4, 1)])
 def test_a_real_update_takes_the_planned_flops(
-    tied_model: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool, batch_size: int, epochs: int
+    tied_model: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: float, batch_size: int, epochs: int
 ) -> None:
     """update_policy under torch's counter: several optimizer steps and epochs, reference, checkpointing, shared prompts.
     The counter cannot see into fused attention; written out, it is computed in full."""

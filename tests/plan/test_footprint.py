@@ -6,11 +6,12 @@ python -m pytest tests/plan/test_footprint.py
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from plan_helpers import on, planning_config, write_metrics
+from plan_helpers import on, planning_config, recipe, write_metrics
 from tiny import make_rows, update
 from transformers import LlamaConfig
 
@@ -54,7 +55,7 @@ def test_the_paper_recipe_fits_eight_h100() -> None:
     assert state == pytest.approx([7.108352, 7.108352, 14.216704, 3.554176])
     assert sampling["sampler"] + sampling["cache"] == pytest.approx(0.45 * 80)
     assert planned.cache_rows == pytest.approx(sampling["cache"] * 1e9 / 28_672 / 2700)
-    assert planned.fits and planned.notes == ()
+    assert planned.fits and planned.notes[0].startswith("there is room for model.gradient_checkpointing=")
     assert planned.tokens_per_step == 1024 * 2500 and planned.steps == 234
     assert planned.gpu_hours == 8 * planned.hours
     assert "ESTIMATE" in "\n".join(planned.lines())
@@ -95,7 +96,7 @@ def test_slices_lora_and_offload_take_what_they_say() -> None:
 
 TOO_LARGE = [  # overrides that make it too large, the remedy
     (["model.gradient_checkpointing=false"], "set train.microbatch_tokens=8192"),
-    (["model.gradient_checkpointing=false", "rollout.max_new_tokens=16000"], "set model.gradient_checkpointing=true"),
+    (["model.gradient_checkpointing=false", "rollout.max_new_tokens=16000"], "set model.gradient_checkpointing=0.67"),
     (["rollout.gpu_memory_utilization=0.7"], "set rollout.gpu_memory_utilization=0.6"),
     (["rollout.gpu_memory_utilization=0.05"], "set rollout.gpu_memory_utilization=0.08"),
     (["rollout.gpu_memory_utilization=0.7", "model.gradient_checkpointing=false"],
@@ -109,6 +110,21 @@ def test_what_does_not_fit_comes_with_a_remedy_that_works(overrides: list[str], 
     assert not planned.fits and planned.notes == (remedy,)
     assert any(line.strip().startswith("DOES NOT FIT") for line in planned.lines())
     assert on("8xA100-80GB", *overrides, *remedy.split()[1:]).fits
+
+
+@pytest.mark.parametrize("machine", ["8xA100-80GB", "8xH200-141GB"])
+def test_the_least_checkpointing_that_fits_is_said(machine: str) -> None:
+    """It fits, one layer less does not, and nothing is said where nothing lower fits."""
+    note = on(machine).notes[0]
+    found = re.fullmatch(
+        r"there is room for (\S+)=(\S+) \((\d+) of 28 layers\): a step would train in ([\d.]+) s", note
+    )
+    assert found
+    key, share, layers, seconds = found[1], float(found[2]), int(found[3]), float(found[4])
+    lower = on(machine, f"{key}={share}")
+    assert lower.fits and lower.notes == () and recipe(f"{key}={share}").model.num_checkpointed(28) == layers < 28
+    assert lower.train_seconds == pytest.approx(seconds, abs=0.06) and seconds < on(machine).train_seconds
+    assert layers == 0 or not on(machine, f"{key}={(layers - 1) / 28}").fits
 
 
 def test_what_cannot_fit_is_said(tmp_path: Path) -> None:

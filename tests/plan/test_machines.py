@@ -88,7 +88,7 @@ def test_a_shared_prompt_saves_its_own_tokens_only(tmp_path: Path) -> None:
     assert shape.layer_flops(7, 5, share=0) == pytest.approx(whole - shape.layer_flops(5))
 
 
-def saved_bytes(folder: Path, dtype: str, group: int, checkpointing: bool = False) -> int:
+def saved_bytes(folder: Path, dtype: str, group: int, checkpointing: float = False) -> int:
     """Bytes of all storages that autograd keeps in the real forward pass of three groups, weights apart."""
     model = {"dtype": dtype, "gradient_checkpointing": checkpointing}
     policy = Policy(planning_config(folder, model=model), torch.device("cpu"))
@@ -149,6 +149,20 @@ def gpu_attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, window
 def test_checkpointing_keeps_one_row_of_hidden_per_layer(tmp_path: Path, dtype: str, size: int) -> None:
     _, measured = bytes_per_layer(tmp_path, SHAPES[0], "llama", dtype, 4, True)
     assert measured == size * 64 * (12 * ANSWER + 3 * PROMPT)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+def test_a_share_of_the_layers_keeps_only_its_input(tmp_path: Path, dtype: str, size: int) -> None:
+    """One, two, three and all of four layers: counted where autograd keeps them. The last one also frees what all layers
+    share, the rotary cosines and sines."""
+    hidden, _, *rest = SHAPES[0]
+    model_of((hidden, 4, *rest)).save_pretrained(tmp_path)
+    whole = load_shape(str(tmp_path)).activation_bytes(size, True, 12, ANSWER, PROMPT, 1 / 4)
+    tokens = 12 * ANSWER + 3 * PROMPT
+    every = saved_bytes(tmp_path, dtype, 4, False)
+    for share, layers in ((0.25, 1), (0.5, 2), (0.51, 3), (1, 4), (True, 4)):
+        less = layers * (whole - size * hidden * tokens) + (layers == 4) * 2 * size * 16 * tokens
+        assert every - saved_bytes(tmp_path, dtype, 4, share) == pytest.approx(less, abs=1e-6), share
 
 
 @pytest.mark.parametrize("text", ["8xH300", "0xA100-80GB", "H100", "x", "", "8 x H100-80GB", "CPU8"])
