@@ -27,8 +27,8 @@ FREE = frozenset({
     "rollout.max_rows", "rollout.gpu_memory_utilization", "rollout.tensor_parallel", "train.microbatch_tokens",
     # when to give up
     "rollout.mismatch_factor", "rollout.mismatch_floor", "train.max_bad_steps",
-    # compared by what they lead to: the problems, the method's class, the length map in the checkpoint
-    "rollout.max_prompt_tokens", "method.name", "lapo.length_map",
+    # compared by what they lead to: the problems, the length map in the checkpoint
+    "rollout.max_prompt_tokens", "lapo.length_map",
 })  # fmt: skip
 RENDERED = "prompt, rendered"
 TOLD = frozenset({
