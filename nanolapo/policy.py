@@ -105,8 +105,8 @@ class Policy:
         m = self.config.model
         if model.device.type != "meta":  # with fsdp2 the main rank tries it for all
             self.packed_difference = check_packed(model, m.path, self.config.rollout.longest_row)
+        model.train(m.gradient_checkpointing > 0)  # without dropout the two modes compute the same
         if m.gradient_checkpointing:
-            model.train()  # without dropout the two modes compute the same
             model.gradient_checkpointing_enable({"use_reentrant": False})
             layers = model.get_decoder().layers
             for layer in layers[m.num_checkpointed(len(layers)) :]:
