@@ -119,8 +119,8 @@ class Policy:
         m = self.config.model
         if model.device.type != "meta":  # with fsdp2 the main rank tries it for all
             self.try_packed(model)
+        model.train(m.gradient_checkpointing > 0)  # without dropout the two modes compute the same
         if m.gradient_checkpointing:
-            model.train()  # without dropout the two modes compute the same
             model.gradient_checkpointing_enable({"use_reentrant": False})
             layers = model.get_decoder().layers
             for layer in layers[m.num_checkpointed(len(layers)) :]:

@@ -245,8 +245,8 @@ def changes(config: Config, shape: Shape, machine: Machine, e: Expected) -> Iter
     if t.microbatch_tokens > 2 * one_row:
         yield "train.microbatch_tokens", max(one_row, t.microbatch_tokens // 4)
     if m.gradient_checkpointing < 1:
-        least = least_checkpointing(config, shape, machine, e)
-        yield "model.gradient_checkpointing", True if least is None else least
+        enough = least_checkpointing(config, shape, machine, e)
+        yield "model.gradient_checkpointing", True if enough is None else enough
     if machine.count > 1 and m.sharding != "fsdp2":
         yield "model.sharding", "fsdp2"
     if config.loss.kl_coef and not m.offload_reference and not machine.is_cpu:
