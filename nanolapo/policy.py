@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from nanolapo.config import Config, RunStopped
 from nanolapo.microbatches import MicroBatch
 from nanolapo.model.attention import use_shared_prompts
-from nanolapo.model.folder import load_model, named_weights, plain_name
+from nanolapo.model.folder import layers_of, load_model, named_weights, plain_name
 from nanolapo.model.logprobs import LogprobHead
 from nanolapo.model.lora import adapters_off, add_lora
 from nanolapo.model.precision import MasterGradients, cast_parameters, make_copy, refresh_copy
@@ -117,18 +117,21 @@ class Policy:
         """Try the model, then set up gradient checkpointing and LoRA as the config says, in place. Raises UserError if
         packed rows do not get the log-probs that transformers gives them."""
         m = self.config.model
-        if model.device.type != "meta":  # with fsdp2 the main rank tries it for all
-            self.try_packed(model)
-        model.train(m.gradient_checkpointing > 0)  # without dropout the two modes compute the same
+        self.try_packed(model)
+        model.eval()
         if m.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-            layers = model.get_decoder().layers
-            for layer in layers[m.num_checkpointed(len(layers)) :]:
-                layer.gradient_checkpointing = False
+            layers = layers_of(model)
+            for layer in layers[: m.num_checkpointed(len(layers))]:
+                layer.training = (
+                    True  # what transformers asks for. Its parts stay as they are: some add noise in training
+                )
         if m.lora_rank:
             add_lora(model, m.lora_rank, m.lora_alpha)
 
     def try_packed(self, model: PreTrainedModel) -> None:
+        if model.device.type == "meta":  # with fsdp2 the main rank tries it for all
+            return
         started = time.monotonic()
         off = check_packed(model, self.config.model.path, self.config.rollout.longest_row)
         self.packed.append(f"{model.dtype}: off by {off:.1e}, allowed {tolerance(model):.1e}".removeprefix("torch."))
@@ -143,11 +146,11 @@ class Policy:
         compiled = self.config.model.compiled_on(self.device.type) and not offload
         model.set_output_embeddings(LogprobHead(model.get_output_embeddings(), compiled))
         if compiled:
-            for layer in model.get_decoder().layers:
+            for layer in layers_of(model):
                 layer.compile(dynamic=True)  # one graph for all layers and lengths; attention interrupts it
         scorer = Scorer(model)
         if give:
-            shard(scorer, model.get_decoder().layers, self.dtype, give, offload and self.device.type != "cpu")
+            shard(scorer, layers_of(model), self.dtype, give, offload and self.device.type != "cpu")
         elif offload:
             cpu_offload(model, self.device)  # layer by layer
         return scorer

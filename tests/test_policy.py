@@ -218,7 +218,7 @@ def test_gradient_checkpointing_changes_memory_not_numbers(tied_model):
     trained = []
     for share in (False, 0.5, True):
         policy = Policy(make_config(tied_model, model={"gradient_checkpointing": share}), CPU)
-        assert [layer.gradient_checkpointing for layer in policy.model.get_decoder().layers] == [share > 0, share > 0.5]
+        assert [layer.training for layer in policy.model.get_decoder().layers] == [share > 0, share > 0.5]
         policy.logprobs(make_microbatch(make_rows([9, 4, 30, 2]), range(4), CPU))[0].square().sum().backward()
         gradients = {f"gradient {name}": p.grad.clone() for name, p in policy.trained.items()}
         update(policy, make_rows([9, 4, 30, 2]), [1.0, -1.0, 0.5, -0.5])

@@ -188,7 +188,7 @@ def test_a_folder_of_exports_stands_for_all_of_them(tmp_path):
 # ---- the shipped configs ----
 
 
-PIPELINES = ("compare", "reproduce", "tuning", "settings", "chosen")  # not of one run
+PIPELINES = ("compare", "reproduce", "tuning", "settings", "chosen", "demo.yaml")  # not of one run
 SHIPPED = [
     path
     for path in sorted(ROOT.glob("configs/*/*.yaml"))

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from nanolapo.config import UserError
 from nanolapo.model import attention, trial
 from nanolapo.model.attention import pack
-from nanolapo.model.folder import named_weights
+from nanolapo.model.folder import layers_of, named_weights
 from nanolapo.model.precision import make_copy
 from nanolapo.model.trial import check_packed, packed_difference, tolerance
 from nanolapo.policy import Policy
@@ -80,7 +80,7 @@ def test_logprobs_and_gradients_are_those_of_transformers(name: str, tmp_path: P
     rollouts, advantages = make_rows([5, 45, 9, 40]), [1.0, -1.0, 0.5, -0.5]
     config = family_config(tmp_path)
     policy = Policy(replace(config, model=replace(config.model, gradient_checkpointing=0.5)), CPU)
-    assert [layer.gradient_checkpointing for layer in policy.model.get_decoder().layers] == [True, False]
+    assert [layer.training for layer in layers_of(policy.model)] == [True, False]
     assert len(policy.packed) == 1 and policy.packed[0].startswith("float32: off by ")
     got = scored(policy, rollouts, [0, 1, 2, 3])
     for row in range(4):
