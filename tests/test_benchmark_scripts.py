@@ -112,7 +112,8 @@ def test_growth_on_two_ranks_holds_half_of_everything_on_each():
     assert row["parameters, M"] == pytest.approx(weights / 1e6) and row["held GB"] == pytest.approx(weights * 8 / 1e9)
 
 
-def test_only_the_main_rank_holds_a_whole_model_while_fsdp2_loads(tmp_path):
+def test_only_the_main_rank_holds_a_whole_model_while_fsdp2_loads(tmp_path, monkeypatch):
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # freed tensors go back at once: the peak is that of live ones
     shape = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 8}
     LlamaForCausalLM(LlamaConfig(vocab_size=2_000, **shape)).save_pretrained(tmp_path)  # 65 M parameters
     config = tmp_path / "run.yaml"
@@ -121,7 +122,7 @@ def test_only_the_main_rank_holds_a_whole_model_while_fsdp2_loads(tmp_path):
     said = script("loading.py", str(config), launch=launch)
     lines = sorted(line for line in said.splitlines() if line.startswith("rank"))
     main, other = (after - before for before, after in (map(int, re.findall(r"(\d+) MiB", line)) for line in lines))
-    assert other < 0.85 * main, said  # 0.68; when every rank loaded the model it was 1
+    assert other < 0.6 * main, said  # 0.51; when every rank loaded the model it was 1
 
 
 def test_the_gpu_script_runs_every_part_that_a_cpu_can_run(tmp_path: Path) -> None:
