@@ -113,7 +113,9 @@ def test_growth_on_two_ranks_holds_half_of_everything_on_each():
 
 
 def test_only_the_main_rank_holds_a_whole_model_while_fsdp2_loads(tmp_path, monkeypatch):
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # freed tensors go back at once: the peak is that of live ones
+    monkeypatch.setenv(
+        "MALLOC_MMAP_THRESHOLD_", "65536"
+    )  # freed tensors go back at once: the peak is that of live ones
     shape = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 8}
     LlamaForCausalLM(LlamaConfig(vocab_size=2_000, **shape)).save_pretrained(tmp_path)  # 65 M parameters
     config = tmp_path / "run.yaml"
