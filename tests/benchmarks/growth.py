@@ -96,6 +96,7 @@ def one(settings: dict[str, Any], dtype: str) -> dict[str, float]:
     found = {"parameters, M": count / 1e6, "tokens": tokens, "seconds": statistics.median(seconds[1:])}
     found |= {"CPU seconds": statistics.median(cpu_seconds[1:])}
     found |= {"peak GB": memory_gb(), "held GB": held, "beyond GB": memory_gb() - held - libraries}
+    ranks.wait()  # a rank that ends early breaks off what another one still sends
     return found
 
 

@@ -24,6 +24,7 @@ def main(path: str, *overrides: str) -> None:
     before = peak_mib()
     Policy(load_config(path, list(overrides)), ranks.device, ranks)
     print(f"rank {ranks.index}: peak {before} MiB before, {peak_mib()} MiB with the model", flush=True)
+    ranks.wait()  # a rank that ends early breaks off what another one still sends
 
 
 if __name__ == "__main__":
