@@ -96,5 +96,7 @@ def is_native(config: PreTrainedConfig) -> bool:
         return True  # VLLMSampler will tell why
     from vllm.model_executor.models.registry import ModelRegistry
 
-    known = [ModelRegistry.models[name] for name in config.architectures or () if name in ModelRegistry.models]
+    known: list[Any] = [
+        ModelRegistry.models[name] for name in config.architectures or () if name in ModelRegistry.models
+    ]
     return bool(known) and not known[0].module_name.endswith(".transformers")
