@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from shipped import SHIPPED
 from tiny import make_config
 
 from nanolapo.config import Config, Positive, UserError
@@ -20,8 +21,6 @@ from nanolapo.methods.base import Method
 from nanolapo.methods.lapo import Discovery
 
 ROOT = Path(__file__).parents[1]
-PLANS = ("chosen", "compare", "demo.yaml", "reproduce", "tuning", "settings")  # of runs: see tests/reproduce
-CONFIGS = sorted(p for p in ROOT.glob("configs/**/*.yaml") if not p.name.startswith(PLANS))
 
 
 @pytest.fixture
@@ -44,7 +43,7 @@ def refused(path: Path, *overrides: str) -> str:
 # ------------------------------------------------------------------------------------------------------ files we ship
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT / "configs")))
 def test_every_shipped_config_loads(path):
     """Recipes load as they are. A method's file (configs/methods) is laid over one, and its class takes its options."""
     if path.parent.name == "methods":
@@ -58,7 +57,7 @@ def test_every_shipped_config_loads(path):
 
 
 def test_there_are_configs():
-    folders = {path.parent.name for path in CONFIGS}
+    folders = {path.parent.name for path in SHIPPED}
     assert {"demo", "deepscaler-1.5b", "deepseek-r1-1.5b", "methods"} <= folders
 
 

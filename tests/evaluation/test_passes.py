@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from benchmark_helpers import benchmark, evaluation_config
+from shipped import SHIPPED
 from tiny import make_config
 
 from nanolapo.config import Config, EvaluateConfig, UserError
@@ -188,13 +189,7 @@ def test_a_folder_of_exports_stands_for_all_of_them(tmp_path):
 # ---- the shipped configs ----
 
 
-PIPELINES = ("compare", "reproduce", "tuning", "settings", "chosen", "demo.yaml")  # not of one run
-SHIPPED = [
-    path
-    for path in sorted(ROOT.glob("configs/*/*.yaml"))
-    if path.parent.name != "methods" and not path.name.startswith(PIPELINES)
-]
-EVALUATIONS = [path for path in SHIPPED if load_config(path).evaluate.models]
+EVALUATIONS = [path for path in SHIPPED if path.parent.name != "methods" and load_config(path).evaluate.models]
 
 
 @pytest.mark.parametrize("path", EVALUATIONS, ids=lambda path: f"{path.parent.name}/{path.name}")
