@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase as HfTokenizer
 from nanolapo.config import GUIDANCE_ROOM, Config, UserError
 from nanolapo.data.load import Data
 from nanolapo.data.prompts import Guidance, Prompter
-from nanolapo.grader import Grader
+from nanolapo.grader.boxes import last_boxed
 from nanolapo.methods.base import Method
 from nanolapo.model.folder import (
     file_of,
@@ -71,12 +71,12 @@ class Preflight:
         return [f"  {name}: {found}" for name, _, found in self.rows if not found.startswith(NOTE)]
 
 
-def before_training(config: Config, data: Data, method: Method, grader: Grader, fetch: bool = True) -> Preflight:
+def before_training(config: Config, data: Data, method: Method, fetch: bool = True) -> Preflight:
     """Make the checks of a training run that need no weights. fetch=False: no weights are fetched from the hub either."""
     path, key, new = config.model.path, "model.path", config.rollout.max_new_tokens
     problems = enumerate(data.problems[:TRIED])
     guidances = [method.guidance(problem, i % config.rollout.group_size, 0) for i, problem in problems]
-    checks = sampling_checks(path, key, data, guidances, grader, (new, "rollout.max_new_tokens"))
+    checks = sampling_checks(path, key, data, guidances, (new, "rollout.max_new_tokens"))
     if not fetch and not Path(path).is_dir():
         return Preflight().run(checks)
     checked = Preflight().run([partial(kind_of_model, config), *checks])
@@ -92,12 +92,10 @@ def after_loading(checked: Preflight, policy: Policy) -> Preflight:
     return checked.run([partial(packed_rows, policy)])
 
 
-def before_evaluation(
-    config: Config, path: str, key: str, data: Data, guidances: Sequence[Guidance], grader: Grader
-) -> Preflight:
+def before_evaluation(config: Config, path: str, key: str, data: Data, guidances: Sequence[Guidance]) -> Preflight:
     """Make the checks of one model of an evaluation."""
     new = config.evaluate.max_new_tokens, "evaluate.max_new_tokens"
-    return Preflight().run(sampling_checks(path, key, data, guidances, grader, new))
+    return Preflight().run(sampling_checks(path, key, data, guidances, new))
 
 
 def before_writing(key: str, model: PreTrainedModel, dtype: torch.dtype, tokenizer: HfTokenizer) -> Preflight:
@@ -106,7 +104,7 @@ def before_writing(key: str, model: PreTrainedModel, dtype: torch.dtype, tokeniz
 
 
 def sampling_checks(
-    path: str, key: str, data: Data, guidances: Sequence[Guidance], grader: Grader, limit: tuple[int, str]
+    path: str, key: str, data: Data, guidances: Sequence[Guidance], limit: tuple[int, str]
 ) -> list[partial[str]]:
     """Return the checks of a model that is sampled from. `limit`: new tokens at most, and the key that says so."""
     config, generation = read_settings(path, key)
@@ -121,7 +119,7 @@ def sampling_checks(
         partial(longest_position, key, needed, config, limit[1]),
         partial(end_of_turn, key, data, ends),
         partial(place_of_guidance, data.prompter, asked),
-        partial(reference_answers, key, data, grader),
+        partial(reference_answers, key, data),
     ]
 
 
@@ -217,18 +215,22 @@ def place_of_guidance(prompter: Prompter, asked: Sequence[tuple[str, Guidance]])
     return found
 
 
-def reference_answers(key: str, data: Data, grader: Grader) -> str:
-    """A reference answer written as tokens and read back is still the same answer."""
+def reference_answers(key: str, data: Data) -> str:
+    """A reference answer in a box, written as tokens and read back, is still the same answer."""
+
+    def answer(text: str) -> str:
+        return "".join((last_boxed(text) or "").split())  # a tokenizer may write other blanks
+
     texts = [rf"\boxed{{{p.answer}}}" for p in data.problems[:TRIED]]
     ids = [data.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     read = [str(data.tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
-    lost = [i for i, text in enumerate(texts) if "".join(read[i].split()) != "".join(text.split())]
+    lost = [i for i, text in enumerate(texts) if answer(read[i]) != answer(text)]
     if len(lost) > len(texts) / 2:
         raise UserError(
             f"{key}: the tokenizer cannot write the answers: {texts[lost[0]]!r} is read back as {read[lost[0]]!r}, so no "
             "answer could be right; give the tokenizer that belongs to the model"
         )
-    return f"{len(texts) - len(lost)} of {len(texts)} are read back, the first as {grader.reads(read[0])!r}"
+    return f"{len(texts) - len(lost)} of {len(texts)} are read back, the first as {last_boxed(read[0])!r}"
 
 
 def kind_of_model(config: Config) -> str:

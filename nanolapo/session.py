@@ -74,7 +74,7 @@ def open_session(config: Config, method: Method) -> Iterator[Session]:
         arithmetic = f"{len(data.problems)} problems; {config.arithmetic(ranks.count)}"
         if ranks.is_main:
             print("\n".join([*data.report, arithmetic]), flush=True)
-        checked = ranks.from_main(lambda: before_training(config, data, method, grader))
+        checked = ranks.from_main(lambda: before_training(config, data, method))
         policy, alarms = Policy(config, ranks.device, ranks), Alarms(config)
         fingerprint = fingerprint_of(config, method, data)
         # What each rank has read by itself: the tokenizer's folder, and what method.start reads, such as a length map.

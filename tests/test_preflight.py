@@ -69,7 +69,7 @@ def check(config: Config, method: type[Method] = Told) -> Preflight:
     with Grader(workers=1) as grader:
         data, made = load_data(config, grader), method(config)
         made.start(data.problems)
-        return before_training(config, data, made, grader)
+        return before_training(config, data, made)
 
 
 @pytest.fixture(scope="module")

@@ -12,19 +12,44 @@ from typing import Any
 import pytest
 import torch
 from folders import CHAT, edit, make_chat_folder
-from test_preflight import Told, ToldOutside, check, config_of, found
-from transformers import LlamaConfig
+from test_preflight import Told, ToldOutside, check, config_of, found, word_level
+from tokenizers import Regex, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from nanolapo import preflight
-from nanolapo.config import UserError
+from nanolapo.config import PromptConfig, UserError
+from nanolapo.data.load import Data
+from nanolapo.data.problems import Problem
 from nanolapo.data.prompts import Prompter, outside_guidance
 from nanolapo.model.folder import load_model, load_tokenizer
-from nanolapo.preflight import ids_of_the_model, known_tokens, names_and_shapes, place_of_guidance, trial_export
+from nanolapo.preflight import (
+    end_of_turn,
+    ids_of_the_model,
+    known_tokens,
+    names_and_shapes,
+    place_of_guidance,
+    reference_answers,
+    tokenizer_ids,
+    trial_export,
+)
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_chat_folder(tmp_path_factory.mktemp("good") / "model")
+
+
+def test_a_length_that_tokenizer_json_cuts_or_pads_to_is_not_used(tmp_path: Path) -> None:
+    """Neither by transformers nor by the check."""
+    folder = make_chat_folder(tmp_path / "model")
+    edit(folder / "tokenizer.json", lambda c: c.update(
+        truncation={"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0},
+        padding={"strategy": {"Fixed": 40}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                 "pad_type_id": 0, "pad_token": "</s>"},
+    ))  # fmt: skip
+    texts = ["Add 3.", "Add 3. " * 30]
+    found = tokenizer_ids(str(folder), "key", load_tokenizer(str(folder)), texts)
+    assert found == "2 prompts get the ids of tokenizers.Tokenizer.from_file"
 
 
 def test_an_unknown_token_in_a_hundred_is_let_through_and_a_prompt_without_tokens_is_not(good: Path) -> None:
@@ -57,6 +82,47 @@ def test_a_template_that_cuts_or_repeats_the_question(
     else:
         with pytest.raises(UserError, match=f"stands {times} times in .*; mend the chat template"):
             check(config_of(tmp_path / "model"), method)
+
+
+def test_a_token_of_any_spelling_may_close_a_turn(good: Path) -> None:
+    tokenizer = load_tokenizer(str(good))
+    tokenizer.add_tokens(["EndOfTurn"])
+    tokenizer.chat_template = CHAT.replace("<|im_end|>", "EndOfTurn")
+    data = Data([], Prompter(tokenizer, PromptConfig(style="chat")), tokenizer)
+    new = tokenizer.convert_tokens_to_ids("EndOfTurn")
+    assert end_of_turn("key", data, [new]).startswith(f"'EndOfTurn' ({new}) closes a turn")
+    with pytest.raises(UserError, match="^key: the chat template closes an assistant's turn with 'EndOfTurn'"):
+        end_of_turn("key", data, [3])
+
+
+def word_reader(pieces: pre_tokenizers.PreTokenizer) -> Callable[..., str]:
+    """The check with a tokenizer that decodes with blanks between its words. It knows no digits but 1 and 2."""
+    words = word_level(["\\boxed", "\\", "boxed", "{", "}", "1", "2", ","])
+    words.pre_tokenizer = pieces
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?", eos_token="end")
+    prompter = Prompter(tokenizer, PromptConfig(style="raw", template="{question}"))
+
+    def read(*answers: str) -> str:
+        problems = [Problem(str(i), "1", answer, None, "set") for i, answer in enumerate(answers)]
+        return reference_answers("key", Data(problems, prompter, tokenizer))
+
+    return read
+
+
+def test_answers_that_are_read_back_with_other_blanks_count_and_half_of_them_may_be_lost() -> None:
+    read = word_reader(pre_tokenizers.Split(Regex(r"\\boxed|."), "isolated"))
+    assert read("1", "1,2", "7", "8") == "2 of 4 are read back, the first as '1'"
+    with pytest.raises(
+        UserError, match=r"^key: the tokenizer cannot write the answers: .*boxed\{7\}.* is read back as"
+    ):
+        read("1", "7", "8")
+
+
+def test_a_box_that_is_read_back_as_two_words_is_found_by_no_grader() -> None:
+    with pytest.raises(
+        UserError, match=r"^key: the tokenizer cannot write the answers: .*is read back as .*\\ boxed {"
+    ):
+        word_reader(pre_tokenizers.Whitespace())("1", "2")
 
 
 def test_a_question_may_have_the_words_of_the_guidance(good: Path) -> None:

@@ -57,7 +57,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     with Grader() as grader:
         loaded = load_sets(config, models, grader, ranks)  # of all models: a missing folder must not show hours later
-        checked = ranks.from_main(lambda: preflight(config, models, loaded, grader))
+        checked = ranks.from_main(lambda: preflight(config, models, loaded))
         if ranks.is_main:
             for model, found in zip(models, checked, strict=True):
                 print(*[f"{model.name}: {line}" for line in found.lines()], sep="\n", flush=True)

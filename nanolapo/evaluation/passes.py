@@ -132,7 +132,7 @@ def load_sets(config: Config, models: Sequence[Model], grader: Grader, ranks: Ra
     return [fit_prompts(config, prompter, problems, report) for prompter in prompters]
 
 
-def preflight(config: Config, models: Sequence[Model], loaded: Sequence[Data], grader: Grader) -> list[Preflight]:
+def preflight(config: Config, models: Sequence[Model], loaded: Sequence[Data]) -> list[Preflight]:
     """Try what the answers of each model rest on, for all of its passes."""
     checked = []
     for model, data in zip(models, loaded, strict=True):
@@ -140,7 +140,7 @@ def preflight(config: Config, models: Sequence[Model], loaded: Sequence[Data], g
         told = [
             one.guidance(one.tokens or config.evaluate.max_new_tokens) if one.name else NO_GUIDANCE for one in asked
         ]
-        checked.append(before_evaluation(config, model.path, f"evaluate.models: {model.name}", data, told, grader))
+        checked.append(before_evaluation(config, model.path, f"evaluate.models: {model.name}", data, told))
     return checked
 
 
@@ -155,7 +155,7 @@ def dry_run(config: Config) -> None:
     models, e = parse_models(config), config.evaluate
     with Grader() as grader:
         loaded = load_sets(config, models, grader)
-        checked = preflight(config, models, loaded, grader)
+        checked = preflight(config, models, loaded)
     print(to_yaml(config))
     most = 0
     for model, data in zip(models, loaded, strict=True):

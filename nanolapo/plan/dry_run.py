@@ -22,7 +22,7 @@ def dry_run(config: Config, method: Method) -> None:
     with Grader(rule=method.grader_rule) as grader:
         data = load_data(config, grader)
         method.start(data.problems)
-        checked = before_training(config, data, method, grader, fetch=False)
+        checked = before_training(config, data, method, fetch=False)
     guidance = method.guidance(data.problems[0], 0, 0)
     most = monitored = 0
     for step in range(config.train.steps):

@@ -10,8 +10,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from nanolapo.evaluation.scores import aes
 from nanolapo.reproduce.beside_paper import Comparison, markdown
 from nanolapo.reproduce.comparison import comparison_text
 
@@ -35,6 +37,13 @@ def test_a_comparison_is_that_of_its_json(name: str) -> None:
     found = results(name)
     assert all(len(row.get("seeds") or found["seeds"]) >= 3 for row in found["rows"])
     assert between(name) == comparison_text(**found)
+
+
+@pytest.mark.parametrize("name", ["published", "published_deepscaler"])
+def test_the_aes_of_published_numbers_is_that_of_their_averages(name: str) -> None:
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in between(name).splitlines()[2:]]
+    pairs = [np.mean([[float(x) for x in cell.split(" / ")] for cell in row[2:-1]], axis=0) for row in rows]
+    assert [row[-1] for row in rows] == [f"{aes(*pair, *pairs[0]):+.2f}" for pair in pairs]
 
 
 def test_the_papers_tables_are_those_of_their_json() -> None:
