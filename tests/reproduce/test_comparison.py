@@ -169,7 +169,8 @@ def test_the_picture_shows_every_method_with_its_intervals_and_the_front() -> No
         assert (list(across), [100 * row["accuracy"]] * 2) in drawn and ([row["tokens"]] * 2, up) in drawn
     best = sorted((r["tokens"], 100 * r["accuracy"]) for r in found["rows"] if r["pareto"])
     x, y = zip(*best, (front["tokens"][-1], best[-1][1]), strict=True)
-    assert (list(x), list(y)) in drawn and len(axis.collections) == 1
+    line = axis.get_lines()[drawn.index((list(x), list(y)))]
+    assert line.get_drawstyle() == "steps-post" and len(axis.collections) == 1  # no method is above it
     boxes = [Text.get_window_extent(text) for text in axis.texts]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 

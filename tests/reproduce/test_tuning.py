@@ -17,6 +17,7 @@ from nanolapo import cli
 from nanolapo.config import UserError
 from nanolapo.config_file import load_config
 from nanolapo.methods import load_method
+from nanolapo.provenance import provenance
 from nanolapo.reproduce import tuning
 from nanolapo.reproduce.recipe import MOST_SETTINGS, Recipe
 from nanolapo.reproduce.records import read
@@ -172,7 +173,7 @@ def test_a_real_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     scores = {}
     for k, name in enumerate(settings["grpo"]):
         [one] = read(tmp_path / f"out/records/setting{k}", "grpo")
-        assert (one.setting, one.seed) == (name, 9)
+        assert (one.setting, one.seed, one.commit) == (name, 9, provenance()["git"])
         scores[name] = one.scores[0]["row"]["aes"]
     best = max(scores, key=lambda name: scores[name] if scores[name] is not None else -1.0)
     assert chosen["hapo"] == {"setting": "published"} and chosen["grpo"]["setting"] == best
