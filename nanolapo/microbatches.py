@@ -63,7 +63,7 @@ def make_microbatch(rollouts: Rollouts, rows: Sequence[int], device: torch.devic
     prompts = [row.prompt_ids for row in chosen]
     responses = [empty if row.broken else row.response_ids for row in chosen]
     if not rows:
-        prompts, responses = [rollouts.rows[0].prompt_ids[:1]], [empty]
+        prompts, responses = [np.repeat(rollouts.rows[0].prompt_ids[:1], 2)], [empty]  # torch would compile S = 1 apart
     ids: list[np.ndarray] = []
     positions: list[np.ndarray] = []
     predictors: list[np.ndarray] = []

@@ -81,9 +81,8 @@ def before_training(config: Config, data: Data, method: Method, fetch: bool = Tr
         return Preflight().run(checks)
     checked = Preflight().run([partial(kind_of_model, config), *checks])
     model, dtype = load_model(path, torch.device("meta")), getattr(torch, config.model.dtype)
-    return checked.run(
-        [partial(names_and_shapes, path, key, model), partial(trial_export, key, model, dtype, data.tokenizer)]
-    )
+    export = partial(trial_export, key, model, dtype, data.tokenizer)
+    return checked.run([partial(names_and_shapes, path, key, model), export])
 
 
 def after_loading(checked: Preflight, policy: Policy) -> Preflight:
@@ -118,6 +117,7 @@ def sampling_checks(
         partial(ids_of_the_model, key, [*prompts, ends], config),
         partial(longest_position, key, needed, config, limit[1]),
         partial(end_of_turn, key, data, ends),
+        partial(place_of_question, data.prompter, asked),
         partial(place_of_guidance, data.prompter, asked),
         partial(reference_answers, key, data),
     ]
@@ -180,9 +180,8 @@ def longest_position(key: str, needed: int, config: PreTrainedConfig, limit_key:
 
 def end_of_turn(key: str, data: Data, ends: list[int]) -> str:
     """The samplers stop at the token that closes an assistant's turn."""
-    names = ", ".join(
-        f"{token!r} ({i})" for i, token in zip(ends, data.tokenizer.convert_ids_to_tokens(ends), strict=True)
-    )
+    tokens = data.tokenizer.convert_ids_to_tokens(ends)
+    names = ", ".join(f"{token!r} ({i})" for i, token in zip(ends, tokens, strict=True))
     if not ends:
         raise UserError(
             f"{key}: no end token is known, so no answer would end; set eos_token_id in generation_config.json"
@@ -200,16 +199,25 @@ def end_of_turn(key: str, data: Data, ends: list[int]) -> str:
     return f"{token} closes a turn; answers end at {names}"
 
 
+def place_of_question(prompter: Prompter, asked: Sequence[tuple[str, Guidance]]) -> str:
+    """The prompt has the question in it, and the system prompt."""
+    for question, guidance in asked:
+        text = "".join(prompter.render(question, guidance).split())
+        for what, words in (("the question", question), ("prompt.system", prompter.config.system)):
+            if "".join(words.split()) not in text:
+                raise UserError(f"prompt: the chat template leaves {what} out; mend it, or set prompt.style=raw")
+    return f"{len(asked)} prompts have it"
+
+
 def place_of_guidance(prompter: Prompter, asked: Sequence[tuple[str, Guidance]]) -> str:
     """A stated length stands once in the prompt, where the method wants it."""
     found = "no length is stated"
     for question, guidance in asked:
         text, printed = prompter.render(question, guidance), prompter.placed(guidance)
         for place, words in (("before", printed.outside.strip()), ("in", printed.inside.strip())):
-            if words and text.count(words) != question.count(words) + 1:
-                raise UserError(
-                    f"prompt: {words!r} stands {text.count(words)} times in {text[-200:]!r}; mend the chat template"
-                )
+            times = text.count(words)
+            if words and times != question.count(words) + 1:
+                raise UserError(f"prompt: {words!r} stands {times} times in {text[-200:]!r}; mend the chat template")
             if words:
                 found = f"{place} the thought: {text[max(0, text.rindex(words) - 20) :]!r}"
     return found
@@ -267,21 +275,16 @@ def trial_export(key: str, model: PreTrainedModel, dtype: torch.dtype, tokenizer
             config, generation = AutoConfig.from_pretrained(folder), GenerationConfig.from_pretrained(folder)
             theirs = AutoTokenizer.from_pretrained(folder)
         except Exception as error:  # these libraries raise anything, and the run would end in it after hours
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(
-                f"{key}: the trained model could not be saved ({reason}); mend that file of the folder"
-            ) from None
-        rebuilt = theirs(PROBE)["input_ids"] != tokenizer(PROBE)["input_ids"]
+            reason = f"{key}: the trained model could not be saved ({' '.join(str(error).split())[:300]})"
+            raise UserError(f"{reason}; mend that file of the folder") from None
+        ids = tokenizer(PROBE)["input_ids"]
+        rebuilt = theirs(PROBE)["input_ids"] != ids
         ours = load_tokenizer(folder) if rebuilt else theirs
     before = settings_of(model.config), end_token_ids(tokenizer, model.config, model.generation_config)
     after = settings_of(config), end_token_ids(ours, config, generation)
-    same_text = (
-        ours(PROBE)["input_ids"] == tokenizer(PROBE)["input_ids"] and ours.chat_template == tokenizer.chat_template
-    )
+    same_text = ours(PROBE)["input_ids"] == ids and ours.chat_template == tokenizer.chat_template
     if before != after or not same_text:
-        changed = sorted(name for name in before[0] if before[0][name] != after[0].get(name)) or [
-            "tokenizer, end tokens"
-        ]
+        changed = [k for k, v in before[0].items() if v != after[0].get(k)] or ["tokenizer, end tokens"]
         raise UserError(f"{key}: the trained model would be read back with other settings: {', '.join(changed)}")
     if rebuilt:
         return (

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from folders import CHAT, edit, make_chat_folder
+from safetensors.torch import load_file, save_file
 from test_preflight import Told, ToldOutside, check, config_of, found, word_level
 from tokenizers import Regex, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -21,7 +22,9 @@ from nanolapo.config import PromptConfig, UserError
 from nanolapo.data.load import Data
 from nanolapo.data.problems import Problem
 from nanolapo.data.prompts import Prompter, outside_guidance
+from nanolapo.methods.base import Method
 from nanolapo.model.folder import load_model, load_tokenizer
+from nanolapo.policy import Policy
 from nanolapo.preflight import (
     end_of_turn,
     ids_of_the_model,
@@ -73,11 +76,14 @@ def test_the_largest_id_has_an_embedding() -> None:
 def test_a_template_that_cuts_or_repeats_the_question(
     tmp_path: Path, asked: str, times: int, method: type[Told]
 ) -> None:
-    """A length inside the thought does not depend on it."""
+    """A length inside the thought does not depend on a question that stands twice."""
     written = f"{asked} if m['role'] == 'user' else m['content']"
     template = make_chat_folder(tmp_path / "model") / "chat_template.jinja"
     template.write_text(CHAT.replace("m['content']", written))
-    if method is Told:
+    if times == 0:
+        with pytest.raises(UserError, match="^prompt: the chat template leaves the question out; mend it"):
+            check(config_of(tmp_path / "model"), method)
+    elif method is Told:
         assert "60 tokens." in found(check(config_of(tmp_path / "model"), method))["place of guidance"]
     else:
         with pytest.raises(UserError, match=f"stands {times} times in .*; mend the chat template"):
@@ -123,6 +129,83 @@ def test_a_box_that_is_read_back_as_two_words_is_found_by_no_grader() -> None:
         UserError, match=r"^key: the tokenizer cannot write the answers: .*is read back as .*\\ boxed {"
     ):
         word_reader(pre_tokenizers.Whitespace())("1", "2")
+
+
+@pytest.mark.parametrize(
+    ("written", "system", "words"),
+    [
+        ("{% for p in m['content'] %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}", "", "the question"),
+        ("{{ m['text'] }}", "", "the question"),
+        ("{{ m['content'][:20] }}", "", "the question"),
+        ("{% if m['role'] != 'system' %}{{ m['content'] }}{% endif %}", "Be good.", "prompt.system"),
+        ("{{ m['content'] | trim }}", "Be good.", ""),
+    ],
+)
+def test_a_template_writes_the_question_and_the_system_prompt(
+    tmp_path: Path, written: str, system: str, words: str
+) -> None:
+    frame = "{% for m in messages %}{{ m['role'] }}: " + written + "\n{% endfor %}"
+    folder = make_chat_folder(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(frame + "{% if add_generation_prompt %}assistant:{% endif %}")
+    config = config_of(folder, prompt={"style": "chat", "instruction": "", "system": system})
+    if words:
+        with pytest.raises(UserError, match=f"^prompt: the chat template leaves {words} out; mend it"):
+            check(config, Method)
+    else:
+        assert found(check(config, Method))["place of question"] == "6 prompts have it"
+
+
+@pytest.mark.parametrize(
+    ("written", "system", "remedy"),
+    [
+        (
+            "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system') }}{% endif %}",
+            "",
+            r"mend it, or give",
+        ),
+        ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}", "Be good.", 'system=""$'),
+        ("{{ messages[0].thinking.strip() }}", "", "mend it"),
+        ("{{ messages + 1 }}", "", "mend it"),
+    ],
+)
+def test_a_template_that_refuses_the_prompt_is_one_line(tmp_path: Path, written: str, system: str, remedy: str) -> None:
+    folder = make_chat_folder(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(written + CHAT)
+    with pytest.raises(UserError, match=f"^the chat template of .* refuses this prompt .*{remedy}"):
+        check(config_of(folder, prompt={"style": "chat", "instruction": "", "system": system}))
+
+
+def test_a_template_that_takes_no_answers_does_not_say_what_closes_a_turn(tmp_path: Path) -> None:
+    folder = make_chat_folder(tmp_path / "model")
+    single = "{% if m['role'] == 'assistant' %}{{ raise_exception('one turn') }}{% endif %}"
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}" + single + "{% endfor %}" + CHAT)
+    assert "no template says" in found(check(config_of(folder)))["end of turn"]
+    (folder / "chat_template.jinja").write_text(
+        CHAT.replace("m['content']", "m['content'] if m['role'] == 'user' else ''")
+    )
+    assert "no template says" in found(check(config_of(folder)))["end of turn"]
+
+
+AWQ, GPTQ = ({"quantization_config": {"quant_method": method, "bits": 4}} for method in ("awq", "gptq"))
+UNKNOWN_ROPE = {"rope_parameters": {"rope_type": "foo", "rope_theta": 1e4}}
+
+
+@pytest.mark.parametrize("change", [AWQ, GPTQ, UNKNOWN_ROPE, {"hidden_act": "foo"}])
+def test_a_folder_that_transformers_cannot_build_is_one_line(tmp_path: Path, change: dict[str, Any]) -> None:
+    folder = make_chat_folder(tmp_path / "model")
+    edit(folder / "config.json", lambda c: c.update(change))
+    with pytest.raises(UserError, match="^model.path='.*': cannot be loaded") as caught:
+        load_model(str(folder), torch.device("cpu"))
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_not_finite_are_called_so(tmp_path: Path) -> None:
+    folder = make_chat_folder(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights = {name: torch.full_like(tensor, torch.nan) for name, tensor in weights.items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="its log-probs are not finite: a weight is nan or inf"):
+        Policy(config_of(folder), torch.device("cpu"))
 
 
 def test_a_question_may_have_the_words_of_the_guidance(good: Path) -> None:

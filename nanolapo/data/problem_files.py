@@ -98,9 +98,14 @@ def _csv_rows(source: SourceConfig) -> Iterator[tuple[int, Any]]:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(f"{source_key(source)}.path: {source.path} is not UTF-8 (line {line})") from error
+    csv.field_size_limit(2**31 - 1)  # a column of generations, read or not, may have long cells
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)  # strict: an open quote would swallow the rest
     try:
         names = next(reader, [])
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise UserError(
+                f"{source_key(source)}.path: {source.path} has two columns {min(twice)!r}; rename one of them"
+            )
         number = reader.line_num + 1  # where the next row starts
         for cells in reader:
             if len(cells) == len(names):

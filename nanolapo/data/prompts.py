@@ -210,19 +210,29 @@ class Prompter:
         return self._apply(self._messages(question, guidance), add_generation_prompt=True)
 
     def _apply(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **self.config.template_options
-        )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **self.config.template_options
+            )
+        except (TemplateError, TypeError, ValueError) as error:  # the template is a program of somebody else's
+            name, remedy = self.tokenizer.name_or_path, "mend it, or give a system prompt (prompt.system)"
+            remedy = 'try prompt.system=""' if self.config.system else remedy
+            raise UserError(f"the chat template of {name!r} refuses this prompt ({error}); {remedy}") from error
         assert isinstance(text, str)
         return text
 
     def closing(self) -> str:
-        """Return what the chat template writes after an assistant's answer ("<|im_end|>\\n"), "" in raw style."""
+        """Return what the chat template writes after an assistant's answer ("<|im_end|>\\n"), "" in raw style and for a
+        template that takes no answers."""
         if self.config.style == "raw":
             return ""
         answer = "The answer is 7."
         turns = [*self._messages("What is 3+4?", NO_GUIDANCE), {"role": "assistant", "content": answer}]
-        return self._apply(turns, add_generation_prompt=False).rpartition(answer)[2]
+        try:
+            _, found, closing = self._apply(turns, add_generation_prompt=False).rpartition(answer)
+        except UserError:
+            return ""
+        return closing if found else ""
 
     def _around_question(self) -> tuple[str, str]:
         """Return the template's text before the question (raw style), and what opens the answer: all after the question
@@ -244,13 +254,7 @@ class Prompter:
 
     def _think_prefix(self) -> str:
         """Return config.think_prefix without what the chat template itself writes."""
-        try:
-            head = self._chat("", NO_GUIDANCE)
-        except TemplateError as error:
-            name = self.tokenizer.name_or_path
-            raise UserError(
-                f'the chat template of {name!r} refuses this prompt ({error}); try prompt.system=""'
-            ) from error
+        head = self._chat("", NO_GUIDANCE)
         prefix = self.config.think_prefix
         if "<think>" in prefix and head.rstrip().endswith("</think>"):
             raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-BOX = re.compile(r"\\+(?:boxed|fbox)\s*\{")
+BOX = re.compile(r"(?<!\\)\\++(?:boxed|fbox)\s*\{")  # ++: a run of backslashes is read once
 BOX_TOKEN = re.compile(BOX.pattern + r"|\\.|[{}]", re.DOTALL)
 UNBRACED = re.compile(r"\\boxed\s+(-?\d+(?:[./]\d+)?)")  # \boxed 2
 LAYOUT = re.compile(r"\\(?:begin|end|[hv]space)\s*\*?\{[^{}]*\}|\\(?:[a-zA-Z]+|.)|[^A-Za-z\\]+", re.DOTALL)

@@ -107,8 +107,8 @@ def load_model(path: str, device: torch.device, key: str = "model.path") -> PreT
             path, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, output_loading_info=True,
             device_map="meta" if device.type == "meta" else None,
         )  # fmt: skip
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
+    except Exception as error:  # these libraries raise anything: ImportError for a quantised folder, KeyError, ...
+        first = f"{type(error).__name__}: {error}".splitlines()[0]
         missing = "no such local folder, and not to be had from the hub; without a network give a local folder"
         source = "cannot be loaded" if local.exists() else missing
         raise UserError(f"{key}={path!r}: {source} ({first})") from None

@@ -34,10 +34,9 @@ class HeadLogprobs(torch.autograd.Function):
         log_z_N = torch.full_like(targets_N, -torch.inf, dtype=torch.float32)
         chosen_N = torch.zeros_like(log_z_N)
         mean_N = torch.zeros_like(log_z_N) if with_entropy else None
+        add, _ = head.of_block(len(hidden_ND))
         for block, logits_NC in blocks(hidden_ND, weight_VD, bias_V):
-            log_z_N, chosen_N, mean_N = head.add_block(
-                logits_NC, targets_N - block.start, temperature, log_z_N, chosen_N, mean_N
-            )
+            log_z_N, chosen_N, mean_N = add(logits_NC, targets_N - block.start, temperature, log_z_N, chosen_N, mean_N)
         entropy_N = log_z_N[:0] if mean_N is None else log_z_N - mean_N
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, log_z_N, entropy_N)
         return chosen_N - log_z_N, entropy_N
@@ -52,10 +51,9 @@ class HeadLogprobs(torch.autograd.Function):
             new_sum = partial(torch.zeros_like, weight_VD, dtype=torch.float32)
             grad_weight_VD = (ctx.head.gradient_sum or new_sum)()
         grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
+        _, gradient = ctx.head.of_block(len(hidden_ND))
         for block, logits_NC in blocks(hidden_ND, weight_VD, bias_V):
-            grad_NC = ctx.head.logits_gradient(
-                logits_NC, targets_N - block.start, ctx.temperature, log_z_N, gradients[0], of_entropy
-            )
+            grad_NC = gradient(logits_NC, targets_N - block.start, ctx.temperature, log_z_N, gradients[0], of_entropy)
             grad_hidden_ND += grad_NC @ weight_VD[block]
             if grad_weight_VD is not None:
                 grad_weight_VD[block] += grad_NC.T @ hidden_ND
@@ -141,12 +139,17 @@ class LogprobHead(nn.Module):
         super().__init__()
         self.weight, self.bias = head.weight, getattr(head, "bias", None)
         # Compiled, each reads a block of logits once or twice and writes no other; elsewhere they work in place.
-        self.add_block, self.logits_gradient = add_block, logits_gradient
+        self.compiled = None
         if compiled:
-            self.add_block = torch.compile(add_block, dynamic=True)
-            self.logits_gradient = torch.compile(logits_gradient, dynamic=True)
+            self.compiled = torch.compile(add_block, dynamic=True), torch.compile(logits_gradient, dynamic=True)
         # Returns the float32 tensor [V, D] to add the weight's gradient to (precision.py). None: autograd gets it.
         self.gradient_sum: Callable[[], Tensor] | None = None
+
+    def of_block(self, num_tokens: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """Return `add_block` and `logits_gradient` as they are to be called for so many tokens."""
+        if self.compiled is None or num_tokens < 2:  # torch would compile again for no token, and for one
+            return add_block, logits_gradient
+        return self.compiled
 
     def forward(
         self, hidden_ND: Tensor, targets_N: Tensor, temperature: float, with_entropy: bool = False

@@ -110,8 +110,10 @@ class MasterGradients:
 
     def sum_and_clip(self, max_norm: float) -> float:
         """Sum over ranks, clip, and return the global norm before clipping. A missing gradient counts as zero."""
+        # vLLM needs a group even for one rank; to sum over it would send every gradient through the host.
+        several = dist.is_initialized() and dist.get_world_size() > 1
         for master in self.trained:
             gradient = self.sum_of(master)
-            if dist.is_initialized() and not isinstance(master, DTensor):  # slices were summed in the backward pass
+            if several and not isinstance(master, DTensor):  # slices were summed in the backward pass
                 dist.all_reduce(gradient)
         return float(gather_full(nn.utils.clip_grad_norm_(self.trained, max_norm)))

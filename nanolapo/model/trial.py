@@ -70,6 +70,8 @@ def objection(model: PreTrainedModel, longest: int) -> str | float:
         raise
     except Exception as error:  # a model's code may raise anything when it is used in a way that it does not know
         return (str(error).strip() or type(error).__name__).splitlines()[0]
+    if math.isnan(difference):
+        return "its log-probs are not finite: a weight is nan or inf, or becomes so large that they are"
     allowed = tolerance(model)
     if difference <= allowed:  # False for NaN, too
         return difference

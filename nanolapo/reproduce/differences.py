@@ -114,9 +114,11 @@ def p_value(found: Estimate) -> float:
 
     >>> p_value((0.0, 0.0, 1.0)), p_value((1.0, 0.0, 1.0)), round(p_value((2.776445, 1.0, 4.0)), 3)
     (1.0, 0.0, 0.05)
+    >>> p_value((1.0, float("nan"), 1.0))
+    1.0
     """
     value, error, freedom = found
-    if np.isnan(value) or value == 0:
+    if np.isnan(value) or np.isnan(error) or value == 0:  # no error: some draw has a base that is never right
         return 1.0
     return t_tail(abs(value) / error, freedom) if error > 0 else 0.0
 

@@ -148,16 +148,20 @@ class Recipe:
                 raise UserError(
                     f"settings.{name} of {path}: give a method 1 to {MOST_SETTINGS} settings, each a name and overrides"
                 )
+        for name, count in self.file.fewer_seeds.items():
+            if name not in self.known or not isinstance(count, int) or count < 1:
+                raise UserError(f"fewer_seeds.{name} of {path}: give a method the first 1, 2, ... of the seeds")
         if setting is not None:
             self.chosen = {m: list(found)[setting] for m, found in self.file.settings.items() if len(found) > setting}
             self.methods = self.scored = [name for name in self.methods if name in self.chosen]
         elif self.file.chosen and (file := path.parent / self.file.chosen).exists():
-            self.chosen = {method: found["setting"] for method, found in read_yaml(file).items()}
-            for method, name in self.chosen.items():
-                if name not in self.file.settings.get(method, {}):
+            for method, found in read_yaml(file).items():
+                chosen = found.get("setting") if isinstance(found, dict) else found
+                if chosen not in list(self.file.settings.get(method, {})):
                     raise UserError(
-                        f"{file}: {method} has no setting {name!r} any more; run nanolapo.reproduce.tuning again"
+                        f"{file}: {method} has no setting {chosen!r} any more; run nanolapo.reproduce.tuning again"
                     )
+                self.chosen[method] = str(chosen)
 
     def setting_of(self, name: str) -> str:
         """The name of a run's setting; empty for the base, and for a run that is as the recipe has it."""

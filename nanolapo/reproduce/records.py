@@ -44,12 +44,15 @@ def file_of(folder: Path, method: str) -> Path:
 
 def read(folder: Path, method: str) -> list[Record]:
     """All seeds of a method, [] without a file. Raises UserError for a line that is no record."""
-    path, found = file_of(folder, method), []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n") if path.exists() else (), start=1):
+    path, found = file_of(folder, method), list[Record]()
+    for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else (), start=1):
         try:
             found += [Record(**json.loads(line))] if line else []
         except (ValueError, TypeError) as error:
             raise UserError(f"{path}, line {number}: no result of a comparison ({error}); delete the line") from None
+    known = [(one.seed, one.base if method == "base" else "") for one in found]
+    if twice := {place[0] for place in known if known.count(place) > 1}:
+        raise UserError(f"{path}: two lines are of seed {min(twice)}, as after a merge; delete one of them")
     return found
 
 

@@ -6,7 +6,6 @@ import importlib.util
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from nanolapo.config import GUIDANCE_ROOM, Config, UserError
@@ -55,7 +54,9 @@ def make_sampler(config: Config, model_path: str, max_new_tokens: int, ranks: Ra
             print("rollouts: vLLM is not installed, using the torch sampler; `make vllm` installs vLLM")
         try:
             sampler = TorchSampler(model_path, dtype, ranks.device, max_rows=r.max_rows)
-        except (OSError, ValueError, SafetensorError) as error:  # in evaluation these weights are loaded here first
+        except UserError:
+            raise
+        except Exception as error:  # in evaluation these weights are loaded here first; see load_model
             raise UserError(f"{model_path}: the model cannot be loaded ({str(error).strip()[:200]})") from None
         if config.model.compiled_on(ranks.device.type):
             for layer in sampler.model.model.layers:  # what treats every token alone, for any number of tokens

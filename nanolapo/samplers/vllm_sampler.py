@@ -185,8 +185,8 @@ class VLLMSampler:
         has_slept = self.state == EMPTY
         with self._whole("load_weights", READY, EMPTY):
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._checked(named_tensors)})
-            if has_slept and self.can_sleep:
-                self.llm.wake_up(tags=["kv_cache"])
+            if has_slept:
+                self._take_back("kv_cache")
             if not self.llm.reset_prefix_cache():
                 raise RuntimeError("load_weights: vLLM did not drop its prefix cache")
 
@@ -232,8 +232,13 @@ class VLLMSampler:
         """Take the memory of the weights back, still without values: load_weights must come next. At its end that takes
         the memory for keys and values back, when the copies that it needed on the way are gone."""
         with self._whole("wake", ASLEEP, then=EMPTY):
-            if self.can_sleep:
-                self.llm.wake_up(tags=["weights"])
+            self._take_back("weights")
+
+    def _take_back(self, tag: str) -> None:
+        """vLLM maps its memory at the driver, which counts the free blocks that torch keeps for the trainer as used."""
+        if self.can_sleep:
+            torch.cuda.empty_cache()  # vLLM 0.32 does so itself, 0.24 does not
+            self.llm.wake_up(tags=[tag])
 
     def close(self) -> None:
         """Free the engine and its memory. A process group that was there before stays, with vLLM's subgroups in it."""

@@ -25,8 +25,8 @@ import torch
 from common import table
 from gpu_correct import ROOT, attention, engine, evaluation, fsdp2, random_model, resume
 
-PROOFS = {"attention": 40, "fsdp2": 40, "engine": 90, "resume": 40, "evaluation": 110}  # at most so many seconds
-MEASURES = {"update": 120, "step": 150, "trl": 150}
+PROOFS = {"attention": 40, "fsdp2": 90, "engine": 90, "resume": 90, "evaluation": 110}  # at most so many seconds
+MEASURES = {"update": 240, "step": 150, "trl": 150}
 SECONDS = PROOFS | MEASURES
 TOTAL = 360  # seconds of all parts
 PATIENCE = 5  # times as long with --tiny: a CPU may be busy with other work

@@ -31,22 +31,20 @@ KINDS = {
 
 
 def update_table(folder: Path, tiny: bool, peak_tflops: float) -> None:
-    """Print each setting's profile by kind, then the table."""
-    rows: list[list[Any]] = [["update", "tokens/s", "share of the peak", "peak GB"]]
+    """Print a table and the profile by kind of each setting, as soon as it is measured."""
+    head = ["update", "tokens/s", "share of the peak", "peak GB"]
     for name, model in SETTINGS.items():
         once, tokens, parameters = prepared(folder, tiny, model)
         once()  # compiles
         forget_peak()
         seconds = min(timed(once) for _ in range(1 if tiny else 2))
-        rows.append(
-            [name, tokens / seconds, f"{6 * parameters * tokens / seconds / peak_tflops / 1e12:.1%}", peak_gb()]
-        )
+        share = f"{6 * parameters * tokens / seconds / peak_tflops / 1e12:.1%}"
+        print(table([head, [name, tokens / seconds, share, peak_gb()]]), flush=True)  # a part may be cut before its end
         print(f"{name}: {by_kind(once)}", flush=True)
         del once
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    print(table(rows))
 
 
 def prepared(folder: Path, tiny: bool, model: dict[str, Any]) -> tuple[Callable[[], None], int, int]:

@@ -69,7 +69,7 @@ def config_of(args: Any) -> Config:
         "run": {"print_every": 0, "checkpoint_every": args.steps + 2},
         "model": {
             "path": args.model, "dtype": args.dtype, "gradient_checkpointing": args.gradient_checkpointing,
-            "compile": args.compile,
+            "compile": args.compile or None,  # None: as the trainer chooses, on a GPU compiled
         },
         "rollout": {
             "engine": args.engine, "prompts_per_step": args.prompts, "group_size": args.group, "max_prompt_tokens": 128,

@@ -153,6 +153,7 @@ def test_csv_rows_that_are_cut_or_shifted_never_become_answers(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
+        ("r.csv", b"problem,answer,answer\na,1,2\n", "r.csv has two columns 'answer'; rename one of them"),
         ("r.csv", b'problem,answer\n"never closed,1\nx,2\n', r"r.csv is not CSV \(line 3: unexpected end of data\)"),
         ("r.csv", b"problem,answer\na,1\n\xfc,2\n", r"r.csv is not UTF-8 \(line 3\)"),
         ("r.csv", b"", "has no rows"),

@@ -94,10 +94,10 @@ def test_one_call_in_a_whole_update(one_call: list[int], tied_model, monkeypatch
 
 
 def test_a_micro_batch_without_rows(one_call: list[int], tied_model):
-    """It is one token (a rank without rows takes part in the passes of the others), and its gradient is 0."""
+    """It is two tokens (a rank without rows takes part in the passes of the others), and its gradient is 0."""
     policy = Policy(make_config(tied_model), CPU)
     micro = make_microbatch(make_rows([5, 9]), [], CPU)
-    assert (micro.packing.sizes, micro.packing.key_ends.tolist(), micro.packing.longest) == ([1], [0, 1], (1, 1))
+    assert (micro.packing.sizes, micro.packing.key_ends.tolist(), micro.packing.longest) == ([2], [0, 2], (2, 2))
     one_call.clear()
     policy.logprobs(micro)[0].sum().backward()
     assert one_call and all(int(p.grad.count_nonzero()) == 0 for p in policy.model.parameters() if p.grad is not None)

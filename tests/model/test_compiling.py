@@ -25,7 +25,7 @@ from nanolapo.model.logprobs import LogprobHead
 from nanolapo.policy import Policy
 
 LENGTHS = [9, 4, 30, 2, 17, 6, 1, 33, 40, 3, 12, 8]
-MICROBATCHES = [[0, 1, 2], [3], [4, 5], [6, 7, 8, 9], [1, 10, 11], list(range(12)), [2, 8]]
+MICROBATCHES = [[0, 1, 2], [3], [4, 5], [6, 7, 8, 9], [1, 10, 11], list(range(12)), [2, 8], []]
 
 
 @pytest.fixture(autouse=True)

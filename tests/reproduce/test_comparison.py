@@ -194,10 +194,22 @@ def test_a_record_takes_the_place_of_its_seed_only(tmp_path: Path) -> None:
     for base in "abb":
         write(tmp_path, record("base", 1, *BASE, base=base))
     assert [one.base for one in read(tmp_path, "base")] == ["a", "b"]  # that of another machine stays
-    with file_of(tmp_path, "m").open("a") as file:
-        file.write('{"seed": 3}\n')
-    with pytest.raises(UserError, match=r"m\.jsonl, line 3: no result of a comparison .*; delete the line"):
+    whole = file_of(tmp_path, "m").read_bytes()
+    for broken in (b'{"seed": 3}', b'{"method": "\xc3', b"[]", b"<<<<<<< HEAD"):
+        file_of(tmp_path, "m").write_bytes(whole + broken + b"\n")
+        with pytest.raises(UserError, match=r"m\.jsonl, line 3: no result of a comparison .*; delete the line"):
+            read(tmp_path, "m")
+    file_of(tmp_path, "m").write_bytes(whole + whole.splitlines()[1] + b"\n")
+    with pytest.raises(UserError, match=r"m\.jsonl: two lines are of seed 1, as after a merge; delete one of them"):
         read(tmp_path, "m")
+
+
+def test_a_base_that_is_never_right_in_some_draws_tells_nothing_by_aes() -> None:
+    """AES has no value in a draw of problems in which the base is never right, so its error is unknown."""
+    bases = records("base", *[([1] + [0] * 3, [50] * 4)] * 3)
+    found = made({"base": bases, "good": records("good", *[([2] * 4, [10] * 4)] * 3)})
+    assert found["pairs"][0]["aes"] == 0 and row_of(found, "good")["better_than"] == []
+    assert "nan" not in comparison_table(found["rows"])
 
 
 def test_numbers_are_written_short() -> None:

@@ -122,6 +122,16 @@ def test_a_choice_that_is_no_setting_any_more(tmp_path: Path) -> None:
     (tmp_path / "chosen.yaml").write_text("grpo: {setting: double}\n")
     with pytest.raises(UserError, match=r"chosen\.yaml: grpo has no setting 'double' any more; run .*tuning again"):
         Recipe(path, tmp_path, ["python"])
+    for broken in ("grpo: foo", "grpo:", "grpo: {}", "grpo: {setting: null}", "grpo: {setting: [1]}"):
+        (tmp_path / "chosen.yaml").write_text(broken + "\n")
+        with pytest.raises(UserError, match=r"chosen\.yaml: grpo has no setting"):
+            Recipe(path, tmp_path, ["python"])
+
+
+@pytest.mark.parametrize("fewer", [{"grpo": "2"}, {"grpo": 0}, {"grpo": -1}, {"grpo": 1.5}, {"grop": 1}])
+def test_fewer_seeds_that_cannot_be_are_refused(tmp_path: Path, fewer: dict) -> None:
+    with pytest.raises(UserError, match=rf"fewer_seeds\.{next(iter(fewer))} of .*: give a method the first 1, 2"):
+        Recipe(small(tmp_path, {"grpo": {"published": []}}, fewer_seeds=fewer), tmp_path, ["python"])
 
 
 def test_without_a_choice_the_runs_are_as_the_recipe_has_them(tmp_path: Path) -> None:
