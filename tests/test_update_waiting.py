@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from tiny import CPU, fill, make_config, make_rows, score_rows, tiny_llama, update
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from nanolapo.losses import LOSSES
@@ -184,3 +186,15 @@ class Elsewhere:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor, self.index_put_ = tensor, tensor.index_put_
+
+
+def test_nothing_is_summed_over_a_single_rank(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM needs a process group of one, of gloo. A sum over it would send every gradient to the host and back."""
+    policy = Policy(make_config(folder), CPU)
+    calls: list[Tensor] = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "all_reduce", calls.append)
+    for count in (1, 2):
+        monkeypatch.setattr(dist, "get_world_size", lambda count=count: count)
+        policy.gradients.sum_and_clip(1.0)
+        assert len(calls) == (len(policy.gradients.trained) if count > 1 else 0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -109,6 +110,13 @@ def test_C4_the_last_box_with_balanced_braces_counts() -> None:
     assert grade(r"\boxed{x=\boxed{5}}", "5") and not grade(r"\boxed{3 \boxed{5}}", "35")
     assert not grade(r"\boxed{4}. So \boxed{}", "4") and not grade(r"\boxed{4}. So \boxed{4", "4")
     assert last_boxed("\\boxed{" * 100_000) is None  # linear, not quadratic
+
+
+@pytest.mark.parametrize("before", ["\\", "\\\\", "x\\,", "\\\\ ", "\\" * 64_000 + " "])
+def test_C4_backslashes_before_a_box(before: str) -> None:
+    """A model may fall into a loop of them; this runs in the trainer, without a deadline."""
+    started = time.monotonic()
+    assert last_boxed(before + r"\boxed{5}") == "5" and time.monotonic() - started < 2
 
 
 def test_C5_only_boxes_after_the_thinking_count() -> None:
