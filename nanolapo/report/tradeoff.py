@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from colorsys import hsv_to_rgb
+from math import log
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
@@ -21,6 +22,7 @@ GREY, INK, BAND, FRONT = "#7b8088", "#222222", "#dbe7f6", "#9dbfe8"
 SIZE = 8  # of the names, in points
 FEW = 12  # methods that all have room for large names
 SHOWN = 0.05  # share of the draws from which on a method counts as on the front
+NEAR = (0.025, 0.006)  # points closer than this, as a share of the tokens and in accuracy, lie on each other
 Bar = tuple[float, float, float]  # from x to x, at height y
 
 
@@ -102,6 +104,7 @@ def methods_figure(rows: Sequence[Row], front: Row) -> Figure:
     """The picture of a comparison, to be read from the back of a room. front: see reproduce/differences.front_band.
 
     Methods that are on the Pareto front in one of twenty draws have a colour, and their share of the draws beside the name.
+    Methods whose points lie on each other have one colour, and their names one below the other.
     """
     figure = Figure(figsize=(10, 5.6), layout="constrained")
     axis = figure.subplots()
@@ -110,19 +113,22 @@ def methods_figure(rows: Sequence[Row], front: Row) -> Figure:
     best = sorted((r["tokens"], 100 * r["accuracy"]) for r in rows if r["pareto"])
     across, up = zip(*best, (front["tokens"][-1], best[-1][1]), strict=True)
     axis.step(across, up, where="post", color=FRONT, linewidth=2, zorder=0)
-    shown = [r for r in rows if r["front_share"] >= SHOWN]
-    colours = dict(zip((r["model"] for r in shown), palette(len(shown)), strict=True)) | {"base": INK}
+    places = same_places(rows)
+    shown = [place[0]["model"] for place in places if place[0]["front_share"] >= SHOWN]
+    colours = dict(zip(shown, palette(len(shown)), strict=True)) | {"base": INK}
     names: list[Name] = []
     bars: list[Bar] = []
     heights: list[float] = []
-    for r in sorted(rows, key=lambda r: r["front_share"]):  # the front on top
-        x, y, colour = r["tokens"], 100 * r["accuracy"], colours.get(r["model"], GREY)
-        large = r["model"] in colours or len(rows) <= FEW
-        width, height = cross(axis, r, colour, *((8, 2.2) if large else (4, 0.4)))
-        share = f" (front {r['front_share']:.0%})" if r in shown else ""
-        names.append(Name(x, y, printable(r["model"] + share), colour, 11 if large else 7))
-        bars.append((min(width), max(width), y) if large else (x, x, y))
-        heights += height if large else [y]
+    for place in reversed(places):  # the front on top
+        colour, large = colours.get(place[0]["model"], GREY), place[0]["model"] in colours or len(rows) <= FEW
+        for r in place:
+            x, y = r["tokens"], 100 * r["accuracy"]
+            width, height = cross(axis, r, colour, *((8, 2.2) if large else (4, 0.4)))
+            bars.append((min(width), max(width), y) if large else (x, x, y))
+            heights += height if large else [y]
+        texts = [r["model"] + f" (front {r['front_share']:.0%})" * (r["front_share"] >= SHOWN) for r in place]
+        first = place[0]["tokens"], 100 * place[0]["accuracy"]
+        names.append(Name(*first, "\n".join(map(printable, texts)), colour, 11 if large else 7))
     axis.set_ylim(accuracy_limits(heights))
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 7, 8)))
@@ -132,17 +138,38 @@ def methods_figure(rows: Sequence[Row], front: Row) -> Figure:
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_xlabel("mean tokens of an answer (crosses: 95 % over seeds and problems)", fontsize=12)
     title = (
-        f"Accuracy (%), {front['set']}, temperature {front['temperature']:g}. Line: the Pareto front of the means. Band:\n"
-        "95 % of the fronts of draws of seeds and problems. Coloured: methods on the front, with their share of these draws"
+        f"Accuracy (%), {front['set']}, temperature {front['temperature']:g}. Line: the Pareto front of the means. "
+        "Band: 95 %\nof the fronts of draws of seeds and problems. Colours: methods on the front, with their share of draws"
     )
     axis.set_title(printable(title), fontsize=12, loc="left")
     write_names(axis, names, bars)
     return figure
 
 
+def same_places(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows in the order of their shares of the front; those whose points lie on each other in one list. The base stays
+    alone.
+
+    >>> points = [("a", 60, 0), ("b", 61, 1), ("c", 70, 0)]
+    >>> rows = [{"model": m, "tokens": t, "accuracy": 1.0, "front_share": share} for m, t, share in points]
+    >>> [[r["model"] for r in place] for place in same_places(rows)]
+    [['b', 'a'], ['c']]
+    """
+    places: list[list[Row]] = []
+    for r in sorted(rows, key=lambda r: -r["front_share"]):
+        for place in places:
+            near = abs(log(r["tokens"] / place[0]["tokens"])), abs(r["accuracy"] - place[0]["accuracy"])
+            if near[0] < NEAR[0] and near[1] < NEAR[1] and "base" not in (r["model"], place[0]["model"]):
+                place.append(r)
+                break
+        else:
+            places.append([r])
+    return places
+
+
 def write_names(axis: Axes, names: Sequence[Name], bars: Sequence[Bar]) -> None:
-    """Write a name beside each point. A name that would cover a bar or another name moves towards half the height of the
-    axis, and a thin line leads back to its point. The limits of the axis must be set before."""
+    """Write a name, of one or several lines, beside each point. A name that would cover a bar or another name moves towards
+    half the height of the axis, and a thin line leads back to its point. The limits of the axis must be set before."""
     figure = axis.figure
     assert isinstance(figure, Figure)
 
@@ -153,16 +180,19 @@ def write_names(axis: Axes, names: Sequence[Name], bars: Sequence[Bar]) -> None:
     figure.draw_without_rendering()  # the layout decides how large the axis is
     right, middle = in_points(0.6, 0.5, axis.transAxes)
     places = [in_points(name.x, name.y, axis.transData) for name in names]
-    taken = [
-        (in_points(x, y, axis.transData)[0] - 3, *in_points(end, y, axis.transData)) for x, end, y in bars
-    ]  # from, to, height
+    taken: list[tuple[float, float, float, float]] = []  # from, to, height of the middle, half of the height
+    for x, end, y in bars:
+        (left, at), (to, _) = in_points(x, y, axis.transData), in_points(end, y, axis.transData)
+        taken.append((left - 3, to, at, 0.55 * SIZE))
     for i in sorted(range(len(names)), key=lambda i: -abs(places[i][1] - middle)):
         (x, y, text, colour, size), (left, at) = names[i], places[i]
-        length, side, step = 0.6 * size * len(text), -1 if left > right else 1, -1 if at > middle else 1
+        lines = text.split("\n")
+        length, half = 0.6 * size * max(map(len, lines)), 0.6 * size * len(lines)
+        side, step = -1 if left > right else 1, -1 if at > middle else 1
         start, moved = left + 6 * side - length * (side < 0), 0
-        while any(start < b and a < start + length and abs(at + moved - c) < 1.1 * size for a, b, c in taken):
+        while any(start < b and a < start + length and abs(at + moved - c) < half + d for a, b, c, d in taken):
             moved += step
-        taken.append((start, start + length, at + moved))
+        taken.append((start, start + length, at + moved, half))
         axis.annotate(
             text, (x, y), (6 * side, moved), textcoords="offset points", fontsize=size, color=colour,
             ha="right" if side < 0 else "left", va="center",
