@@ -10,6 +10,8 @@ import re
 from decimal import Decimal
 from typing import Any
 
+import numpy as np
+
 from nanolapo.data.problem_files import BadRow
 from nanolapo.grader.boxes import boxed_answer
 from nanolapo.grader.spelling import group_digits, is_reachable
@@ -24,6 +26,7 @@ LEADING = re.compile(
     r"\s*(?:(?:[=-]+>|[→⇒∴=]|\\(?:(?:long|Long)?(?:R|r)ightarrow|implies|therefore|to)(?![a-zA-Z]))\s*"
     r"|[A-Za-z][A-Za-z ]{0,20}:\s+(?=\S)(?!.*(?:[A-Za-z]:|->|→|\\(?:to|mapsto)(?![a-zA-Z]))))+"
 )
+FLOAT_DIGITS = 15  # a float holds no more of them for certain
 FORMULA = r"\$+(?:[^$\\]|\\.)+\$+"
 FORMULAS = re.compile(rf"{FORMULA}(\s*,\s*{FORMULA})*", re.DOTALL)
 
@@ -47,6 +50,8 @@ def reference_answer(value: Any, field: str) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         raise BadRow(f"field {field!r} is {value}")
     text = _final_answer(value) if isinstance(value, str) else _number_text(value)
+    if isinstance(value, float) and len(text.replace(".", "").strip("-0")) > FLOAT_DIGITS:
+        raise BadRow(f"field {field!r} is {value}: a computed number that no answer repeats to the last digit")
     if not text:
         raise BadRow(f"field {field!r} is empty")
     if not is_reachable(text):
@@ -57,6 +62,8 @@ def reference_answer(value: Any, field: str) -> str:
 def _number_text(value: int | float) -> str:
     if isinstance(value, int) or value.is_integer():
         return str(int(value))
+    if float(np.float32(value)) == value:  # of a column of 32 bits: 0.1, not 0.10000000149011612
+        return f"{Decimal(str(np.float32(value))):f}"
     return f"{Decimal(repr(value)):f}"  # 1e-05 -> 0.00001
 
 

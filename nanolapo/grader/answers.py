@@ -22,7 +22,7 @@ DECIMAL = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)")
 FRACTION = re.compile(r"([+-]?)(\d*)\\frac\{([+-]?\d+)\}\{([+-]?\d+)\}|([+-]?\d+)/(\d+)")
 BASED = re.compile(r"([0-9A-Z]+)_\{?(\d+)\}?")  # 1010_2
 REPEATING = re.compile(r"([+-]?)(\d*)\.(\d*)\\overline\{(\d+)\}")  # 0.1\overline{6}
-CLOCK = re.compile(r"(\d{1,2})((?::\d\d)*)(?:\\text\{([aApP])\.?m\.?\})?")  # 8:30 is no ratio
+CLOCK = re.compile(r"(\d{1,2})((?::\d\d)*)(?:\\text\{([aApP])\.?[mM]\.?\})?")  # 8:30 is no ratio
 TEMPERATURE = re.compile(r"(.*[\d}])\\text\{deg([CF])\}")
 TEXT = re.compile(r"\\text\{([^{}]*)\}")
 WORDS = re.compile(TEXT.pattern + r"|[A-Za-z]{3,}|(?i:no|on|up|am|pm)|\(?[A-Z]\)?")  # but xy is a product
@@ -221,6 +221,8 @@ def _bare(text: str) -> str:
 
 def _is_label(text: str) -> bool:
     text = _bare(text)
+    if text.startswith("-"):  # -x = 5 does not say that x is 5
+        return False
     return LABEL.fullmatch(text) is not None and NOT_LABELS.search(text) is None
 
 

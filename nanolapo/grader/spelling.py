@@ -17,6 +17,7 @@ UNICODE = str.maketrans(
         "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "⁄": "/", "π": r"\pi ", "θ": r"\theta ", "∞": r"\infty ",
         "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ", "∪": r"\cup ", "∩": r"\cap ",
         "∈": r"\in ", "∅": r"\emptyset ", "²": "^2", "³": "^3", "½": r"\frac12", "¼": r"\frac14", "¾": r"\frac34",
+        "⅓": r"\frac13", "⅔": r"\frac23", "⅕": r"\frac15", "⅙": r"\frac16", "⅛": r"\frac18", "€": "$", "£": "$",
         "，": ",", "（": "(", "）": ")", "％": "%", "°": r"^\circ ", **{chr(0xFF10 + d): str(d) for d in range(10)},
     }
 )  # fmt: skip
@@ -32,6 +33,7 @@ def _rules(*pairs: tuple[str, str]) -> Rules:
 
 LOOK = _rules(
     (r"(?<=\d)(?:,\\!|\{,\})\s*(?=\d{3}(?!\d))", ""),  # 10{,}000 and 10,\!000 are thousands anywhere
+    (r"(?<=\d)\\?\$(?=\d)", ","),  # two prices; no mark between two digits may glue them
     (r"(?<!\\)\\[()\[\]]|\\?\$|\\!|\\(?:displaystyle|limits)(?![a-zA-Z])", ""),
     (r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])\.?", ""),
     (r"(?<!\\)\\[,;: ]|(?<!\\)\\$|~", " "),
@@ -116,9 +118,10 @@ PHRASES = [  # words behind a number
 ]
 CHANGES_VALUE = re.compile(  # a number with such a word is another number, or none: no unit
     r"k|M|B|am|pm|noon|midnight|ad|bce?|ce|(?:" + "|".join(SCALES) + r"|score|pair|gross|myriad)s?"
-    r"|hal(?:f|ves)|(?:third|quarter|fourth|fifth|sixth|seventh|eighth|ninth|tenth|(?:hundred|thousand|million)th)s?"
-    r"|squared|cubed|factorial|times|plus|minus|negative|below|zero|point|remainder|mod|modulo|base|over|out|to|or|and|not"
-    r"|if|when|for|where|odd|even|deg[cf]|pi|theta|alpha|beta|sqrt|sin|cos|tan|log"
+    r"|hal(?:f|ves)|(?:third|quarter)s?|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|(?:hundred|thousand|[mbtr]+illion)"
+    r"|(?:thir|four|fif|six|seven|eigh|nine)teen|(?:twen|thir|for|fif|six|seven|eigh|nine)tie)ths?"
+    r"|squared|cubed|factorial|grand|than|times|plus|minus|negative|below|zero|point|remainder|mod|modulo|base|over|out"
+    r"|to|or|and|not|if|when|for|where|odd|even|deg[cf]|pi|theta|alpha|beta|sqrt|sin|cos|tan|log"
 )
 
 
@@ -142,6 +145,7 @@ SHAPES = _rules(
         r"\\text{deg\1}",
     ),  # 30°C reads 30, but never 30°F
     (r"\b([Nn]o (?:[a-z]+ ){0,2}[a-z]*[a-rt-z])s(?![a-zA-Z])", r"\1"),  # no solutions
+    (rf"(?<=\d)\s*(?:{DEGREE}|\\degree|\\?%)\s*(?=\d)", ","),
     (DEGREE + r"|\\degree", ""),
     (r"\\?%|\\text\s*\{\s*percent\s*\}|\bpercent\b", ""),  # 50% reads 50, never 0.5
     (r"(?<=\d)\s*([aApP])\.?[mM](?![a-zA-Z])\.?", r"\\text{\1m}"),
@@ -152,6 +156,7 @@ LATEX = _rules(
     (r"\\frac\s*(\\[a-zA-Z]+|[^{\s\\])", r"\\frac{\1}"),
     (r"(\\frac\s*\{[^{}]*\})\s*(\\[a-zA-Z]+|[^{\s\\])", r"\1{\2}"),
     (r"(?<![\d.])(\d+)\s+(\d+)/(\d+)", r"\1\\frac{\2}{\3}"),  # 3 1/2
+    (r"(?<![\w.^}/])(\d+)/(\d+)(?=\s*[a-zA-Z\\(])", r"\\frac{\1}{\2}"),  # 1/2i is i/2
     (r"\\sqrt\s*(\\[a-zA-Z]+|[^{\s\\\[(])", r"\\sqrt{\1}"),
     (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"\\log_\s*(\d)", r"\\log_{\1}"),

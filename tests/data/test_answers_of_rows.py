@@ -5,6 +5,7 @@ pytest tests/data/test_answers_of_rows.py
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from nanolapo.data.answers_of_rows import reference_answer
@@ -112,3 +113,20 @@ def test_a_box_that_holds_nothing_is_a_bad_row() -> None:
     for text in ("so \\boxed{}", "so \\boxed{1} and \\boxed{2"):
         with pytest.raises(BadRow, match="its last \\\\boxed is not closed or empty"):
             reference_answer(text, "solution")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.1, "0.1"), (float(np.float32(0.1)), "0.1"), (float(np.float32(3.14)), "3.14"), (1e-05, "0.00001"),
+        (2.0**40, "1099511627776"), (-2.5, "-2.5"), (123456789.125, "123456789.125"),
+        (0.1 + 0.2, None), (1 / 3, None), (12345678901234567890.0, None),
+    ],
+)  # fmt: skip
+def test_a_computed_number_is_no_reference_answer(value: float, text: str | None) -> None:
+    """Nobody writes 0.30000000000000004. A column of 32 bits has 0.1 as 0.10000000149011612."""
+    if text is None:
+        with pytest.raises(BadRow, match="is .*: a computed number that no answer repeats to the last digit"):
+            reference_answer(value, "answer")
+    else:
+        assert reference_answer(value, "answer") == text

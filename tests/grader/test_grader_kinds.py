@@ -33,6 +33,22 @@ RIGHT: (2,251,252) ~ (2, 251, 252) | 27,54,108,135 ~ 135, 108, 54, 27 | \sqrt{12
 RIGHT: 12345 ~ 12 345 \text{ cm}
 """
 
+MARKS = r"""
+WRONG: 45^\circ30' ~ 4530 | 4530 ~ 45^\circ30' | 56 ~ 5\%6 | 35 ~ 3^\circ5 | 12 ~ \$1\$2 | 105 ~ 10\%5 | 12 ~ €1€2
+WRONG: f(x) ~ f'(x) | y' ~ y'' | y=2x ~ y'=2x | AB ~ AB' | 2y ~ y'+y | 5 ~ -x=5 | 2x ~ -y=2x | 5 ~ -x=-5+0
+RIGHT: f'(x) ~ f'(x) | 45^\circ30' ~ 45^\circ 30' | 50 ~ 50\% | 30 ~ 30^\circ | 12 ~ \$12 | 12 ~ €12 | 12 ~ £12
+RIGHT: \frac{2}{3} ~ ⅔ | \frac13 ~ ⅓ | 5 ~ x-y=5 | -5 ~ x=-5 | f'(x)+1 ~ 1+f'(x)
+WRONG: 5 ~ 5 twelfths | 7 ~ 7 sixteenths | 3 ~ 3 elevenths | 10 ~ 10 billionths | 5 ~ 5 grand | 10 ~ 5 less than 10
+WRONG: 3 ~ 3 twentieths | 3 ~ 3 fourteenths
+RIGHT: 2 ~ 2 roots | 12 ~ 12 deaths | 5 ~ 5 months | 12 ~ 12 widths | 7 ~ 7 lengths
+WRONG: 2-\frac i2 ~ 2+1/2i | \frac{2}{3\pi} ~ 2/3\pi | \frac{1}{2\ln 2} ~ 1/2\ln 2 | y=\frac{1}{2x}+3 ~ y=1/2x+3
+RIGHT: 2+\frac i2 ~ 2+1/2i | \frac43\pi ~ 4/3 \pi | y=\frac12x+3 ~ y=1/2x+3
+RIGHT: \frac{2\pi}{3} ~ 2/3\pi | 2/3\pi ~ \frac{2\pi}{3}
+RIGHT: \frac{1}{2} ~ 1/2 | 3\frac12 ~ 3 1/2 | \frac{\sqrt3}{3} ~ 1/3\sqrt3 | \frac13\pi r^2h ~ 1/3\pi r^2h | x/2 ~ 1/2 x
+RIGHT: 16:30 ~ 4:30 \text{ PM} | 4:30 \text{ PM} ~ 16:30 | 4:00 PM ~ 4 \text{ PM}
+WRONG: 4:30 ~ 4:30 \text{ PM} | 4:30 \text{ AM} ~ 16:30
+"""
+
 BLANKS = r"""
 WRONG: 2^{6300} ~ 2^6\,300 | x^{2300} ~ x^2~300 | 2^{63} ~ 2^6 3 | x^{23} ~ x^2 3 | a_{12} ~ a_1 2 | x_{12} ~ x_1 2
 WRONG: \log_{23} 5 ~ \log_2 35 | 2^{63} ~ 2^{6} 3
@@ -166,8 +182,8 @@ def accepted(grader: Grader, rows: list[tuple[str, str]]) -> list[tuple[str, str
 
 
 @pytest.mark.parametrize(
-    "table", [GROUPING, BLANKS, VALUES, WORDS, LABELS, EQUATIONS, REFUSED, OTHER_WORDS, SETS],
-    ids=["grouping", "blanks", "values", "words", "labels", "equations", "refused", "other words", "sets"],
+    "table", [GROUPING, MARKS, BLANKS, VALUES, WORDS, LABELS, EQUATIONS, REFUSED, OTHER_WORDS, SETS],
+    ids=["grouping", "marks", "blanks", "values", "words", "labels", "equations", "refused", "other words", "sets"],
 )  # fmt: skip
 def test_kind(grader: Grader, table: str) -> None:
     right, wrong = pairs(table, "RIGHT"), pairs(table, "WRONG")
