@@ -6,6 +6,7 @@ Config and data are checked before any weight is loaded, so a misspelt file name
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -142,7 +143,8 @@ class StopRequest:
                 raise KeyboardInterrupt
             return
         self.wanted = True
-        print("\nstopping after this step, with a checkpoint; press Ctrl-C again to stop at once", flush=True)
+        # Not print: the signal may have come while one was writing, and that one cannot be entered again
+        os.write(1, b"\nstopping after this step, with a checkpoint; press Ctrl-C again to stop at once\n")
 
 
 def final_model(config: Config) -> Path:

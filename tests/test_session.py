@@ -105,3 +105,21 @@ def test_only_a_second_ctrl_c_stops_at_once() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert "wanted True" in done.stdout and done.stdout.count("stopping after this step") == 1
     assert "not reached" not in done.stdout and "KeyboardInterrupt" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_ctrl_c_may_come_while_a_line_is_being_printed() -> None:
+    """The step's line is written when the signal comes: what the handler says must not be written by the same print."""
+    program = (
+        "import io, os, signal, sys\nfrom nanolapo.session import StopRequest\nstop = StopRequest()\n"
+        "class Interrupted(io.RawIOBase):\n"
+        "    def writable(self):\n        return True\n"
+        "    def write(self, data):\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n        return os.write(1, data)\n"
+        "sys.stdout = io.TextIOWrapper(io.BufferedWriter(Interrupted()))\n"
+        "print('step 1/5', flush=True)\nos.write(1, b'went on: %d' % stop.wanted)\nos._exit(0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split("\n")[1:] == [
+        "stopping after this step, with a checkpoint; press Ctrl-C again to stop at once", "step 1/5", "went on: 1",
+    ], done.stderr  # fmt: skip
