@@ -69,6 +69,7 @@ def run(main: Callable[[], None], keeps_progress: bool = True) -> None:
 
 
 def end(line: str, code: int) -> NoReturn:
+    line = " ".join(line.splitlines())  # the message of a library may have several
     print(line, file=sys.stderr, flush=True)
     tell_torchrun(line)
     sys.exit(code)

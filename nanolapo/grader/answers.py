@@ -30,6 +30,7 @@ NOT_LABELS = re.compile(
     r"\\(?:frac|sqrt|binom|sum|prod|int|pm|in|cup|cap|log|ln|pi|infty|le|ge|ne)(?![a-zA-Z])|[<>!^/*]"
 )
 LABEL = re.compile(r"(?:[A-Za-z+\-|(),']|\\text\{[^{}]*\}|\\[a-zA-Z]++ ?|\\overline\{[^{}]*\})+")
+INEQUALITY = re.compile(r"[<>]|\\[lg]e(?![a-zA-Z])")
 ONE_SYMBOL = re.compile(r"\(?(?:\\?[A-Za-z](?:,|(?=\))|$))+\)?|[A-Za-z]\([A-Za-z,]+\)|\\[a-zA-Z]+|\\text\{[^{}]*\}")
 
 
@@ -128,12 +129,19 @@ def equal(answer: str, reference: str, leaf: Leaf) -> bool:
     # One formula beside a tuple or interval may be x>2 for (2,\infty): that is not settled by the members.
     if (a.is_single or a.is_tuple) and (r.is_single or r.is_tuple) and (a.is_single or r.is_single):
         return _same_formula(answer, reference, leaf)
-    return _same_members(a, r, leaf)
+    return _same_members(_ranges(a, r), _ranges(r, a), leaf)
 
 
 def is_list(text: str) -> bool:
     """True if a normalised answer has several members, so that the comma in an answer such as 81,256 separates."""
     return len(_members(text).items) > 1
+
+
+def _ranges(one: Members, other: Members) -> Members:
+    r"""The intervals of a union, if the other answer is a list of inequalities: x<1 or x>2."""
+    if one.is_single and all(map(INEQUALITY.search, other.items)):
+        return Members("", _split(one.items[0].replace(r"\cup", "∪"), "∪"))
+    return one
 
 
 def _same_members(a: Members, r: Members, leaf: Leaf) -> bool:

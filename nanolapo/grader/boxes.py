@@ -13,7 +13,11 @@ ALTERNATIVE = {"or", "either", "alternatively", "maybe", "perhaps", "possibly", 
 
 
 def _boxes(text: str) -> list[tuple[int, int, str | None]]:
-    """(start, end, content) of the outermost boxes, in order. The content of a box that is never closed is None."""
+    r"""(start, end, content) of the outermost boxes, in order. The content of a box that is never closed is None.
+
+    >>> _boxes(r"\boxed{\boxed{5}} \boxed{2")
+    [(0, 17, '5'), (18, 26, None)]
+    """
     stack: list[int | None] = []  # starts of open boxes, None for plain braces
     starts: dict[int, int] = {}
     closed: list[tuple[int, int, str | None]] = []
@@ -26,9 +30,12 @@ def _boxes(text: str) -> list[tuple[int, int, str | None]]:
         elif token[0] == "}" and stack:
             start = stack.pop()
             if start is not None:
+                first = None
                 while closed and closed[-1][0] > start:  # a box inside this box
-                    closed.pop()
-                closed.append((start, token.end(), text[starts[start] : token.start()]))
+                    first = closed.pop()
+                only = first is not None and first[:2] == (starts[start], token.start())
+                content = first[2] if first and only else text[starts[start] : token.start()]
+                closed.append((start, token.end(), content))
     return sorted(closed + [(start, len(text), None) for start in stack if start is not None])
 
 
@@ -43,8 +50,6 @@ def last_boxed(text: str) -> str | None:
 
 
 def _content(box: str | None) -> str | None:
-    while box is not None and (inner := _boxes(box)) and (inner[0][0], inner[0][1]) == (0, len(box)):
-        box = inner[0][2]
     return BOX.sub("{", box).strip() or None if box is not None else None
 
 
@@ -91,5 +96,9 @@ def first_boxed(completion: str) -> str | None:
     >>> first_boxed(r"\boxed{5} or \boxed{6}"), first_boxed(r"\boxed{\frac{1}{2}}")
     ('5', '\\frac{1')
     """
-    match = re.search(r"\\boxed\{(.*?)\}", completion)
-    return match[1] if match else None
+    for line in completion.split("\n"):  # the rule is a regular expression whose dot matches no line break
+        _, box, rest = line.partition(r"\boxed{")
+        content, brace, _ = rest.partition("}")
+        if box and brace:
+            return content
+    return None

@@ -117,8 +117,8 @@ PHRASES = [  # words behind a number
     re.compile(r"(?<=[\d}])\s+(?P<words>[a-z]{3,}(?:\s+[a-z]+){0,2})" + END),
 ]
 CHANGES_VALUE = re.compile(  # a number with such a word is another number, or none: no unit
-    r"k|M|B|am|pm|noon|midnight|ad|bce?|ce|(?:" + "|".join(SCALES) + r"|score|pair|gross|myriad)s?"
-    r"|hal(?:f|ves)|(?:third|quarter)s?|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|(?:hundred|thousand|[mbtr]+illion)"
+    r"k|M|B|[bnxyzXYZ]|am|pm|noon|midnight|ad|bce?|ce|(?:" + "|".join(SCALES) + r"|score|pair|gross|myriad)s?"
+    r"|ths|hal(?:f|ves)|(?:third|quarter)s?|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|(?:hundred|thousand|[mbtr]+illion)"
     r"|(?:thir|four|fif|six|seven|eigh|nine)teen|(?:twen|thir|for|fif|six|seven|eigh|nine)tie)ths?"
     r"|squared|cubed|factorial|grand|than|times|plus|minus|negative|below|zero|point|remainder|mod|modulo|base|over|out"
     r"|to|or|and|not|if|when|for|where|odd|even|deg[cf]|pi|theta|alpha|beta|sqrt|sin|cos|tan|log"
@@ -139,11 +139,13 @@ AND_A_PART = re.compile(
     r"(?<![\w.\\^{}])(\d+)\s+and\s+(?:a|one)[\s-]+(" + "|".join(PARTS) + r")(?![a-zA-Z])"
 )  # 3 and a half
 IN_TEXT = r"(?:\\text\s*\{\s*)?"
+ORDINAL = r"(?:st|nd|rd|th)"
 SHAPES = _rules(
     (
         rf"(?<=[\d}}])\s*{IN_TEXT}(?:{DEGREE}|\\degree|degrees?)\s*{IN_TEXT}([CF])(?:elsius|ahrenheit)?\s*(?:\}}|(?=[,)]|$))",
         r"\\text{deg\1}",
     ),  # 30°C reads 30, but never 30°F
+    (rf"(?<=\d)(?:\s*\^)?\s*(?:{ORDINAL}\b|\{{{ORDINAL}\}}|\{{?\\text\s*\{{\s*{ORDINAL}\s*\}}\}}?)", ""),  # the 21st
     (r"\b([Nn]o (?:[a-z]+ ){0,2}[a-z]*[a-rt-z])s(?![a-zA-Z])", r"\1"),  # no solutions
     (rf"(?<=\d)\s*(?:{DEGREE}|\\degree|\\?%)\s*(?=\d)", ","),
     (DEGREE + r"|\\degree", ""),
@@ -200,6 +202,7 @@ def normalise(text: str, is_list: bool = False) -> str:
 
 NO_ANSWER = re.compile(
     r"None|null|NULL|[Nn]a[Nn]|N/?A|n/a|[\s!-/:-@\[\]^_`|~]*|.*:"
+    r"|\[\s*['\"].*['\"]\s*\]|\(?(?:[A-F][.)]|[a-f]\))\s+\S.*"  # ['5'] is a list of Python, B. 5 a choice with its letter
     r"|#(?:N/A|[A-Z]+[!?]|DIV/0!)"  # of a spreadsheet
     r"|(?i:TB[ADC]|to ?do|to be \w+|fixme|proof|not ?found|see .*|answers? (?:may|will|can)? ?var(?:y|ies))"
 )

@@ -330,6 +330,7 @@ def test_a_model_folder_without_weights_is_a_user_error(folder):
         (KeyboardInterrupt(), 130, "interrupted"),
         (UserError("mend this"), 2, "error: mend this"),
         (RunStopped("no"), 3, "stopped: no"),
+        (UserError("m: bad (one\ntwo)"), 2, "error: m: bad (one two)"),  # a library may say it in several lines
     ],
 )
 def test_what_a_user_can_mend_is_one_line(capsys, error, code, words):

@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from nanolapo.grader import CANARY, Grader, grade
-from nanolapo.grader.boxes import exact_first_boxed, last_boxed
+from nanolapo.grader.boxes import exact_first_boxed, first_boxed, last_boxed
 
 DATA = Path(__file__).parents[2] / "../shared/data"  # the developers' copy of the public sets; absent in a clone
 BUILT_IN_REFERENCES = r"""204|27.0|-3|\frac{14}{3}|\left( 3, \frac{\pi}{2} \right)|p - q|\text{Evelyn}|\text{(C)}
@@ -109,7 +109,20 @@ def test_C4_the_last_box_with_balanced_braces_counts() -> None:
     assert grade(r"so \boxed{\frac{1}{2}}", r"\frac12") and grade(r"\boxed{3} is too small, take \boxed{4}", "4")
     assert grade(r"\boxed{x=\boxed{5}}", "5") and not grade(r"\boxed{3 \boxed{5}}", "35")
     assert not grade(r"\boxed{4}. So \boxed{}", "4") and not grade(r"\boxed{4}. So \boxed{4", "4")
-    assert last_boxed("\\boxed{" * 100_000) is None  # linear, not quadratic
+
+
+@pytest.mark.parametrize("read", [last_boxed, first_boxed])
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [("\\boxed{" * 30_000, None), ("\\boxed{" * 3000 + "5" + "}" * 3000, "5"), ("\\boxed{5 " * 3000 + "}" * 3000, ...)],
+    ids=["never closed", "one in the other", "nested with text"],
+)
+def test_C4_many_boxes_take_linear_time(read: Callable[[str], str | None], text: str, content: str | None) -> None:
+    """This runs in the trainer, without a deadline."""
+    started = time.monotonic()
+    found = read(text)
+    assert time.monotonic() - started < 2
+    assert read is first_boxed or content is ... or found == content
 
 
 @pytest.mark.parametrize("before", ["\\", "\\\\", "x\\,", "\\\\ ", "\\" * 64_000 + " "])
