@@ -1,8 +1,8 @@
-"""Trains a pretrained chat model for a few supervised steps on long written solutions of the demo's problems.
+"""Trains a pretrained chat model for some supervised steps on written solutions of the demo's problems.
 
 RL can only sharpen what a model sometimes gets right, and the 135 M chat model of configs/smollm2-135m solves almost none
-of these problems. After about twenty small steps it solves some, and over-thinks. So stage 1 has a starting point with a
-real tokenizer, a real chat template and tied embeddings.
+of these problems. After these steps it solves most of them, in the three manners of pretrain.py. So stage 1 has a starting
+point with a real tokenizer, a real chat template and tied embeddings.
 
     python -m nanolapo.demo.warm_start configs/smollm2-135m/base.yaml warm_start.model=FOLDER
 """
@@ -25,6 +25,13 @@ from nanolapo.model.folder import load_model, load_tokenizer, save_model
 from nanolapo.preflight import before_writing
 
 
+def draw_example(rng: random.Random, config: Config) -> tuple[str, str]:
+    """A question of the first data source's levels, and a solution without special tokens in a manner of demo.mixture."""
+    sums = random_sums(rng, rng.choice(config.data.sources[0].levels or LEVELS))
+    text = write_solution(sums, rng.choices(MANNERS, MIXTURES[config.demo.mixture][sums.level() > 0])[0])
+    return sums.question(), text.replace(" </think> ", " The answer is ").removesuffix(" <end>").strip()
+
+
 def warm_start(config: Config) -> None:
     """Train warm_start.model on written solutions and save it to model.path, a Hugging Face folder."""
     w = config.warm_start
@@ -39,19 +46,15 @@ def warm_start(config: Config) -> None:
     key = "warm_start.model"
     tokenizer, model = load_tokenizer(w.model, key), load_model(w.model, device, key)
     print(*before_writing(key, model, dtype, tokenizer).lines(), sep="\n", flush=True)
-    prompter, levels = Prompter(tokenizer, config.prompt), config.data.sources[0].levels or LEVELS
+    prompter = Prompter(tokenizer, config.prompt)
     optimizer = torch.optim.AdamW(model.parameters(), lr=w.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     batches: list[tuple[torch.Tensor, torch.Tensor]] = []
     for step in range(w.steps):
         if not batches:
-            rows = []
-            for _ in range(128):
-                sums = random_sums(rng, rng.choice(levels))
-                manner = rng.choices(MANNERS, MIXTURES["too-long"][sums.level() > 0])[0]
-                text = write_solution(sums, manner)
-                text = text.replace(" </think> ", " The answer is ").removesuffix(" <end>").strip()
-                solution = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-                rows.append((prompter.ids(sums.question()), solution))
+            drawn = [draw_example(rng, config) for _ in range(128)]
+            solutions = tokenizer([text for _, text in drawn], add_special_tokens=False)["input_ids"]
+            rows = [(prompter.ids(question), [*ids, tokenizer.eos_token_id])
+                    for (question, _), ids in zip(drawn, solutions, strict=True)]  # fmt: skip
             batches = make_batches(rows, 0, w.batch_tokens, rng)
         ids_BT, targets_BT = (tensor.to(device) for tensor in batches.pop())
         optimizer.param_groups[0]["lr"] = w.learning_rate * learning_rate_factor(step, w.steps, warmup=5)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import itertools
 import math
+import random
 import runpy
 import sys
 from dataclasses import asdict, replace
@@ -20,10 +21,11 @@ from tiny import make_answer, make_config
 
 from nanolapo import cli
 from nanolapo.config import EvaluateConfig, PromptConfig, RunStopped, UserError
+from nanolapo.data.demo_task import parse_question
 from nanolapo.data.load import Data
 from nanolapo.data.prompts import Prompter
-from nanolapo.demo.pretrain import DemoConfig, make_model, make_tokenizer
-from nanolapo.demo.warm_start import warm_start
+from nanolapo.demo.pretrain import MANNERS, DemoConfig, make_model, make_tokenizer
+from nanolapo.demo.warm_start import draw_example, warm_start
 from nanolapo.evaluation.passes import Pass, parse_models
 from nanolapo.evaluation.scores import (
     Answer,
@@ -354,6 +356,27 @@ def test_warm_start_names_its_own_key(tmp_path):
     )
     with pytest.raises(UserError, match="^warm_start.model="):
         warm_start(config)
+
+
+@pytest.mark.parametrize(
+    ("mixture", "shares"),
+    [
+        ("typical", {0: (0.55, 0.25, 0.20), 2: (0.15, 0.55, 0.30)}),
+        ("too-long", {0: (0.2, 0.2, 0.6), 2: (0.1, 0.3, 0.6)}),
+    ],
+)
+def test_a_warm_start_writes_right_solutions_in_the_shares_of_its_mixture(mixture, shares):
+    sources = [{"name": "d", "path": "demo", "count": 3, "levels": [0, 2]}]
+    config, rng = make_config("out", demo={"mixture": mixture}, data={"sources": sources}), random.Random(0)
+    manners = {0: [], 2: []}
+    for _ in range(3000):
+        question, solution = draw_example(rng, config)
+        sums = parse_question(question)
+        assert solution.endswith(rf" The answer is \boxed{{{sum((sums.start, *sums.added)) % 1000:03}}}")
+        manners[sums.level()].append(solution.split(".")[0])
+    for level, found in manners.items():
+        assert [found.count(m) / len(found) for m in MANNERS] == pytest.approx(shares[level], abs=0.05)
+        assert len(found) == pytest.approx(1500, abs=150)
 
 
 def test_warm_start_without_sources_says_so():
