@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from nanolapo.config import UserError
 
 MIN_SPREAD = 1e-6  # rewards closer together than this carry no signal; float noise must not be blown up to O(1)
 
@@ -34,3 +37,16 @@ def group_advantages(rewards_PG: Tensor, normalize_std: bool = True, eps: float 
         centred = centred / (std_P1 + eps)
     spread = rewards.amax(dim=1, keepdim=True) - rewards.amin(dim=1, keepdim=True)
     return torch.where(spread < MIN_SPREAD, torch.zeros_like(centred), centred).to(rewards_PG.dtype)
+
+
+def check_advantages(advantages: Tensor, lengths_B: np.ndarray, keep_B: np.ndarray) -> None:
+    """Raises UserError for advantages of a method that are neither [B] nor [B, T], or not finite where a row counts."""
+    rows, longest = len(lengths_B), int(lengths_B.max())
+    shape = tuple(advantages.shape)
+    fits = shape == (rows,) or (len(shape) == 2 and shape[0] == rows and shape[1] >= longest)
+    bad = int((~advantages[torch.tensor(keep_B)].isfinite()).sum()) if fits else 0
+    if not fits or bad:
+        raise UserError(
+            f"advantage: the method must give finite numbers, one a rollout, [{rows}], or one a token, "
+            f"[{rows}, {longest}]; it gave shape {list(shape)}, {bad} of them not finite"
+        )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from nanolapo.advantages import check_advantages
 from nanolapo.checkpoint import prune, save_checkpoint
 from nanolapo.config import Config
 from nanolapo.methods.base import Method
@@ -39,6 +40,7 @@ def run_step(session: Session) -> None:
     sampled = join(rounds)
     batch = sampled.kept(plan.num_prompts)  # only the groups to train on
     advantages = method.advantage(batch, torch.from_numpy(batch.rewards_PG))  # advantage: [B], or [B, T] by token
+    check_advantages(advantages, batch.lengths_B, batch.keep_B)
     statistics = method.after_step(sampled)  # M(q) and other state change only after the step's rewards
 
     session.sampler.sleep()  # it frees its memory for the trainer, that of the weights too

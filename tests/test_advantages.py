@@ -5,13 +5,23 @@ Run: python -m pytest tests/test_advantages.py
 
 from __future__ import annotations
 
+import math
 import statistics
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from round_methods import make_base, make_run
 
-from nanolapo.advantages import group_advantages
+from nanolapo.advantages import check_advantages, group_advantages
+from nanolapo.config import UserError
+from nanolapo.loop import train
+from nanolapo.methods.base import Method
+from nanolapo.rollouts import Rollouts
+
+LENGTHS_B = np.array([3, 5, 0, 2])  # tokens
+KEEP_B = np.array([True, True, False, True])
 
 
 def test_equals_the_slow_reference():
@@ -61,3 +71,40 @@ def test_shape_and_dtype():
     assert group_advantages(torch.zeros(3, 4)).dtype == torch.float32
     with pytest.raises(AssertionError, match=r"got \(4,\)"):
         group_advantages(torch.zeros(4))
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 5), (4, 7)])
+def test_advantages_of_a_method_may_be_one_a_rollout_or_one_a_token(shape: tuple[int, ...]) -> None:
+    given = torch.zeros(shape)
+    given[2] = math.nan  # a row that does not count
+    check_advantages(given, LENGTHS_B, KEEP_B)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (torch.zeros(2, 2), r"shape \[2, 2\], 0 of them"),  # [P, G], the likeliest slip
+        (torch.zeros(3), r"shape \[3\], 0 of them"),
+        (torch.zeros(4, 4), r"shape \[4, 4\], 0 of them"),  # shorter than the longest answer
+        (torch.zeros(4, 5, 1), r"shape \[4, 5, 1\], 0 of them"),
+        (torch.tensor([0.0, math.nan, math.inf, 1.0]), r"shape \[4\], 1 of them"),
+        (torch.full((4, 5), -math.inf), r"shape \[4, 5\], 15 of them"),
+    ],
+)
+def test_advantages_that_cannot_be_trained_on_are_named(given: torch.Tensor, words: str) -> None:
+    with pytest.raises(UserError, match=rf"^advantage: .* \[4\], or one a token, \[4, 5\]; it gave {words} not finite"):
+        check_advantages(given, LENGTHS_B, KEEP_B)
+
+
+@pytest.mark.slow
+def test_a_run_whose_advantages_are_not_finite_ends_in_its_first_step(tmp_path: Path) -> None:
+    """Without the check a short run ended as complete, with the weights it began with."""
+
+    class Wrong(Method):
+        def advantage(self, rollouts: Rollouts, rewards_PG: torch.Tensor) -> torch.Tensor:
+            return super().advantage(rollouts, rewards_PG) + math.nan
+
+    config = make_run(make_base(tmp_path / "base"), tmp_path, train={"steps": 1})
+    with pytest.raises(UserError, match="advantage: .*; it gave shape .* of them not finite"):
+        train(config, Wrong(config))
+    assert not (config.run_dir / "model").exists()

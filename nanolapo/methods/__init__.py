@@ -24,10 +24,14 @@ def load_method(config: Config, default: type[Method] | None = None) -> Method:
     module = f"nanolapo.methods.{file}"
     exists = file.isidentifier() and importlib.util.find_spec(module) is not None
     # If the file itself is wrong, the error and its traceback go to the user as they are.
-    method_class = getattr(importlib.import_module(module), class_name, None) if exists else None
-    if method_class is None:
-        raise UserError(
-            f"method.name={config.method.name!r}: write it as file:Class, a class of nanolapo/methods/file.py, "
-            "for example base:Method (accuracy only) or lapo:Discovery"
-        )
-    return method_class(config)
+    here = vars(importlib.import_module(module)) if exists else {}
+    types = [found for found in here.values() if isinstance(found, type) and found.__module__ == module]
+    classes = [found.__name__ for found in types if issubclass(found, Method)]
+    if class_name not in classes:
+        wrong = f"nanolapo/methods/{file}.py has no method {class_name}; it has {', '.join(classes)}" if exists else (
+            "write it as file:Class, a class of nanolapo/methods/file.py, for example base:Method (accuracy only) or "
+            "lapo:Discovery"
+        )  # fmt: skip
+        raise UserError(f"method.name={config.method.name!r}: {wrong}")
+    method: Method = here[class_name](config)
+    return method

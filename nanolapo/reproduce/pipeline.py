@@ -74,13 +74,21 @@ class Pipeline:
         return found if isinstance(found, dict) else {}
 
     def write_stamp(self, name: str, done: bool, seconds: float) -> None:
+        stamp = {"digest": self.digests[name], "done": done, "seconds": round(seconds, 1)}
+        self.replace_stamp(name, stamp | {"folder": str(self.steps[name].clear)})
+
+    def replace_stamp(self, name: str, stamp: dict[str, object]) -> None:
         path = self.file("steps", name, ".json")
         path.parent.mkdir(parents=True, exist_ok=True)
-        stamp = {"digest": self.digests[name], "done": done, "seconds": round(seconds, 1)}
-        text = json.dumps(stamp | {"folder": str(self.steps[name].clear)})
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(json.dumps(stamp), encoding="utf-8")
         temporary.replace(path)
+
+    def make_void(self, name: str) -> None:
+        """Forget what was made from an earlier outcome of this step, also where its config is the same."""
+        for other in self.steps:
+            if other != name and name in self.closure([other]) and (stamp := self.stamp(other)):
+                self.replace_stamp(other, stamp | {"digest": "", "done": False})
 
     def is_done(self, name: str) -> bool:
         """True if the step ended well with this very config, its output is still there, and its needs are done too."""
@@ -179,6 +187,7 @@ class Pipeline:
             self.say(f"{name}: its config has changed, {old} is made anew")
             shutil.rmtree(old)
         self.write_stamp(name, False, 0.0)
+        self.make_void(name)
         self.log(name).parent.mkdir(parents=True, exist_ok=True)
         with self.log(name).open("ab") as log:
             try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,6 +93,18 @@ def test_a_changed_config_clears_its_folder_and_an_interruption_does_not(lab: La
     assert lab.run([lab.step("a", config="other")]) == ["a"] and not half.exists()
     assert lab.run([dataclasses.replace(lab.step("a", config="third"), clear=None)]) == ["a"]
     assert (lab.folder / "out" / "a" / "result").exists()
+
+
+def test_what_was_made_from_an_earlier_outcome_is_made_anew(lab: Lab) -> None:
+    """A folder that was deleted by hand is made again, perhaps by other code: what came from the old one is void."""
+    steps = [lab.step("a"), lab.step("b", "a"), lab.step("c", "b"), lab.step("d")]
+    assert lab.run(steps) == ["a", "b", "c", "d"]
+    half = lab.folder / "out" / "b" / "checkpoint"
+    half.write_text("of the old a")
+    shutil.rmtree(lab.folder / "out" / "a")
+    assert lab.run(steps, "a") == ["a"]  # b and c were not asked for
+    assert lab.run(steps) == ["b", "c"] and not half.exists()
+    assert lab.run(steps) == []
 
 
 def test_only_what_is_wanted_and_what_it_needs(lab: Lab) -> None:
