@@ -125,7 +125,8 @@ def _typed_rows(source: SourceConfig) -> Iterator[tuple[int, Any]]:
     if source.path.lower().endswith(".parquet"):
         try:  # streaming leaves no copy in a cache
             file = glob.escape(str(Path(source.path).absolute()))
-            yield from enumerate(datasets.load_dataset("parquet", data_files=file, split="train", streaming=True), 1)
+            rows = datasets.load_dataset("parquet", data_files=file, split="train", streaming=True)
+            yield from enumerate(_named(rows), start=1)
         except failures as error:
             raise _unreadable(source, error) from error
         return
@@ -139,7 +140,15 @@ def _typed_rows(source: SourceConfig) -> Iterator[tuple[int, Any]]:
             f"{source_key(source)}: cannot load {source.path!r} from the Hugging Face hub ({reason}); check path, "
             "subset, split and network (gated sets need HF_TOKEN), or give a local file as path"
         ) from error
-    yield from enumerate(rows, start=1)
+    yield from enumerate(_named(rows), start=1)
+
+
+def _named(rows: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a data set, with the names of class labels in place of their numbers, and None for an unknown one."""
+    names = {field: kind.names for field, kind in (rows.features or {}).items() if hasattr(kind, "int2str")}
+    for row in rows:
+        labels = {field: row[field] for field in names if row[field] is not None}
+        yield row | {field: names[field][n] if 0 <= n < len(names[field]) else None for field, n in labels.items()}
 
 
 def field_at(row: dict[str, Any], name: str) -> Any:

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -82,6 +83,16 @@ def test_fields_by_path(name, tmp_path):
     assert [(p.question, p.answer, p.level) for p in problems] == [
         (f"How many, {i}?", str(30 + i), i + 1) for i in range(3)
     ]
+
+
+def test_class_labels_are_read_by_their_names(tmp_path):
+    """A data set stores them as numbers: the answer B would be graded as 1, and -1 stands for an unknown one."""
+    kinds = {"question": datasets.Value("string"), "answer": datasets.ClassLabel(names=["A", "B", "C"])}
+    rows = {"question": ["p", "q", "r", "s"], "answer": [1, 0, -1, None]}
+    datasets.Dataset.from_dict(rows, features=datasets.Features(kinds)).to_parquet(tmp_path / "r.parquet")
+    problems, report = load(tmp_path / "r.parquet", question="question", max_bad_fraction=0.5)
+    assert [(p.question, p.answer) for p in problems] == [("p", "B"), ("q", "A")]
+    assert "row 3, 4: field 'answer' is NoneType" in "".join(report)
 
 
 def test_choices_by_path_and_a_field_whose_name_has_a_dot(tmp_path):
