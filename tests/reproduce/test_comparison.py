@@ -301,6 +301,9 @@ def test_a_record_of_another_config_counts_as_missing(recipe: Path, tmp_path: Pa
 def test_the_table_is_there_without_a_base_and_beside_one_of_another_config(recipe: Path, tmp_path: Path) -> None:
     """Seed 4 started from a base whose line is gone. A base of another config has answers at another temperature."""
     one, kept = Recipe(recipe / "compare.yaml", tmp_path, ["python"], 300, ["spo"]), tmp_path / "records"
+    one.scored = ["spo", "grpo", "lapo"]  # these have records, for another number of tokens
+    for method in ("grpo", "lapo"):
+        write(kept, record(method, 3, *BASE, base="a", digest="old"))
     pipeline = one.pipeline([3, 4])
     for method, seed, base in (("base", 3, "a"), ("base", 4, "b"), ("spo", 3, "a"), ("spo", 4, "gone")):
         digest = one.digest(pipeline, f"seed{seed}/scores/{method}")
@@ -313,4 +316,7 @@ def test_the_table_is_there_without_a_base_and_beside_one_of_another_config(reci
     assert [(row["model"], row["seeds"], row["temperature"]) for row in found["rows"]] == [
         ("base", [3, 4], 0.6), ("spo", [3], 0.6)
     ]  # fmt: skip
-    assert found["missing"] == {"spo, seed 4": f"its base has no line in {kept / 'base.jsonl'} any more; put it back"}
+    assert found["missing"] == {
+        "spo, seed 4": f"its base has no line in {kept / 'base.jsonl'} any more; put it back",
+        "grpo, lapo": "all results are of another config",
+    }
