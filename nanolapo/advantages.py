@@ -41,12 +41,12 @@ def group_advantages(rewards_PG: Tensor, normalize_std: bool = True, eps: float 
 
 def check_advantages(advantages: Tensor, lengths_B: np.ndarray, keep_B: np.ndarray) -> None:
     """Raises UserError for advantages of a method that are neither [B] nor [B, T], or not finite where a row counts."""
-    rows, longest = len(lengths_B), int(lengths_B.max())
-    shape = tuple(advantages.shape)
+    rows, longest, shape = len(lengths_B), int(lengths_B.max()), tuple(np.shape(advantages))
     fits = shape == (rows,) or (len(shape) == 2 and shape[0] == rows and shape[1] >= longest)
-    bad = int((~advantages[torch.tensor(keep_B)].isfinite()).sum()) if fits else 0
-    if not fits or bad:
+    is_tensor = isinstance(advantages, Tensor)
+    bad = int((~advantages[torch.tensor(keep_B)].isfinite()).sum()) if fits and is_tensor else 0
+    if not fits or not is_tensor or bad:
         raise UserError(
-            f"advantage: the method must give finite numbers, one a rollout, [{rows}], or one a token, "
-            f"[{rows}, {longest}]; it gave shape {list(shape)}, {bad} of them not finite"
+            f"advantage: the method must give a tensor of finite numbers, one a rollout, [{rows}], or one a token, "
+            f"[{rows}, {longest}]; it gave {type(advantages).__name__} of shape {list(shape)}, {bad} of them not finite"
         )

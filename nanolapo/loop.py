@@ -40,12 +40,13 @@ def run_step(session: Session) -> None:
     sampled = join(rounds)
     batch = sampled.kept(plan.num_prompts)  # only the groups to train on
     advantages = method.advantage(batch, torch.from_numpy(batch.rewards_PG))  # advantage: [B], or [B, T] by token
-    check_advantages(advantages, batch.lengths_B, batch.keep_B)
+    counts_B = batch.keep_B & ~batch.broken_B
+    check_advantages(advantages, batch.lengths_B, counts_B)
     statistics = method.after_step(sampled)  # M(q) and other state change only after the step's rewards
 
     session.sampler.sleep()  # it frees its memory for the trainer, that of the weights too
     with watch("update"):  # loss, backward, optimizer step; without any kept group, batch is all rows and none counts
-        trained = update_policy(policy, method, batch, advantages, batch.keep_B & ~batch.broken_B, session.ranks)
+        trained = update_policy(policy, method, batch, advantages, counts_B, session.ranks)
     with watch("sync"):  # weight sync
         session.sampler.wake()
         session.sampler.load_weights(policy.sampler_weights())

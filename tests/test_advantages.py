@@ -92,8 +92,14 @@ def test_advantages_of_a_method_may_be_one_a_rollout_or_one_a_token(shape: tuple
     ],
 )
 def test_advantages_that_cannot_be_trained_on_are_named(given: torch.Tensor, words: str) -> None:
-    with pytest.raises(UserError, match=rf"^advantage: .* \[4\], or one a token, \[4, 5\]; it gave {words} not finite"):
+    with pytest.raises(UserError, match=rf"^advantage: .* \[4\], or .* \[4, 5\]; it gave Tensor of {words} not finite"):
         check_advantages(given, LENGTHS_B, KEEP_B)
+
+
+@pytest.mark.parametrize("given", [np.zeros(4), [0.0] * 4, None])
+def test_advantages_are_a_tensor(given: object) -> None:
+    with pytest.raises(UserError, match="must give a tensor .* it gave (ndarray|list|NoneType) of shape"):
+        check_advantages(given, LENGTHS_B, KEEP_B)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
@@ -105,6 +111,6 @@ def test_a_run_whose_advantages_are_not_finite_ends_in_its_first_step(tmp_path: 
             return super().advantage(rollouts, rewards_PG) + math.nan
 
     config = make_run(make_base(tmp_path / "base"), tmp_path, train={"steps": 1})
-    with pytest.raises(UserError, match="advantage: .*; it gave shape .* of them not finite"):
+    with pytest.raises(UserError, match="advantage: .*; it gave Tensor of shape .* of them not finite"):
         train(config, Wrong(config))
     assert not (config.run_dir / "model").exists()

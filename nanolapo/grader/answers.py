@@ -30,7 +30,8 @@ NOT_LABELS = re.compile(
     r"\\(?:frac|sqrt|binom|sum|prod|int|pm|in|cup|cap|log|ln|pi|infty|le|ge|ne)(?![a-zA-Z])|[<>!^/*]"
 )
 LABEL = re.compile(r"(?:[A-Za-z+\-|(),']|\\text\{[^{}]*\}|\\[a-zA-Z]++ ?|\\overline\{[^{}]*\})+")
-INEQUALITY = re.compile(r"[<>]|\\[lg]e(?![a-zA-Z])")
+RAY = re.compile(r"([A-Za-z])(<|>|\\[lg]e)([^<>=\\A-Za-z]+)")  # x<1
+RANGE = re.compile(r"[^<>=\\]+(?:<|\\le ?)([A-Za-z])(?:<|\\le)[^<>=\\]+")  # 0<x<1
 ONE_SYMBOL = re.compile(r"\(?(?:\\?[A-Za-z](?:,|(?=\))|$))+\)?|[A-Za-z]\([A-Za-z,]+\)|\\[a-zA-Z]+|\\text\{[^{}]*\}")
 
 
@@ -139,9 +140,16 @@ def is_list(text: str) -> bool:
 
 def _ranges(one: Members, other: Members) -> Members:
     r"""The intervals of a union, if the other answer is a list of inequalities: x<1 or x>2."""
-    if one.is_single and all(map(INEQUALITY.search, other.items)):
-        return Members("", _split(one.items[0].replace(r"\cup", "∪"), "∪"))
-    return one
+    found = [RAY.fullmatch(item) or RANGE.fullmatch(item) for item in other.items]
+    if not one.is_single or len({match and match[1] for match in found}) > 1 or None in found:
+        return one
+    rays = [match for match in found if match and match.re is RAY]
+    ends, starts = ([number(ray[3]) for ray in rays if (ray[2] in ("<", r"\le")) is wanted] for wanted in (True, False))
+    if any(
+        end is None or start is None or end > start for end in ends for start in starts
+    ):  # "x>2 and x<5" is no union
+        return one
+    return Members("", _split(one.items[0].replace(r"\cup", "∪"), "∪"))
 
 
 def _same_members(a: Members, r: Members, leaf: Leaf) -> bool:

@@ -117,7 +117,7 @@ PHRASES = [  # words behind a number
     re.compile(r"(?<=[\d}])\s+(?P<words>[a-z]{3,}(?:\s+[a-z]+){0,2})" + END),
 ]
 CHANGES_VALUE = re.compile(  # a number with such a word is another number, or none: no unit
-    r"k|M|B|[bnxyzXYZ]|am|pm|noon|midnight|ad|bce?|ce|(?:" + "|".join(SCALES) + r"|score|pair|gross|myriad)s?"
+    r"k|M|B|am|pm|noon|midnight|ad|bce?|ce|(?:" + "|".join(SCALES) + r"|score|pair|gross|myriad)s?"
     r"|ths|hal(?:f|ves)|(?:third|quarter)s?|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|(?:hundred|thousand|[mbtr]+illion)"
     r"|(?:thir|four|fif|six|seven|eigh|nine)teen|(?:twen|thir|for|fif|six|seven|eigh|nine)tie)ths?"
     r"|squared|cubed|factorial|grand|than|times|plus|minus|negative|below|zero|point|remainder|mod|modulo|base|over|out"
@@ -129,7 +129,20 @@ def _drop_unit(phrase: re.Match[str]) -> str:
     words = re.findall("[A-Za-z]+", phrase["words"].replace(".", ""))
     words = [word if len(word) == 1 else word.lower() for word in words]  # 5 M is 5 million, 5 m is a length
     is_number = re.search(r"\d|\\(?!text)", phrase.string[: phrase.start()])
-    return phrase[0] if not is_number or any(map(CHANGES_VALUE.fullmatch, words)) else ""
+    is_variable = len(words) == 1 and words[0] in {*"bnxyzXYZ"}
+    return phrase[0] if not is_number or is_variable or any(map(CHANGES_VALUE.fullmatch, words)) else ""
+
+
+ORDINAL = re.compile(  # 21st, 4^{\text{th}}: a whole member, or before a word; 3st is a product
+    r"(?:(?<=^)|(?<=[=,(/])|(?<=, ))(?P<n>\d+)(?:\s*\^)?[\s{]*(?:\\text\s*\{\s*)?(?P<ending>st|nd|rd|th)(?![a-zA-Z])[\s}]*"
+    r"(?:(?=[,)\]]|\\\}|$)|(?<= )(?=[a-zA-Z]{3}))"
+)
+
+
+def _drop_ending(ordinal: re.Match[str]) -> str:
+    n = ordinal["n"]
+    right = "th" if n[-2:-1] == "1" else {"1": "st", "2": "nd", "3": "rd"}.get(n[-1], "th")
+    return f"{n} " if ordinal["ending"] == right else ordinal[0]
 
 
 # ---- lists, LaTeX and the blanks ----
@@ -139,13 +152,11 @@ AND_A_PART = re.compile(
     r"(?<![\w.\\^{}])(\d+)\s+and\s+(?:a|one)[\s-]+(" + "|".join(PARTS) + r")(?![a-zA-Z])"
 )  # 3 and a half
 IN_TEXT = r"(?:\\text\s*\{\s*)?"
-ORDINAL = r"(?:st|nd|rd|th)"
 SHAPES = _rules(
     (
         rf"(?<=[\d}}])\s*{IN_TEXT}(?:{DEGREE}|\\degree|degrees?)\s*{IN_TEXT}([CF])(?:elsius|ahrenheit)?\s*(?:\}}|(?=[,)]|$))",
         r"\\text{deg\1}",
     ),  # 30°C reads 30, but never 30°F
-    (rf"(?<=\d)(?:\s*\^)?\s*(?:{ORDINAL}\b|\{{{ORDINAL}\}}|\{{?\\text\s*\{{\s*{ORDINAL}\s*\}}\}}?)", ""),  # the 21st
     (r"\b([Nn]o (?:[a-z]+ ){0,2}[a-z]*[a-rt-z])s(?![a-zA-Z])", r"\1"),  # no solutions
     (rf"(?<=\d)\s*(?:{DEGREE}|\\degree|\\?%)\s*(?=\d)", ","),
     (DEGREE + r"|\\degree", ""),
@@ -191,7 +202,7 @@ def normalise(text: str, is_list: bool = False) -> str:
     text = _apply(NAMES, text)
     text = TRIGONOMETRY.sub(lambda formula: DEGREES.sub(r"\\frac{\1\\pi }{180}", formula[0]), text)
     text = AND_A_PART.sub(lambda part: rf"{part[1]}\frac{{1}}{{{PARTS[part[2]]}}}", text)
-    text = _apply(SHAPES, text)
+    text = _apply(SHAPES, ORDINAL.sub(_drop_ending, text))
     for phrase in PHRASES:
         text = phrase.sub(_drop_unit, text)
     text = _apply(LATEX, text)
@@ -202,7 +213,9 @@ def normalise(text: str, is_list: bool = False) -> str:
 
 NO_ANSWER = re.compile(
     r"None|null|NULL|[Nn]a[Nn]|N/?A|n/a|[\s!-/:-@\[\]^_`|~]*|.*:"
-    r"|\[\s*['\"].*['\"]\s*\]|\(?(?:[A-F][.)]|[a-f]\))\s+\S.*"  # ['5'] is a list of Python, B. 5 a choice with its letter
+    r"|\[\s*['\"].*['\"]\s*\]"  # a list of Python: ['5']
+    r"|\(?[A-F]\)\s+(?!.*[,;]\s*\(?[A-F]\))[^\s,;].*|[A-F]\.\s+[-\d\\$(].*"  # a choice with its letter: B. 5
+    r"|\(?[a-f]\)\s+(?!.*\b[b-f]\)).*\S.*"
     r"|#(?:N/A|[A-Z]+[!?]|DIV/0!)"  # of a spreadsheet
     r"|(?i:TB[ADC]|to ?do|to be \w+|fixme|proof|not ?found|see .*|answers? (?:may|will|can)? ?var(?:y|ies))"
 )
@@ -215,7 +228,8 @@ def is_reachable(reference: str) -> bool:
     >>> is_reachable(r"\frac{1}{2} \text{ cm}"), is_reachable("no solution"), is_reachable("None"), is_reachable("...")
     (True, True, False, False)
     """
-    text = re.sub(r"\\(?:text|mbox|mathrm)(?![a-zA-Z])", " ", reference).strip(" {}.")
+    text = re.sub(r"\\(?:text[a-z]*|mbox|math(?:rm|bf))(?![a-zA-Z])|\\ |~", " ", reference).strip(" {}.")
+    text = re.sub(r"^\{?\s*(\([A-F]\))\s*\}", r"\1 ", text)
     words = [re.findall(r"[^\W\d_]{2,}", item) for item in re.split("[,;]", re.sub(r"\\[a-zA-Z]+", " ", text))]
     return NO_ANSWER.fullmatch(text) is None and max(map(len, words)) <= MAX_WORDS
 

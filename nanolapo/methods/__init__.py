@@ -25,13 +25,12 @@ def load_method(config: Config, default: type[Method] | None = None) -> Method:
     exists = file.isidentifier() and importlib.util.find_spec(module) is not None
     # If the file itself is wrong, the error and its traceback go to the user as they are.
     here = vars(importlib.import_module(module)) if exists else {}
-    types = [found for found in here.values() if isinstance(found, type) and found.__module__ == module]
-    classes = [found.__name__ for found in types if issubclass(found, Method)]
+    types = {name: found for name, found in here.items() if isinstance(found, type) and found.__module__ == module}
+    classes = [name for name, found in types.items() if issubclass(found, Method)]
     if class_name not in classes:
-        wrong = f"nanolapo/methods/{file}.py has no method {class_name}; it has {', '.join(classes)}" if exists else (
-            "write it as file:Class, a class of nanolapo/methods/file.py, for example base:Method (accuracy only) or "
-            "lapo:Discovery"
-        )  # fmt: skip
+        wrong = "write it as file:Class, a class of nanolapo/methods/file.py, for example base:Method (accuracy only)"
+        if exists:
+            wrong = f"nanolapo/methods/{file}.py has no method {class_name}; it has {', '.join(classes) or 'none'}"
         raise UserError(f"method.name={config.method.name!r}: {wrong}")
     method: Method = here[class_name](config)
     return method

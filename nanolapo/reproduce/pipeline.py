@@ -87,7 +87,7 @@ class Pipeline:
     def make_void(self, name: str) -> None:
         """Forget what was made from an earlier outcome of this step, also where its config is the same."""
         for other in self.steps:
-            if other != name and name in self.closure([other]) and (stamp := self.stamp(other)):
+            if other != name and name in self.closure([other]) and (stamp := self.stamp(other)).get("digest"):
                 self.replace_stamp(other, stamp | {"digest": "", "done": False})
 
     def is_done(self, name: str) -> bool:
@@ -158,6 +158,7 @@ class Pipeline:
                     ready = [name for name in left if done.issuperset(self.steps[name].needs)]
                     for name in ready[: jobs - len(running)]:
                         left.remove(name)
+                        self.make_void(name)  # here, not in the step's thread: two steps may share what needs them
                         running[pool.submit(self.run_step, name, lock)] = name
                     if not running:
                         break  # everything left needs a step that failed
@@ -184,10 +185,9 @@ class Pipeline:
         """Run one command to its end and return its exit code. A stop request ends it. lock: see `locked`."""
         step, started = self.steps[name], time.time()
         if old := self.leftover(name):
-            self.say(f"{name}: its config has changed, {old} is made anew")
+            self.say(f"{name}: its config, or what it was made from, has changed: {old} is made anew")
             shutil.rmtree(old)
         self.write_stamp(name, False, 0.0)
-        self.make_void(name)
         self.log(name).parent.mkdir(parents=True, exist_ok=True)
         with self.log(name).open("ab") as log:
             try:

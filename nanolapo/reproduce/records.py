@@ -15,7 +15,7 @@ from typing import Any
 from nanolapo.config import UserError
 from nanolapo.evaluation.scores import Answer, correctness, length, model_identity, per_problem, read_answers
 from nanolapo.fingerprint import digest
-from nanolapo.report.files import read_metrics
+from nanolapo.report.files import read_config, read_metrics
 from nanolapo.reproduce.pipeline import Pipeline
 from nanolapo.reproduce.recipe import Recipe
 
@@ -78,13 +78,13 @@ def record_of(recipe: Recipe, pipeline: Pipeline, seed: int, method: str) -> Rec
         recipe.setting_of(method), costs(runs),
         [place(recipe.run_dir(seed, "samples"), row) for row in results["rows"]
          if row["model"] == method and row["answers"] and not row["guidance"]],
-        commit_of(runs[-1] if runs else recipe.run_dir(seed, f"scores/{method}")),
+        commits_of(runs or [recipe.run_dir(seed, f"scores/{method}")]),
     )  # fmt: skip
 
 
-def commit_of(run_dir: Path) -> str:
-    """The commit that a run was made with, from its config.yaml. It may be older than the code of today."""
-    return (run_dir / "config.yaml").read_text(encoding="utf-8").split("\n")[0].removeprefix("# git: ")
+def commits_of(runs: Sequence[Path]) -> str:
+    """The commits with which these runs were last started, from their config.yaml. They may be older than today's code."""
+    return ", ".join(dict.fromkeys(read_config(run, [])[2] for run in runs))
 
 
 def place(samples: Path, row: dict[str, Any]) -> dict[str, Any]:

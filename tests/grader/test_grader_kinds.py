@@ -48,8 +48,12 @@ RIGHT: \frac{1}{2} ~ 1/2 | 3\frac12 ~ 3 1/2 | \frac{\sqrt3}{3} ~ 1/3\sqrt3 | \fr
 RIGHT: 16:30 ~ 4:30 \text{ PM} | 4:30 \text{ PM} ~ 16:30 | 4:00 PM ~ 4 \text{ PM}
 WRONG: 4:30 ~ 4:30 \text{ PM} | 4:30 \text{ AM} ~ 16:30
 RIGHT: 21 ~ 21st | 21 ~ 21^{st} | 21 ~ 21^\text{st} | 21 ~ 21^{\text{st}} | 21 ~ 21 \text{st} | 4^{th} ~ 4 | 5 ~ 5th row
-RIGHT: 1/4 ~ 1/4th | \frac{1}{4} ~ \frac{1}{4th} | 22nd, 23rd ~ 22, 23 | 22 ~ 22nd day
+RIGHT: 1/4 ~ 1/4th | 6st ~ 6ts | 6st ~ s t \cdot 6 | 2^{st} ~ 2^{ts}
+RIGHT: (1, 2) ~ (1st, 2nd) | 25 ~ 25th percentile | 22nd, 23rd ~ 22, 23 | 22 ~ 22nd day
 WRONG: 4 ~ 4ths | 4 ~ 4 \text{ths} | 10 ~ 10 thousandths | 4 ~ 4^{t} | 4t ~ 4th | 21 ~ 22st | 5 ~ 5^{5th}
+WRONG: 2^{st} ~ 2 | 3st ~ 3 | 2st+1 ~ 3 | 3st^2 ~ 9 | 5-4st ~ 1 | 6 ~ 6st | 11 ~ 11st
+WRONG: 2 ~ \sqrt{4st} | \frac32 ~ \frac{3st}{2}
+RIGHT: 2 ~ 2 \text{ x-intercepts} | 4 ~ 4 values of x | 4 ~ 4 \text{ values of x} | 5 ~ 5 \text{ n-gons}
 WRONG: 5 ~ 5\text{x} | 5 ~ 5 \text{ y} | 3 ~ 3\mathrm{n} | 7 ~ 7\textbf{Z} | 5 ~ 5\text{ b}
 RIGHT: 5 ~ 5\text{m} | 5 ~ 5 \mathrm{s} | 5 ~ 5\text{ g} | 5 ~ 5\text{ L}
 """
@@ -169,6 +173,7 @@ WRONG: 1, 1, 2 ~ 1, 2, 2 | 1, 1, 2 ~ 1, 2 | 1, 2 ~ 1, 1 | 1, 2 ~ 2 | 1, 2 ~ 1, 2
 RIGHT: (-\infty,-1)\cup(1,\infty) ~ x<-1 \text{ or } x>1 | (-\infty,-1]\cup[1,\infty) ~ x \ge 1, x \leq -1
 RIGHT: x<-1 \text{ or } x>1 ~ (1,\infty)\cup(-\infty,-1) | (0,1)\cup(2,3)\cup(4,5) ~ 0<x<1 or 4<x<5 or 2<x<3
 WRONG: (-\infty,-1)\cup(1,\infty) ~ x<-1, x \ge 1 | (-\infty,-1)\cup(1,\infty) ~ x<-1, x>1, x>2 | (0,1)\cup(2,3) ~ 0<x<1
+WRONG: x\ge2 \text{ and } x<5 ~ (-\infty,5)\cup[2,\infty) | x<1, y>2 ~ (-\infty,1)\cup(2,\infty)
 WRONG: (0,1)\cup(2,3) ~ 0, 1, 2, 3 | (0,1), (2,3) ~ (0,1)\cup(2,3) | x<-1 \text{ or } x>1 ~ (1,\infty)
 """
 
@@ -232,9 +237,23 @@ def test_references_that_no_answer_reaches_fail_the_check(grader: Grader) -> Non
         "B. 12",
         "(C) 12 cm",
         "a) 5",
+        r"\textbf{(B)}\ 12",
+        r"\text{(B)} 12",
+        r"\mathrm{(B)}\ 12",
     ]
     good = ["none", "no", r"\emptyset", "1e3", r"\text{Softball, Kickball, Picnic}", "x=5", r"\infty", "(C)", "18 eggs"]
-    good += ["C", "[5]", "A", "(a+b) c", "f(x) = 2", "D.", "E = mc^2"]
+    good += [
+        "C",
+        "[5]",
+        "A",
+        "(a+b) c",
+        "f(x) = 2",
+        "D.",
+        "E = mc^2",
+        "E. coli",
+        "(a) 5, (b) 6",
+        r"\text{(A)}, \text{(E)}",
+    ]
     assert grader.references_that_fail(prose + good) == list(range(len(prose)))
 
 

@@ -107,6 +107,27 @@ def test_what_was_made_from_an_earlier_outcome_is_made_anew(lab: Lab) -> None:
     assert lab.run(steps) == []
 
 
+def test_two_steps_at_once_may_share_what_needs_them(lab: Lab) -> None:
+    """Both make the stamps of the others void. In the threads of the steps, one took the other's file away."""
+    names = [f"c{n}" for n in range(6)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for config in "123456":
+            steps = [
+                lab.step("a", config=config),
+                lab.step("b", config=config),
+                *(lab.step(c, "a", "b") for c in names),
+            ]
+            pipeline = Pipeline(steps, lab.folder / "pipe")
+            for name in names:
+                pipeline.replace_stamp(name, {"digest": "old", "done": True})
+            assert sorted(lab.run(steps, "a", "b", jobs=2)) == ["a", "b"]
+            assert {str(pipeline.stamp(name)["digest"]) for name in names} == {""}
+    finally:
+        sys.setswitchinterval(interval)
+
+
 def test_only_what_is_wanted_and_what_it_needs(lab: Lab) -> None:
     steps = [lab.step("a"), lab.step("b"), lab.step("c", "b"), lab.step("d", "c")]
     assert lab.run(steps, "c") == ["b", "c"]
