@@ -40,7 +40,7 @@ def run_step(session: Session) -> None:
     sampled = join(rounds)
     batch = sampled.kept(plan.num_prompts)  # only the groups to train on
     advantages = method.advantage(batch, torch.from_numpy(batch.rewards_PG))  # advantage: [B], or [B, T] by token
-    counts_B = batch.keep_B & ~batch.broken_B
+    counts_B = batch.keep_B & ~batch.broken_B  # the rows to train on
     check_advantages(advantages, batch.lengths_B, counts_B)
     statistics = method.after_step(sampled)  # M(q) and other state change only after the step's rewards
 

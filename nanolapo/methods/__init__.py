@@ -30,7 +30,7 @@ def load_method(config: Config, default: type[Method] | None = None) -> Method:
     if class_name not in classes:
         wrong = "write it as file:Class, a class of nanolapo/methods/file.py, for example base:Method (accuracy only)"
         if exists:
-            wrong = f"nanolapo/methods/{file}.py has no method {class_name}; it has {', '.join(classes) or 'none'}"
+            wrong = f"write it as file:Class; in nanolapo/methods/{file}.py there is {', '.join(classes) or 'none'}"
         raise UserError(f"method.name={config.method.name!r}: {wrong}")
     method: Method = here[class_name](config)
     return method

@@ -105,6 +105,6 @@ def test_an_error_inside_a_method_file_is_not_taken_for_a_wrong_name(tmp_path, m
         load_method(make_config(method={"name": "half_writen:Mine"}))
     for name in ("Laser", "HAPO", "Rollouts", "Hapo.reward", ""):
         with pytest.raises(
-            UserError, match=f"hapo:{name}': nanolapo/methods/hapo.py has no method {name}; it has Hapo$"
+            UserError, match=f"hapo:{name}': write it as file:Class; in nanolapo/methods/hapo.py there is Hapo$"
         ):
             load_method(make_config(method={"name": f"hapo:{name}"}))
