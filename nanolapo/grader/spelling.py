@@ -135,7 +135,7 @@ def _drop_unit(phrase: re.Match[str]) -> str:
 
 ORDINAL = re.compile(  # 21st, 4^{\text{th}}: a whole member, or before a word; 3st is a product
     r"(?:(?<=^)|(?<=[=,(/])|(?<=, ))(?P<n>\d+)(?:\s*\^)?[\s{]*(?:\\text\s*\{\s*)?(?P<ending>st|nd|rd|th)(?![a-zA-Z])[\s}]*"
-    r"(?:(?=[,)\]]|\\\}|$)|(?<= )(?=[a-zA-Z]{3}))"
+    rf"(?:{END}|(?<= )(?=[a-zA-Z]{{3}}))"
 )
 
 
