@@ -1,14 +1,15 @@
 """Runs named steps, each of them a command, in the order of their needs, and skips those that are done.
 
-A step is done again when its inputs, or a step that it needs, have changed. What an interrupted step left is kept, for the
-scripts resume by themselves. Every step has a log and a stamp below the pipeline's folder. Only a folder that a stamp names
-is ever deleted, and only one command at a time works in a folder. The pipeline does not see a change of the code: after
-one, use another folder or delete the steps' stamps.
+A step is done again when its config has changed, or when a step that it needs was done again. What an interrupted step left
+is kept, for the scripts resume by themselves. Every step has a log and a stamp below the pipeline's folder. Only a folder
+that a stamp names is ever deleted, and only one command at a time works in a folder. The pipeline does not see a change of
+the code: after one, use another folder or delete the steps' stamps.
 """
 
 from __future__ import annotations
 
 import json
+import os.path
 import shutil
 import signal
 import subprocess
@@ -17,9 +18,9 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from threading import Event
+from uuid import uuid4
 
 from nanolapo.config import RunStopped, UserError
 from nanolapo.locks import locked
@@ -47,7 +48,6 @@ class Pipeline:
                  finished: Callable[[str], None] = lambda name: None) -> None:  # fmt: skip
         self.steps: dict[str, Step] = {}
         self.folder, self.say, self.finished, self.stop = folder, say, finished, Event()
-        self.digests: dict[str, str] = {}
         for step in steps:  # in the order given: a step comes after what it needs
             if step.name in self.steps:
                 raise UserError(f"two steps are called {step.name}: rename one of them")
@@ -57,54 +57,61 @@ class Pipeline:
                                     "run.name")  # fmt: skip
             self.steps[step.name] = step
             for need in step.needs:
-                if need not in self.digests:
+                if need not in self.steps or need == step.name:
                     raise UserError(f"step {step.name} needs {need}, which is not a step before it")
-            parts = [step.config, *(self.digests[need] for need in step.needs)]
-            self.digests[step.name] = sha256("\0".join(parts).encode()).hexdigest()
 
     def file(self, kind: str, name: str, ending: str) -> Path:
         return self.folder / kind / (name.replace("/", "-") + ending)
 
     def stamp(self, name: str) -> dict[str, object]:
-        """What an earlier run of the step left: its digest, whether it ended well, its seconds. {} if there was none."""
+        """What an earlier run of the step left (see `new_stamp`), {} if there was none."""
         try:
             found = json.loads(self.file("steps", name, ".json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}
 
-    def write_stamp(self, name: str, done: bool, seconds: float) -> None:
-        stamp = {"digest": self.digests[name], "done": done, "seconds": round(seconds, 1)}
-        self.replace_stamp(name, stamp | {"folder": str(self.steps[name].clear)})
+    def new_stamp(self, name: str) -> dict[str, object]:
+        """Of a run that begins. Its outcome has a name that no other has, so that what was made from another is told."""
+        step = self.steps[name]
+        return {"outcome": uuid4().hex, "config": step.config, "made_from": self.outcomes(step.needs), "done": False,
+                "folder": str(step.clear)}  # fmt: skip
 
-    def replace_stamp(self, name: str, stamp: dict[str, object]) -> None:
+    def outcomes(self, names: Iterable[str]) -> dict[str, object]:
+        return {name: self.stamp(name).get("outcome") for name in names}
+
+    def write_stamp(self, name: str, stamp: dict[str, object]) -> None:
         path = self.file("steps", name, ".json")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(stamp), encoding="utf-8")
         temporary.replace(path)
 
-    def make_void(self, name: str) -> None:
-        """Forget what was made from an earlier outcome of this step, also where its config is the same."""
-        for other in self.steps:
-            if other != name and name in self.closure([other]) and (stamp := self.stamp(other)).get("digest"):
-                self.replace_stamp(other, stamp | {"digest": "", "done": False})
+    def change(self, name: str) -> str:
+        """Why the outcome of the step's last run does not hold any more; empty if it does."""
+        step, stamp = self.steps[name], self.stamp(name)
+        old, new = str(stamp.get("config", "")), step.config
+        if old != new:
+            start = len(os.path.commonprefix([old, new]))
+            was, now = (text[max(0, start - 40) : start + 40] for text in (old, new))
+            return f"its config was ...{was}... and is ...{now}..."
+        return "" if stamp.get("made_from") == self.outcomes(step.needs) else "what it was made from has changed"
 
     def is_done(self, name: str) -> bool:
-        """True if the step ended well with this very config, its output is still there, and its needs are done too."""
+        """True if the step's last run ended well and still holds, its output is still there, and its needs are done too."""
         step, stamp = self.steps[name], self.stamp(name)
-        fresh = stamp.get("done") is True and stamp.get("digest") == self.digests[name]
+        fresh = stamp.get("done") is True and not self.change(name)
         return fresh and (step.output is None or step.output.exists()) and all(map(self.is_done, step.needs))
 
     def leftover(self, name: str) -> Path | None:
-        """The step's folder, if another config made it and it has to be deleted.
+        """The step's folder, if it does not hold any more and has to be deleted.
 
         Raises UserError for a folder that this step has not made, as its stamp tells.
         """
-        folder, stamp = self.steps[name].clear, self.stamp(name)
-        if folder is None or not folder.exists() or stamp.get("digest") == self.digests[name]:
+        folder = self.steps[name].clear
+        if folder is None or not folder.exists() or not self.change(name):
             return None
-        if not stamp or stamp.get("folder", str(folder)) != str(folder):  # stamps of earlier versions name no folder
+        if self.stamp(name).get("folder") != str(folder) or "config" not in self.stamp(name):
             raise UserError(f"step {name}: {folder} is there, and not from here: move it away, or delete it")
         return folder
 
@@ -158,7 +165,6 @@ class Pipeline:
                     ready = [name for name in left if done.issuperset(self.steps[name].needs)]
                     for name in ready[: jobs - len(running)]:
                         left.remove(name)
-                        self.make_void(name)  # here, not in the step's thread: two steps may share what needs them
                         running[pool.submit(self.run_step, name, lock)] = name
                     if not running:
                         break  # everything left needs a step that failed
@@ -185,9 +191,10 @@ class Pipeline:
         """Run one command to its end and return its exit code. A stop request ends it. lock: see `locked`."""
         step, started = self.steps[name], time.time()
         if old := self.leftover(name):
-            self.say(f"{name}: its config, or what it was made from, has changed: {old} is made anew")
+            self.say(f"{name}: {self.change(name)}: {old} is made anew")
             shutil.rmtree(old)
-        self.write_stamp(name, False, 0.0)
+        stamp = self.new_stamp(name)
+        self.write_stamp(name, stamp)
         self.log(name).parent.mkdir(parents=True, exist_ok=True)
         with self.log(name).open("ab") as log:
             try:
@@ -202,5 +209,5 @@ class Pipeline:
         if code == 0 and step.output is not None and not step.output.exists():
             code = 1  # it stopped early, on request
         if code == 0:
-            self.write_stamp(name, True, time.time() - started)
+            self.write_stamp(name, stamp | {"done": True, "seconds": round(time.time() - started, 1)})
         return code

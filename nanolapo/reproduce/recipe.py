@@ -257,7 +257,7 @@ class Recipe:
         return [seed for seed in seeds if seed not in left_out]
 
     def digest(self, pipeline: Pipeline, step: str) -> str:
-        """What the outcome of a step depends on, as Pipeline.digests, but for the folder in which it is made."""
+        """What the outcome of a step depends on, but for the folder in which it is made."""
         folder = json.dumps(str(self.folder))[1:-1]
         configs = [pipeline.steps[name].config.replace(folder, "") for name in pipeline.closure([step])]
         return sha256("\0".join(configs).encode()).hexdigest()[:16]

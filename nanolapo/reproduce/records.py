@@ -141,17 +141,24 @@ def record_finished(recipe: Recipe, pipeline: Pipeline, folder: Path, step: str)
 
 
 def without_record(recipe: Recipe, pipeline: Pipeline, folder: Path, seeds: Sequence[int]) -> list[str]:
-    """The steps of the wanted methods that have no valid record, after writing those of evaluations that are done: they are
-    of a run that was killed, or that had another folder of records."""
-    wanted = []
+    """The steps of the wanted methods that have no valid record."""
+    found = []
     for step in recipe.wanted("", seeds):
         seed, method = int(step.split("/")[0].removeprefix("seed")), step.split("/")[2]
         if seed not in valid(recipe, pipeline, folder, method, [seed]):
-            if pipeline.is_done(step):
-                record_finished(recipe, pipeline, folder, step)
-            else:
-                wanted.append(step)
-    return wanted
+            found.append(step)
+    return found
+
+
+def record_what_is_done(recipe: Recipe, pipeline: Pipeline, folder: Path, seeds: Sequence[int]) -> list[str]:
+    """Write the missing records of evaluations that are done: they are of a run that was killed, or that had another folder
+    of records. Returns the steps that are left to run."""
+    missing = without_record(recipe, pipeline, folder, seeds)
+    left = [step for step in missing if not pipeline.is_done(step)]
+    for step in missing:
+        if step not in left:
+            record_finished(recipe, pipeline, folder, step)
+    return left
 
 
 def several_bases(found: dict[str, list[Record]]) -> list[int]:

@@ -55,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="default: runs/reproduce/RECIPE, or runs/compare/RECIPE")
     parser.add_argument("--records", type=Path, help="folder of a comparison's records; default: records in --out")
     parser.add_argument("--machine", default="", help="dry run: what to forecast for, e.g. 8xH100-80GB")
-    parser.add_argument("--dry-run", action="store_true", help="check all configs; list steps with their cost")
+    parser.add_argument("--dry-run", action="store_true", help="check all configs; list what is left, with its cost")
     return parser.parse_args()
 
 
@@ -70,6 +70,10 @@ def main() -> None:
         raise UserError(f"--seeds {given.seeds!r}: give whole numbers") from None
     if given.dry_run:
         pipeline, wanted = recipe.pipeline(seeds), recipe.wanted(given.step, seeds)
+        if recipe.known and not given.step:
+            everything, there = len(wanted), given.records or folder / "records"
+            wanted = records.without_record(recipe, pipeline, there, seeds)
+            print(f"{everything - len(wanted)} of {everything} results have a record in {there}\n")
         return print_forecast(recipe, pipeline, pipeline.closure(wanted), seeds[0], given.machine)
     if recipe.file.hardware and not torch.cuda.is_available():
         raise UserError(f"RECIPE={name} needs {recipe.file.hardware}, and this machine has no GPU: `make reproduce "
@@ -103,7 +107,7 @@ def run_comparison(recipe: Recipe, folder: Path, seeds: Sequence[int], jobs: int
 def train_missing(recipe: Recipe, pipeline: Pipeline, folder: Path, seeds: Sequence[int], jobs: int) -> None:
     """Train and evaluate what has no record, and write each record as soon as it is there. Raises RunStopped."""
     pipeline.finished = partial(records.record_finished, recipe, pipeline, folder)
-    if wanted := records.without_record(recipe, pipeline, folder, seeds):
+    if wanted := records.record_what_is_done(recipe, pipeline, folder, seeds):
         pipeline.run(wanted, jobs)
     else:
         print("every method has its records already")

@@ -287,6 +287,14 @@ def test_one_method_more_leaves_the_others_in_place_and_one_that_fails_is_named(
     assert "every method has its records already" in capsys.readouterr().out  # nothing was trained
     assert {row["model"] for row in found["rows"]} == {"base", "accuracy-only", "grpo"}
 
+    run_recipe(recipe / "compare.yaml", tmp_path / "dry", "--dry-run", "--methods", "grpo spo", "--seeds", "3",
+               "--records", str(tmp_path / "kept"))  # fmt: skip
+    out = capsys.readouterr().out
+    assert f"2 of 3 results have a record in {tmp_path / 'kept'}" in out and not (tmp_path / "dry").exists()
+    assert [line.split(" | ")[0] for line in out.splitlines() if line.startswith("| seed3")] == [
+        f"| seed3/{step}" for step in ("scores/base", "spo", "scores/spo")
+    ]
+
 
 def test_a_record_of_another_config_counts_as_missing(recipe: Path, tmp_path: Path) -> None:
     """Its digest does not depend on the folder, but on every key of the runs and of the evaluation."""

@@ -149,9 +149,9 @@ def test_a_result_of_another_config_is_left_out(recipe: Path, tmp_path: Path) ->
         step.output.parent.mkdir(parents=True, exist_ok=True)
         rows = [evaluated(model, 10.0 * int(name[4])) for model in ("base", "D", "I")]
         step.output.write_text(json.dumps({"rows": rows}))
-        pipeline.write_stamp(name, name != "seed4/stage1", 1.0)
+        pipeline.write_stamp(name, pipeline.new_stamp(name) | {"done": name != "seed4/stage1"})
     stamp = tmp_path / "steps" / "seed3-stage1.json"
-    stamp.write_text(json.dumps(json.loads(stamp.read_text()) | {"digest": "of another config"}))
+    stamp.write_text(json.dumps(json.loads(stamp.read_text()) | {"config": "of another"}))
     write_outputs(mine, [1, 2, 3, 4])
     table = json.loads((tmp_path / "tables.json").read_text())["tables"][0]
     assert table["notes"][-1] == "Ours: main, seeds 1, 2."
