@@ -86,7 +86,8 @@ def update_policy(
             if not rows:
                 keep_in_step(policy, micro)
                 continue
-            inputs = loss_inputs(policy, rollouts, advantages, micro, old)
+            exact = weights_are_the_samplers and config.loss.old_logprobs == "trainer"  # no rounding between two passes
+            inputs = loss_inputs(policy, rollouts, advantages, micro, None if exact else old)
             if weights_are_the_samplers:
                 tally_mismatch(tally, inputs)
             loss_BT, logged = method.loss(inputs)

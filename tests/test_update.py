@@ -18,7 +18,7 @@ from nanolapo.methods.base import Method
 from nanolapo.policy import Policy
 from nanolapo.ranks import Ranks
 from nanolapo.rollouts import Rollouts
-from nanolapo.update import OptimizerBatch, rank_imbalance, update_policy
+from nanolapo.update import OptimizerBatch, rank_imbalance, score, update_policy
 
 LENGTHS = [3, 200, 17, 90, 5, 150, 40, 8]
 ADVANTAGES = [1.0, -1.0, 0.5, -0.5, 2.0, -2.0, 0.3, -0.3]
@@ -106,6 +106,31 @@ def test_B6_later_updates_see_ratios_other_than_one(tied_model, train):
     torch.testing.assert_close(first.logprobs_BT, first.old_logprobs_BT, rtol=1e-4, atol=1e-4)
     assert (second.logprobs_BT - second.old_logprobs_BT).abs().mean() > 0.01
     assert logged["mismatch_max"] < 1e-4  # the sampler is compared before the weights move
+
+
+def test_the_first_of_several_updates_has_ratios_of_exactly_one(tied_model, monkeypatch):
+    """The policy's own pass gives its old log-probs. Those that were scored before differ by rounding on a GPU, and here
+    by 0.1; the second update is measured against them."""
+
+    def shifted(*arguments):
+        scored, entropies = score(*arguments)
+        return {row: values + np.float32(0.1) for row, values in scored.items()}, entropies
+
+    monkeypatch.setattr("nanolapo.update.score", shifted)
+    config = make_config(tied_model, train={"batch_size": 4, "learning_rate": 1e-9})
+    policy, seen, method = Policy(config, CPU), [], Method(config)
+
+    class Spy(Loss):
+        def policy_term(self, x):
+            seen.append(torch.exp(x.logprobs_BT - x.old_logprobs_BT)[x.mask_BT.bool()].detach())
+            return super().policy_term(x)
+
+    method.loss = Spy(config)
+    rollouts = make_rows([5, 2, 7, 3] * 2)
+    update_policy(policy, method, rollouts, torch.tensor([1.0, -1.0] * 4), np.ones(8, dtype=bool), Ranks())
+    first, second = seen
+    assert (first == 1).all()
+    torch.testing.assert_close(second, torch.full_like(second, np.exp(-0.1)), rtol=1e-4, atol=0)
 
 
 def test_B8_good_answers_become_likelier(tied_model):

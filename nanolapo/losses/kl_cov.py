@@ -14,6 +14,8 @@ from nanolapo.losses.grpo import Loss, LossInputs
 from nanolapo.ranks import to_device
 from nanolapo.rollouts import Rollouts
 
+ROUNDING = 1e-4  # between two float32 passes of the same weights log-probs differ by less
+
 
 @dataclass(frozen=True)
 class KlCovOptions:
@@ -44,7 +46,11 @@ def high_covariance(logprobs: Sequence[np.ndarray], advantages: Tensor, keep_B: 
 
 
 class KlCov(Loss):
-    """-r A for all tokens, plus coef |log p - log p_old| for the chosen ones. The choice needs the whole batch."""
+    """-r A for all tokens, plus coef |log p - log p_old| for the chosen ones. The choice needs the whole batch.
+
+    The second term has the slope coef however small the difference is. Below ROUNDING it counts as none, or the first
+    update after sampling, where both are equal, would follow the signs of rounding errors.
+    """
 
     Options = KlCovOptions
     aggregations = ("token_mean", "sequence_mean")
@@ -59,4 +65,5 @@ class KlCov(Loss):
     def policy_term(self, x: LossInputs) -> tuple[Tensor, Tensor]:
         chosen_BT = to_device(self.chosen_BT[x.rows, : x.mask_BT.shape[1]], x.mask_BT.device)
         log_ratio = x.logprobs_BT - x.old_logprobs_BT
-        return -torch.exp(log_ratio) * x.advantages_BT + self.options.coef * chosen_BT * log_ratio.abs(), chosen_BT
+        moved_BT = log_ratio.abs().masked_fill(log_ratio.abs() < ROUNDING, 0.0)
+        return -torch.exp(log_ratio) * x.advantages_BT + self.options.coef * chosen_BT * moved_BT, chosen_BT

@@ -8,12 +8,11 @@ configs/methods/dapo.yaml). Overlong shaping punishes softly before the limit L_
     -1                         L > L_max                (cannot be sampled here)
 
 Dynamic sampling drops groups whose accuracy is 0 or 1 and refills the batch for at most `max_rounds` rounds (number ours).
-Overlong filtering is the alternative to shaping: answers that were cut get no gradient.
+Overlong filtering is the alternative to shaping: answers that were cut leave the loss, and what it is divided by.
 
 L_cache is a share of the limit (4096 of 20,480) and not scaled with the base: shaping warns of the limit. The limit itself
 is the recipe's rollout.max_new_tokens.
 
-Deviation: filtered answers have advantage 0 but still count in the loss's denominator, which only scales the step.
 Edge: a group of one class has no signal and is dropped, even where shaping makes its rewards differ. No state.
 """
 
@@ -83,4 +82,8 @@ class Dapo(Method):
 
     def filtered(self, rollouts: Rollouts, advantages_B: Tensor) -> Tensor:
         """Overlong filtering, where it is chosen."""
-        return advantages_B * torch.tensor(rollouts.finished_B) if self.options.overlong == "filter" else advantages_B
+        if self.options.overlong != "filter":
+            return advantages_B
+        for row in rollouts.rows:
+            row.keep = row.keep and row.finished  # a row that is not kept is in no denominator either
+        return advantages_B * torch.tensor(rollouts.finished_B)

@@ -1,14 +1,14 @@
 """DRPO: decoupled reward policy optimisation (Li et al., arXiv 2510.04474; code Optimization-AI/DRPO, built on DisCO).
 
 Replaces advantage and policy loss. With s_i the mean log-prob of answer i, P the right and N the wrong answers of a prompt,
-and the length reward r_i = 1 - L_i / C of right answers only (C = rollout.max_new_tokens: in their code, too, it is the
-capacity of an answer, so it is not scaled with the base):
+and the length reward r_i = 1 - L_i / C of right answers only (C = rollout.max_new_tokens, the capacity of an answer;
+published: 8,192 on a base with 8,086):
 
     w_i  = exp(r_i / lambda) / sum_P exp(r_j / lambda)             positive: no right answer is ever pushed down
     J_q  = sum_P w_i s_i  -  tau * log( (1/|N|) sum_N exp(s_j / tau) )
     loss = -(1/n_prompts) sum_q J_q  +  sg( max(beta * (K - delta), 0) ) * K,     K = token mean of logp_old - logp
 
-A prompt of one class adds 0 but counts in n_prompts. No clipping, no reference KL.
+A prompt of one class adds 0 to J but counts in n_prompts, and its tokens count in K. No clipping, no reference KL.
 
 Micro-batches here do not hold whole groups and need not: the gradient of the log-mean-exp is sum_N softmax(s_j / tau) ds_j,
 so with constant softmax weights rows are independent, and dJ_q / ds_i takes the place of the advantage. The weights come
@@ -67,7 +67,9 @@ def softmax(values: np.ndarray) -> np.ndarray:
 
 
 class DrpoLoss(Loss):
-    """-A log p, plus the trust-region penalty."""
+    """-A log p, plus the trust-region penalty, which is on all rows."""
+
+    acts_without_advantage = True
 
     def __init__(self, config: Config, beta: float, delta: float) -> None:
         super().__init__(config)

@@ -6,9 +6,9 @@ Source: arXiv 2505.12284; code lblankl/Short-RL (code read, paper: abstract only
     bonus = 0.5                   where L <= min(L+) + tol
             0.5 - (L - min(L+)) / (max(L+) - min(L+) + 1e-5)      beyond
 
-tol is 100 tokens, margin 0.05. tol scales with the base's mean length; that the published base is R1-Distill-1.5B (8086
-tokens) is our assumption. In the code a right answer earns 3 and a wrong one -0.5, format included: there the range of the
-bonus is 1 / 3.5 of the distance between right and wrong, here all of it; `weight` sets it.
+tol is 100 tokens, margin 0.05. tol scales with the mean length of its script's base, R1-Distill-1.5B (8086 tokens). In the
+code a right answer earns 3 and a wrong one -0.5, format included: there the range of the bonus is 1 / 3.5 of the distance
+between right and wrong, here `weight` of it.
 
 Edge cases: just beyond the tolerance the bonus jumps from 0.5 to 0.5 - tol / (max - min). The longest right answer has
 -0.5, so its reward stays above a wrong one's, 0.5 to 0. One right answer, or all within the tolerance: 0.5 for each, so a

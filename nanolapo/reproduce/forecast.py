@@ -37,16 +37,15 @@ def print_forecast(recipe: Recipe, pipeline: Pipeline, names: Sequence[str], see
     gpus = parse_machine(machine or "cpu", Config())
     for name in names:
         step = pipeline.steps[name]
-        state = " (done)" if pipeline.is_done(name) else ""
         cost = step_cost(step.command[len(recipe.launcher) :], base, recipe.file.paper_base, machine)
         if cost is None:
-            body.append([name + state, *["-"] * 5])
+            body.append([name, *["-"] * 5])
             continue
         tokens, hours, memory, disk, note = cost
         notes[note] = None
         for i, value in enumerate((tokens, hours, hours * gpus.count, disk)):
             total[i] += value
-        body.append([name + state, f"{tokens / 1e6:,.1f}", f"{hours:,.2f}", f"{hours * gpus.count:,.1f}", f"{memory:.0f}",
+        body.append([name, f"{tokens / 1e6:,.1f}", f"{hours:,.2f}", f"{hours * gpus.count:,.1f}", f"{memory:.0f}",
                      f"{disk:.1f}"])  # fmt: skip
     body.append(["all", f"{total[0] / 1e6:,.1f}", f"{total[1]:,.1f}", f"{total[2]:,.0f}", "", f"{total[3]:,.0f}"])
     print(f"{gpus.name}\n\n{table(HEAD, body)}\n")

@@ -3,7 +3,7 @@
 A step is done again when its config has changed, or when a step that it needs was done again. What an interrupted step left
 is kept, for the scripts resume by themselves. Every step has a log and a stamp below the pipeline's folder. Only a folder
 that a stamp names is ever deleted, and only one command at a time works in a folder. The pipeline does not see a change of
-the code: after one, use another folder or delete the steps' stamps.
+the code: after one, use another folder or delete those of the steps (of an evaluation its stamp).
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ class Pipeline:
             if step.name in self.steps:
                 raise UserError(f"two steps are called {step.name}: rename one of them")
             for other in self.steps.values():
+                if self.file("steps", step.name, "") == self.file("steps", other.name, ""):
+                    raise UserError(f"steps {other.name} and {step.name} would share a stamp: rename one of them")
                 if step.clear is not None and step.clear == other.clear:
                     raise UserError(f"steps {other.name} and {step.name} both write to {step.clear}: give each its own "
                                     "run.name")  # fmt: skip
@@ -103,15 +105,22 @@ class Pipeline:
         fresh = stamp.get("done") is True and not self.change(name)
         return fresh and (step.output is None or step.output.exists()) and all(map(self.is_done, step.needs))
 
+    def failed(self, name: str) -> bool:
+        """True if the step was begun with what it has now, and did not end well."""
+        return not self.change(name) and self.stamp(name).get("done") is not True and self.log(name).exists()
+
     def leftover(self, name: str) -> Path | None:
         """The step's folder, if it does not hold any more and has to be deleted.
 
-        Raises UserError for a folder that this step has not made, as its stamp tells.
+        Raises UserError for a folder of which no stamp tells that this step has made it.
         """
-        folder = self.steps[name].clear
+        folder, stamp = self.steps[name].clear, self.stamp(name)
         if folder is None or not folder.exists() or not self.change(name):
             return None
-        if self.stamp(name).get("folder") != str(folder) or "config" not in self.stamp(name):
+        if "digest" in stamp:
+            raise UserError(f"step {name}: {folder} is of an earlier version of nanolapo, which did not keep its config: "
+                            "move it away, or delete it")  # fmt: skip
+        if stamp.get("folder") != str(folder):
             raise UserError(f"step {name}: {folder} is there, and not from here: move it away, or delete it")
         return folder
 
@@ -190,8 +199,11 @@ class Pipeline:
     def run_step(self, name: str, lock: int) -> int:
         """Run one command to its end and return its exit code. A stop request ends it. lock: see `locked`."""
         step, started = self.steps[name], time.time()
+        if self.stop.is_set():
+            return -signal.SIGTERM
         if old := self.leftover(name):
             self.say(f"{name}: {self.change(name)}: {old} is made anew")
+            self.write_stamp(name, self.stamp(name) | {"made_from": None})  # half removed, it still has to go
             shutil.rmtree(old)
         stamp = self.new_stamp(name)
         self.write_stamp(name, stamp)

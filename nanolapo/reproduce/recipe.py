@@ -229,8 +229,9 @@ class Recipe:
         overrides += [override("run.name", name), *self.overrides(name, run)]
         needs = [*(["base"] if self.file.prepare else []), *run.after]
         needs = [f"seed{seed}/{need}" for need in needs]
+        base = self.base_model(seed) if self.file.prepare else ""
         return training_step(
-            f"seed{seed}/{name}", run.script, self.configs / run.config, overrides, needs, self.launcher
+            f"seed{seed}/{name}", run.script, self.configs / run.config, overrides, needs, self.launcher, base
         )
 
     def evaluation_step(self, seed: int, name: str, evaluation: Evaluation) -> Step:
@@ -245,7 +246,10 @@ class Recipe:
         overrides = [*self.seed_overrides(seed), override("run.name", name), override("evaluate.models", models)]
         overrides += [override("evaluate.samples_dir", str(self.run_dir(seed, "samples"))), *evaluation.overrides]
         needs = [f"seed{seed}/{need}" for need in needs]
-        return evaluation_step(f"seed{seed}/{name}", self.configs / evaluation.config, overrides, needs, self.launcher)
+        made = base if self.file.prepare else ""
+        return evaluation_step(
+            f"seed{seed}/{name}", self.configs / evaluation.config, overrides, needs, self.launcher, made
+        )
 
     def pipeline(self, seeds: Sequence[int]) -> Pipeline:
         """Seed by seed, so that a first table is there early."""

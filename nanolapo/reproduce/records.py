@@ -171,7 +171,7 @@ def several_bases(found: dict[str, list[Record]]) -> list[int]:
 def why_missing(recipe: Recipe, pipeline: Pipeline, folder: Path, method: str, seed: int) -> str:
     """Why a method has no valid record of a seed: which of its steps failed, with the last line of the log."""
     for name in pipeline.closure([f"seed{seed}/scores/{method}"]):
-        if not pipeline.is_done(name) and pipeline.log(name).exists():
+        if pipeline.failed(name):
             return f"{name.partition('/')[2]} did not end well: {pipeline.last_line(name)[:200]}"
     digests = [one.digest for one in read(folder, method) if one.seed == seed]
     if recipe.digest(pipeline, f"seed{seed}/scores/{method}") in digests:

@@ -73,8 +73,12 @@ def main() -> None:
         if recipe.known and not given.step:
             everything, there = len(wanted), given.records or folder / "records"
             wanted = records.without_record(recipe, pipeline, there, seeds)
-            print(f"{everything - len(wanted)} of {everything} results have a record in {there}\n")
-        return print_forecast(recipe, pipeline, pipeline.closure(wanted), seeds[0], given.machine)
+            print(f"{everything - len(wanted)} of {everything} results, the bases' too, have a record in {there}\n")
+        if left := [name for name in pipeline.closure(wanted) if not pipeline.is_done(name)]:
+            print_forecast(recipe, pipeline, left, seeds[0], given.machine)
+        else:
+            print("nothing is left to run")
+        return None
     if recipe.file.hardware and not torch.cuda.is_available():
         raise UserError(f"RECIPE={name} needs {recipe.file.hardware}, and this machine has no GPU: `make reproduce "
                         "RECIPE=demo` and `make demo` run on a CPU, DRY_RUN=1 shows the cost")  # fmt: skip

@@ -42,23 +42,38 @@ def base_step(name: str, module: str, config_path: Path, overrides: Sequence[str
 
 
 def training_step(
-    name: str, script: str, config_path: Path, overrides: Sequence[str], needs: Sequence[str], launcher: Sequence[str]
+    name: str,
+    script: str,
+    config_path: Path,
+    overrides: Sequence[str],
+    needs: Sequence[str],
+    launcher: Sequence[str],
+    base: str = "",
 ) -> Step:
-    """A training run. It is repeated when its config changes, and resumes when it was interrupted."""
+    """A training run. It is repeated when its config changes, and resumes when it was interrupted.
+
+    base: see hashes_of_files.
+    """
     config = load_config(config_path, list(overrides))
     load_loss(config)  # a mistake in loss.* shows here, before anything runs
     command = (*launcher, str(ROOT / script), str(config_path), *overrides)
     done = config.run_dir / "model" / "config.json"
-    return Step(name, command, identity(script, config) + hashes_of_files(config), tuple(needs), done, config.run_dir)
+    inputs = identity(script, config) + hashes_of_files(config, base)
+    return Step(name, command, inputs, tuple(needs), done, config.run_dir)
 
 
 def evaluation_step(
-    name: str, config_path: Path, overrides: Sequence[str], needs: Sequence[str], launcher: Sequence[str]
+    name: str,
+    config_path: Path,
+    overrides: Sequence[str],
+    needs: Sequence[str],
+    launcher: Sequence[str],
+    base: str = "",
 ) -> Step:
     """An evaluation. Its folder is never cleared: every sample file says in its name what it was sampled with."""
     config = load_config(config_path, list(overrides))
     command = (*launcher, str(ROOT / "evaluate.py"), str(config_path), *overrides)
-    inputs = identity("evaluate.py", config) + hashes_of_files(config)
+    inputs = identity("evaluate.py", config) + hashes_of_files(config, base)
     return Step(name, command, inputs, tuple(needs), config.run_dir / "results.json")
 
 
@@ -80,15 +95,15 @@ def changed(value: Any, default: Any) -> Any:
     return {name: changed(mine, other) for name, (mine, other) in pairs.items() if mine != other}
 
 
-def hashes_of_files(config: Config) -> str:
+def hashes_of_files(config: Config, base: str) -> str:
     """Hashes, as JSON, of the local problems and models that the config names and no step makes; "" without any. So a file
-    that was edited in place counts as another input."""
+    that was edited in place counts as another input. base: the model of a base step, which may lie outside run.dir."""
     sources = {source.path for source in (*config.data.sources, *config.data.exclude) if source.path.endswith(".jsonl")}
     models = {config.model.path, *(entry.partition("=")[2] for entry in config.evaluate.models)}
     made_here = Path(config.run.dir)
     hashes = {path: file_hash(path) for path in sources if Path(path).is_file()}
-    hashes |= {path: model_hash(path) for path in models if path and not Path(path).is_relative_to(made_here)
-               and Path(path).is_dir()}  # fmt: skip
+    hashes |= {path: model_hash(path) for path in models if path not in ("", base) and Path(path).is_dir()
+               and not Path(path).is_relative_to(made_here)}  # fmt: skip
     return json.dumps(hashes, sort_keys=True) if hashes else ""
 
 

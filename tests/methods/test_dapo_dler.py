@@ -85,11 +85,15 @@ def test_dapo_keeps_groups_of_both_classes_only():
     assert method.sampling(0).max_rounds == 4 and build(Dapo, 100, max_rounds=1).sampling(0).max_rounds == 1
 
 
-def test_dapo_overlong_filter_takes_the_gradient_from_cut_answers_only():
+def test_dapo_overlong_filter_takes_cut_answers_out_of_the_loss():
+    """Out of what it is divided by, too. A row that was not kept before stays out."""
     rollouts = make_rows([50, 100, 50, 100], correct=[True, False, True, False], finished=[True, False, True, True])
+    rollouts.rows[2].keep = False
     r = math.sqrt(0.5)
-    assert advantage(build(Dapo, 100, overlong="filter"), rollouts).tolist() == pytest.approx([r, 0, r, -r])
     assert advantage(build(Dapo, 100, overlong="none"), rollouts).tolist() == pytest.approx([r, -r, r, -r])
+    assert [row.keep for row in rollouts.rows] == [True, True, False, True]
+    assert advantage(build(Dapo, 100, overlong="filter"), rollouts).tolist() == pytest.approx([r, 0, r, -r])
+    assert [row.keep for row in rollouts.rows] == [True, False, False, True]
 
 
 # ---------------------------------------------------------------------------------------------------------- DLER

@@ -79,6 +79,41 @@ def test_update_has_the_gradient_of_the_papers_formula(tied_model, tau, tokens):
         torch.testing.assert_close(got[name], parameter.grad, rtol=1e-4, atol=1e-4 * scale)
 
 
+def test_the_drift_penalty_is_on_all_rows(tied_model):
+    """K is a mean over all tokens of the step. Here the drift is that of a group of one class, which J leaves out: both old
+    log-probs of its rows are 0.05 above the policy's."""
+    c = config(
+        tied_model,
+        rollout={"max_new_tokens": 32, "group_size": 4, "prompts_per_step": 3},
+        train={"microbatch_tokens": 4096, "grad_clip": 1e9},
+        loss={"old_logprobs": "sampler"},
+        method={"options": {"beta": 30.0}},
+    )
+    rollouts = make_rows(LENGTHS, 4, correct=CORRECT)
+    policy, before, method = Policy(c, CPU), Policy(c, CPU), Drpo(c)
+    score_rows(policy, rollouts)
+    for row in rollouts.rows[8:]:
+        row.sampler_logprobs = row.sampler_logprobs + np.float32(0.05)
+    advantages = method.advantage(rollouts, torch.zeros(3, 4))
+    got: dict[str, torch.Tensor] = {}
+    policy.optimizer.register_step_pre_hook(
+        lambda *_: got.update({name: p.grad.clone() for name, p in policy.model.named_parameters()})
+    )
+    logged = update_policy(policy, method, rollouts, advantages, np.ones(12, dtype=bool), Ranks())
+    drift = 0.05 * sum(LENGTHS[8:]) / sum(LENGTHS)
+    assert logged["drift"] == pytest.approx(drift, rel=1e-3)
+    assert logged["penalty_strength"] == pytest.approx(30 * (drift - 1e-4), rel=1e-3)
+
+    logprobs_BT, _ = before.logprobs(make_microbatch(rollouts, range(12), CPU))
+    rows = [row[:length] for row, length in zip(logprobs_BT, LENGTHS, strict=True)]
+    old_minus_new = -sum(row.sum() for row in rows) / sum(LENGTHS)  # but for a constant
+    loss = direct_loss([row.mean() for row in rows], rollouts, 32, 0.1, 10.0)
+    (loss + 30 * (drift - 1e-4) * old_minus_new).backward()
+    for name, parameter in before.model.named_parameters():
+        scale = float(parameter.grad.abs().max())
+        torch.testing.assert_close(got[name], parameter.grad, rtol=1e-3, atol=1e-3 * scale)
+
+
 def test_weights_by_hand():
     """Lengths 100 and 200 of 1000 at lambda 0.1: exp(9) to exp(8); scores -1 and -3 at tau 2: exp(-0.5) to exp(-1.5)."""
     weights = decoupled_weights(

@@ -183,7 +183,29 @@ def test_problems_and_models_edited_in_place_are_other_inputs(recipe: Path, tmp_
     (model / "model.safetensors").write_bytes(b"others!")
     for before, after in itertools.pairwise((missing, some, other, with_model, inputs())):
         assert before[0] != after[0] and before[1] != after[1]
-    assert all(inputs() == inputs() for _ in range(2))
+
+
+def test_a_base_outside_the_runs_is_no_other_input_once_it_is_made(recipe: Path, tmp_path: Path) -> None:
+    """Seeds may share a base. It is not there yet when the first command plans its steps, and all that it trained would be
+    deleted by the next one."""
+    for file in recipe.glob("*.yaml"):
+        (tmp_path / file.name).write_text(file.read_text())
+    shared = tmp_path / "shared"
+    base = yaml.safe_load((tmp_path / "base.yaml").read_text())
+    base["model"]["path"] = str(shared)
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    with (tmp_path / "compare.yaml").open("a") as file:
+        file.write("prepare: nanolapo.demo.pretrain\n")
+
+    def configs() -> dict[str, str]:
+        model_hash.cache_clear()
+        one = Recipe(tmp_path / "compare.yaml", tmp_path / "out", ["python"], methods=["grpo"])
+        return {name: step.config for name, step in one.pipeline([0]).steps.items()}
+
+    before = configs()
+    shared.mkdir()
+    (shared / "model.safetensors").write_bytes(b"weights")
+    assert configs() == before
 
 
 def test_what_the_steps_make_is_no_such_file() -> None:

@@ -290,10 +290,17 @@ def test_one_method_more_leaves_the_others_in_place_and_one_that_fails_is_named(
     run_recipe(recipe / "compare.yaml", tmp_path / "dry", "--dry-run", "--methods", "grpo spo", "--seeds", "3",
                "--records", str(tmp_path / "kept"))  # fmt: skip
     out = capsys.readouterr().out
-    assert f"2 of 3 results have a record in {tmp_path / 'kept'}" in out and not (tmp_path / "dry").exists()
+    assert f"2 of 3 results, the bases' too, have a record in {tmp_path / 'kept'}" in out
+    assert not (tmp_path / "dry").exists()
     assert [line.split(" | ")[0] for line in out.splitlines() if line.startswith("| seed3")] == [
         f"| seed3/{step}" for step in ("scores/base", "spo", "scores/spo")
     ]
+    run_recipe(recipe / "compare.yaml", tmp_path / "dry", "--dry-run", "--methods", "grpo", "--seeds", "3",
+               "--records", str(tmp_path / "kept"))  # fmt: skip
+    assert capsys.readouterr().out.endswith("\n\nnothing is left to run\n")
+    run_recipe(recipe / "compare.yaml", tmp_path / "out", "--dry-run", "--methods", "spo", "--seeds", "3",
+               "--records", str(tmp_path / "kept"))  # fmt: skip
+    assert "scores/base" not in (out := capsys.readouterr().out) and "| seed3/spo |" in out  # what is done is left out
 
 
 def test_a_record_of_another_config_counts_as_missing(recipe: Path, tmp_path: Path) -> None:

@@ -127,8 +127,24 @@ def test_what_an_earlier_version_left_is_not_deleted(lab: Lab) -> None:
     lab.run(steps)
     stamp = lab.folder / "pipe" / "steps" / "a.json"
     stamp.write_text('{"digest": "0123", "done": true, "seconds": 1.0, "folder": "%s"}' % (lab.folder / "out" / "a"))
-    with pytest.raises(UserError, match="step a: .*out/a is there, and not from here"):
+    with pytest.raises(UserError, match="step a: .*out/a is of an earlier version of nanolapo, which did"):
         lab.run(steps)
+
+
+def test_a_folder_that_was_half_removed_still_has_to_go(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """kill -9 in the middle of it, and then the old config again, whose stamp says that all is well."""
+    lab.run([lab.step("a")])
+    half = lab.folder / "out" / "a" / "half"
+    half.write_text("left of it")
+
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nanolapo.reproduce.pipeline.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        lab.run([lab.step("a", config="other")])
+    monkeypatch.undo()
+    assert half.exists() and lab.run([lab.step("a")]) == ["a"] and not half.exists()
 
 
 def test_only_what_is_wanted_and_what_it_needs(lab: Lab) -> None:
@@ -235,6 +251,8 @@ def test_two_steps_of_one_name_or_one_folder_are_refused(lab: Lab) -> None:
         lab.run([lab.step("a"), lab.step("a", config="2")])
     with pytest.raises(UserError, match=r"steps a and b both write to .*out/a: give each its own run\.name"):
         lab.run([lab.step("a"), dataclasses.replace(lab.step("b"), clear=lab.step("a").clear)])
+    with pytest.raises(UserError, match="steps x/a and x-a would share a stamp"):
+        lab.run([lab.step("x/a"), lab.step("x-a")])
 
 
 # ------------------------------------------------------------------------------------------- signals, and two at once
