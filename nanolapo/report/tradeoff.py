@@ -168,8 +168,8 @@ def same_places(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def write_names(axis: Axes, names: Sequence[Name], bars: Sequence[Bar]) -> None:
-    """Write a name, of one or several lines, beside each point. A name that would cover a bar or another name moves towards
-    half the height of the axis, and a thin line leads back to its point. The limits of the axis must be set before."""
+    """Write a name, of one or several lines, beside each point. A name that would cover a bar or another name moves to the
+    nearest free height, and a thin line leads back to its point. The limits of the axis must be set before."""
     figure = axis.figure
     assert isinstance(figure, Figure)
 
@@ -179,6 +179,7 @@ def write_names(axis: Axes, names: Sequence[Name], bars: Sequence[Bar]) -> None:
 
     figure.draw_without_rendering()  # the layout decides how large the axis is
     right, middle = in_points(0.6, 0.5, axis.transAxes)
+    bottom, top = (in_points(0, edge, axis.transAxes)[1] for edge in (0.0, 1.0))
     places = [in_points(name.x, name.y, axis.transData) for name in names]
     taken: list[tuple[float, float, float, float]] = []  # from, to, height of the middle, half of the height
     for x, end, y in bars:
@@ -189,9 +190,11 @@ def write_names(axis: Axes, names: Sequence[Name], bars: Sequence[Bar]) -> None:
         lines = text.split("\n")
         length, half = 0.6 * size * max(map(len, lines)), 0.6 * size * len(lines)
         side, step = -1 if left > right else 1, -1 if at > middle else 1
-        start, moved = left + 6 * side - length * (side < 0), 0
-        while any(start < b and a < start + length and abs(at + moved - c) < half + d for a, b, c, d in taken):
-            moved += step
+        start = left + 6 * side - length * (side < 0)
+        inside = (m for m in range(-int(top - bottom), int(top - bottom)) if bottom + half <= at + m <= top - half)
+        nearest = sorted((0, *inside), key=lambda m: (abs(m), m * step < 0))
+        in_the_way = [(c, half + d) for a, b, c, d in taken if start < b and a < start + length]
+        moved = next((m for m in nearest if all(abs(at + m - c) >= room for c, room in in_the_way)), 0)
         taken.append((start, start + length, at + moved, half))
         axis.annotate(
             text, (x, y), (6 * side, moved), textcoords="offset points", fontsize=size, color=colour,

@@ -177,6 +177,17 @@ def test_the_picture_shows_every_method_with_its_intervals_and_the_front() -> No
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
+def test_many_names_stay_inside_the_picture_and_apart() -> None:
+    """Those of the 29 methods of docs/RESULTS.md, most of them within 20 tokens."""
+    found = json.loads((Path(__file__).parents[2] / "docs/results/field.json").read_text())
+    figure = methods_figure([row for row in found["rows"] if row["temperature"] == 0.6], found["fronts"][0])
+    figure.draw_without_rendering()
+    [axis] = figure.axes
+    boxes, frame = [Text.get_window_extent(text) for text in axis.texts], axis.get_window_extent()
+    assert len(boxes) > 10 and all(frame.y0 <= box.y0 and box.y1 <= frame.y1 + 5 for box in boxes)
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
 def test_a_name_that_is_no_formula_can_be_drawn(tmp_path: Path) -> None:
     odd = "cost $\\bad{$"
     found = made({"base": records("base", BASE, BASE), odd: records(odd, BASE, BASE)})
