@@ -146,15 +146,18 @@ def old_logprobs(
 ) -> Sequence[np.ndarray] | None:
     """Return log-probs [T] of every row under the policy before the updates of this step.
 
-    The sampler has recorded them (loss.old_logprobs=sampler), or the trainer scores its rows now. None: there is a single
-    update, so its own forward pass gives them, and every ratio is 1. This also fills rollouts.old_entropies if the loss
-    needs them.
+    The sampler has recorded them (loss.old_logprobs=sampler), or the trainer scores its rows now. The first update does not
+    need them, for its own forward pass gives them, and every ratio is 1. None: there is no other. This also fills
+    rollouts.old_entropies if the loss needs them.
     """
     from_sampler = policy.config.loss.old_logprobs == "sampler"
     several = len(batches) * policy.config.train.inner_epochs > 1
     old = rollouts.sampler_logprobs if from_sampler else None
     if loss.needs_entropy or (several and not from_sampler):
-        mine = [rows for batch in batches if batch.has_signal for rows in batch.microbatches]
+        to_score = [batch for batch in batches if batch.has_signal]
+        if policy.config.train.inner_epochs == 1 and not loss.needs_entropy:
+            to_score = to_score[1:]
+        mine = [rows for batch in to_score for rows in batch.microbatches]
         scored, entropies = score(policy, rollouts, mine, loss.needs_entropy)
         rollouts.old_entropies = {row: values for part in ranks.gather(entropies) for row, values in part.items()}
         if not from_sampler:

@@ -65,5 +65,5 @@ class KlCov(Loss):
     def policy_term(self, x: LossInputs) -> tuple[Tensor, Tensor]:
         chosen_BT = to_device(self.chosen_BT[x.rows, : x.mask_BT.shape[1]], x.mask_BT.device)
         log_ratio = x.logprobs_BT - x.old_logprobs_BT
-        moved_BT = log_ratio.abs().masked_fill(log_ratio.abs() < ROUNDING, 0.0)
-        return -torch.exp(log_ratio) * x.advantages_BT + self.options.coef * chosen_BT * moved_BT, chosen_BT
+        moved_BT = chosen_BT & (log_ratio.abs() >= ROUNDING)
+        return -torch.exp(log_ratio) * x.advantages_BT + self.options.coef * moved_BT * log_ratio.abs(), chosen_BT

@@ -147,15 +147,18 @@ def training_flops(config: Config, shape: Shape, e: Expected, share: float) -> f
     have no gradient). share: of the prompts that are computed, see prompt_share.
 
     Further forward passes: the reference model for a KL term; once per step the old log-probs, with several optimizer
-    steps; the head, on answers only, again in every backward pass (model/logprobs.py); the layers again under gradient
-    checkpointing, except their last product (the recomputation stops before it, because its result is not needed).
+    steps (with one epoch not of the first one's rows); the head, on answers only, again in every backward pass
+    (model/logprobs.py); the layers again under gradient checkpointing, except their last product (the recomputation stops
+    before it, because its result is not needed).
     """
-    several = config.optimizer_steps_per_step > 1 and config.loss.old_logprobs == "trainer"
+    updates = config.optimizer_steps_per_step
+    several = updates > 1 and config.loss.old_logprobs == "trainer"
     passes, epochs = (2 if config.model.lora_rank else 3) + bool(config.loss.kl_coef), config.train.inner_epochs
     layers, head = shape.layer_flops(e.answer, e.prompt, share), 2.0 * shape.head * e.answer
     last = 2.0 * shape.layers * shape.intermediate * shape.hidden * (e.answer + share * e.prompt)
     again = epochs * config.model.num_checkpointed(shape.layers) / shape.layers * (layers - last)
-    return e.trained * ((epochs * passes + several) * layers + again + (epochs * (passes + 1) + several) * head)
+    scored = several * (1 - (epochs == 1) / updates)
+    return e.trained * ((epochs * passes + scored) * layers + again + (epochs * (passes + 1) + scored) * head)
 
 
 def sampling_seconds(config: Config, shape: Shape, machine: Machine, e: Expected) -> float:

@@ -57,10 +57,10 @@ class Pipeline:
                 if step.clear is not None and step.clear == other.clear:
                     raise UserError(f"steps {other.name} and {step.name} both write to {step.clear}: give each its own "
                                     "run.name")  # fmt: skip
-            self.steps[step.name] = step
             for need in step.needs:
-                if need not in self.steps or need == step.name:
+                if need not in self.steps:
                     raise UserError(f"step {step.name} needs {need}, which is not a step before it")
+            self.steps[step.name] = step
 
     def file(self, kind: str, name: str, ending: str) -> Path:
         return self.folder / kind / (name.replace("/", "-") + ending)

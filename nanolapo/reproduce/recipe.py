@@ -201,6 +201,10 @@ class Recipe:
             self.base_models[seed] = load_config(self.configs / "base.yaml", self.seed_overrides(seed)).model.path
         return self.base_models[seed]
 
+    def made_base(self, seed: int) -> str:
+        """The base model if a step makes it, else nothing."""
+        return self.base_model(seed) if self.file.prepare else ""
+
     def steps(self, seed: int) -> list[Step]:
         """Base, trainings and evaluations of one seed. A method of a comparison is evaluated as soon as it is trained."""
         made = [self.base_step(seed)] if self.file.prepare else []
@@ -229,10 +233,8 @@ class Recipe:
         overrides += [override("run.name", name), *self.overrides(name, run)]
         needs = [*(["base"] if self.file.prepare else []), *run.after]
         needs = [f"seed{seed}/{need}" for need in needs]
-        base = self.base_model(seed) if self.file.prepare else ""
-        return training_step(
-            f"seed{seed}/{name}", run.script, self.configs / run.config, overrides, needs, self.launcher, base
-        )
+        return training_step(f"seed{seed}/{name}", run.script, self.configs / run.config, overrides, needs, self.launcher,
+                             self.made_base(seed))  # fmt: skip
 
     def evaluation_step(self, seed: int, name: str, evaluation: Evaluation) -> Step:
         base = self.base_model(seed)
@@ -246,10 +248,8 @@ class Recipe:
         overrides = [*self.seed_overrides(seed), override("run.name", name), override("evaluate.models", models)]
         overrides += [override("evaluate.samples_dir", str(self.run_dir(seed, "samples"))), *evaluation.overrides]
         needs = [f"seed{seed}/{need}" for need in needs]
-        made = base if self.file.prepare else ""
-        return evaluation_step(
-            f"seed{seed}/{name}", self.configs / evaluation.config, overrides, needs, self.launcher, made
-        )
+        return evaluation_step(f"seed{seed}/{name}", self.configs / evaluation.config, overrides, needs, self.launcher,
+                               self.made_base(seed))  # fmt: skip
 
     def pipeline(self, seeds: Sequence[int]) -> Pipeline:
         """Seed by seed, so that a first table is there early."""

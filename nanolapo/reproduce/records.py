@@ -153,11 +153,12 @@ def without_record(recipe: Recipe, pipeline: Pipeline, folder: Path, seeds: Sequ
 def record_what_is_done(recipe: Recipe, pipeline: Pipeline, folder: Path, seeds: Sequence[int]) -> list[str]:
     """Write the missing records of evaluations that are done: they are of a run that was killed, or that had another folder
     of records. Returns the steps that are left to run."""
-    missing = without_record(recipe, pipeline, folder, seeds)
-    left = [step for step in missing if not pipeline.is_done(step)]
-    for step in missing:
-        if step not in left:
+    left = []
+    for step in without_record(recipe, pipeline, folder, seeds):
+        if pipeline.is_done(step):
             record_finished(recipe, pipeline, folder, step)
+        else:
+            left.append(step)
     return left
 
 

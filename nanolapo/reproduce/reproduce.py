@@ -68,12 +68,12 @@ def main() -> None:
         seeds = [int(word) for word in words(given.seeds)] or list(recipe.file.seeds)
     except ValueError:
         raise UserError(f"--seeds {given.seeds!r}: give whole numbers") from None
+    kept = given.records or folder / "records"
     if given.dry_run:
         pipeline, wanted = recipe.pipeline(seeds), recipe.wanted(given.step, seeds)
         if recipe.known and not given.step:
-            everything, there = len(wanted), given.records or folder / "records"
-            wanted = records.without_record(recipe, pipeline, there, seeds)
-            print(f"{everything - len(wanted)} of {everything} results, the bases' too, have a record in {there}\n")
+            everything, wanted = len(wanted), records.without_record(recipe, pipeline, kept, seeds)
+            print(f"{everything - len(wanted)} of {everything} results, the bases' too, have a record in {kept}\n")
         if left := [name for name in pipeline.closure(wanted) if not pipeline.is_done(name)]:
             print_forecast(recipe, pipeline, left, seeds[0], given.machine)
         else:
@@ -83,7 +83,7 @@ def main() -> None:
         raise UserError(f"RECIPE={name} needs {recipe.file.hardware}, and this machine has no GPU: `make reproduce "
                         "RECIPE=demo` and `make demo` run on a CPU, DRY_RUN=1 shows the cost")  # fmt: skip
     if recipe.known and not given.step:
-        return run_comparison(recipe, given.records or folder / "records", seeds, given.jobs)
+        return run_comparison(recipe, kept, seeds, given.jobs)
     try:
         recipe.pipeline(seeds).run(recipe.wanted(given.step, seeds), given.jobs)
     finally:

@@ -46,6 +46,17 @@ def direct_loss(scores: list[torch.Tensor], rollouts: Rollouts, capacity: int, l
     return -total / len(rollouts.problems)
 
 
+def update_with_gradients(
+    policy: Policy, method: Drpo, rollouts: Rollouts, advantages: torch.Tensor
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """What update_policy logs, and the gradients that its only optimizer step sees."""
+    got: dict[str, torch.Tensor] = {}
+    policy.optimizer.register_step_pre_hook(
+        lambda *_: got.update({name: p.grad.clone() for name, p in policy.model.named_parameters()})
+    )
+    return update_policy(policy, method, rollouts, advantages, np.ones(len(rollouts), dtype=bool), Ranks()), got
+
+
 @pytest.mark.parametrize("tau", [10.0, 0.5])
 @pytest.mark.parametrize("tokens", [4096, 40])
 def test_update_has_the_gradient_of_the_papers_formula(tied_model, tau, tokens):
@@ -62,12 +73,8 @@ def test_update_has_the_gradient_of_the_papers_formula(tied_model, tau, tokens):
     policy, method = Policy(c, CPU), Drpo(c)
     score_rows(policy, rollouts)
     advantages = method.advantage(rollouts, torch.from_numpy(rollouts.by_group(rollouts.correct_B.astype(float))))
-    got: dict[str, torch.Tensor] = {}
-    policy.optimizer.register_step_pre_hook(
-        lambda *_: got.update({name: p.grad.clone() for name, p in policy.model.named_parameters()})
-    )
     before = Policy(c, CPU)
-    logged = update_policy(policy, method, rollouts, advantages, np.ones(12, dtype=bool), Ranks())
+    logged, got = update_with_gradients(policy, method, rollouts, advantages)
     assert logged["penalty_strength"] == 0 and logged["drift"] == 0
 
     micro = make_microbatch(rollouts, range(12), CPU)
@@ -95,11 +102,7 @@ def test_the_drift_penalty_is_on_all_rows(tied_model):
     for row in rollouts.rows[8:]:
         row.sampler_logprobs = row.sampler_logprobs + np.float32(0.05)
     advantages = method.advantage(rollouts, torch.zeros(3, 4))
-    got: dict[str, torch.Tensor] = {}
-    policy.optimizer.register_step_pre_hook(
-        lambda *_: got.update({name: p.grad.clone() for name, p in policy.model.named_parameters()})
-    )
-    logged = update_policy(policy, method, rollouts, advantages, np.ones(12, dtype=bool), Ranks())
+    logged, got = update_with_gradients(policy, method, rollouts, advantages)
     drift = 0.05 * sum(LENGTHS[8:]) / sum(LENGTHS)
     assert logged["drift"] == pytest.approx(drift, rel=1e-3)
     assert logged["penalty_strength"] == pytest.approx(30 * (drift - 1e-4), rel=1e-3)

@@ -183,6 +183,7 @@ def test_problems_and_models_edited_in_place_are_other_inputs(recipe: Path, tmp_
     (model / "model.safetensors").write_bytes(b"others!")
     for before, after in itertools.pairwise((missing, some, other, with_model, inputs())):
         assert before[0] != after[0] and before[1] != after[1]
+    assert all(inputs() == inputs() for _ in range(2))
 
 
 def test_a_base_outside_the_runs_is_no_other_input_once_it_is_made(recipe: Path, tmp_path: Path) -> None:

@@ -147,6 +147,30 @@ def test_a_folder_that_was_half_removed_still_has_to_go(lab: Lab, monkeypatch: p
     assert half.exists() and lab.run([lab.step("a")]) == ["a"] and not half.exists()
 
 
+def test_a_failure_is_one_of_what_the_step_has_now(lab: Lab) -> None:
+    """A step that ended well and has to be done again has a log, too: its last line is no reason for anything."""
+    with pytest.raises(RunStopped):
+        lab.run([lab.step("a"), lab.step("b", code=1), lab.step("c", "b")])
+
+    def failed(*steps: Step) -> list[str]:
+        pipeline = Pipeline(steps, lab.folder / "pipe")
+        return [name for name in pipeline.steps if pipeline.failed(name)]
+
+    assert failed(lab.step("a"), lab.step("b"), lab.step("c", "b")) == ["b"]
+    assert failed(lab.step("a", config="other"), lab.step("b", config="other")) == []
+    (lab.folder / "out" / "a" / "result").unlink()
+    assert failed(lab.step("a")) == []
+
+
+def test_a_stop_before_a_step_begins_removes_nothing(lab: Lab) -> None:
+    lab.run([lab.step("a")])
+    pipeline = Pipeline([lab.step("a", config="other")], lab.folder / "pipe")
+    pipeline.stop.set()
+    with pipeline.locked() as lock:
+        assert pipeline.run_step("a", lock) == -signal.SIGTERM
+    assert lab.ran() == ["a"] and lab.run([lab.step("a")]) == []
+
+
 def test_only_what_is_wanted_and_what_it_needs(lab: Lab) -> None:
     steps = [lab.step("a"), lab.step("b"), lab.step("c", "b"), lab.step("d", "c")]
     assert lab.run(steps, "c") == ["b", "c"]
