@@ -3,7 +3,7 @@
 One SVG serves light and dark pages: ink and grid are drawn in two stand-in colours, which are then replaced by the page's
 own. Text stays text, in the page's font, and matplotlib escapes it. The same numbers make the same bytes.
 
-Only this file and tradeoff.py import matplotlib. Commands that do not always draw import it where they draw.
+Only this file, tradeoff.py and ranking.py import matplotlib. Commands that do not always draw import it where they draw.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ from matplotlib.ticker import LogFormatter
 
 from nanolapo.evaluation.scores import KEYWORDS, rank_correlation
 from nanolapo.report.files import printable, read_metrics
+from nanolapo.report.ranking import ranking_figure
 from nanolapo.report.runs import Place, Run, Visit, mean_by_step
 from nanolapo.report.tables import Row, accuracy_limits, difficulty_axis, number, tokens_at, training_dynamics
 from nanolapo.report.tradeoff import COLOURS, evaluation_figure, methods_figure, palette
 
 INK, GRID = "#0a0b0c", "#0d0e0f"  # become currentColor and var(--line)
-# Few to many, all of medium lightness as well.
 NOT_IN_NAMES = r"[^\w.=+-]"  # a set may be called org/name
+FEW = 12  # methods of a comparison, with the base, whose names all fit beside their points
+# Few to many, all of medium lightness as well.
 LEVELS = LinearSegmentedColormap.from_list("levels", ["#2f9e63", "#1f9fa8", "#3b82d6", "#b65fc9", "#d4504f"])
 Panel = tuple[str, tuple[str, ...], bool]  # title, metrics (a second one is drawn dashed), logarithmic
 SHARES = ("truncated", "map/solved_fraction")  # a fitted range would blow up tiny differences
@@ -178,13 +180,15 @@ def write_figures(results: dict[str, Any], run_dirs: dict[str, Path], out: Path)
 
 @rc_context({"text.parse_math": False})
 def write_comparison_figures(folder: Path, rows: Sequence[Row], fronts: Sequence[Row]) -> list[Path]:
-    """A comparison of methods (reproduce/comparison.py): a picture for each set and temperature."""
+    """A comparison of methods (reproduce/comparison.py): a picture for each set and temperature. It has a point for each
+    method, or a line where they are many."""
     paths = []
     for front in fronts:
         name, temperature = front["set"], front["temperature"]
         mine = [r for r in rows if (r["set"], r["temperature"]) == (name, temperature)]
         paths.append(folder / f"methods-{re.sub(NOT_IN_NAMES, '_', name)}-T{temperature:g}.png")
-        methods_figure(mine, front).savefig(paths[-1], dpi=160)
+        figure = methods_figure(mine, front) if len(mine) <= FEW else ranking_figure(mine)
+        figure.savefig(paths[-1], dpi=160)
     return paths
 
 

@@ -20,7 +20,6 @@ from nanolapo.report.tables import Row, accuracy_limits, number
 COLOURS = ("#3b82d6", "#e07b2e", "#2f9e63", "#b65fc9", "#d4504f", "#9a8f2a", "#1f9fa8", "#a3704e", "#7c7fd8", "#d166a0")
 GREY, INK, BAND, FRONT = "#7b8088", "#222222", "#dbe7f6", "#9dbfe8"
 SIZE = 8  # of the names, in points
-FEW = 12  # methods that all have room for large names
 SHOWN = 0.05  # share of the draws from which on a method counts as on the front
 NEAR = (0.025, 0.006)  # points closer than this, as a share of the tokens and in accuracy, lie on each other
 Bar = tuple[float, float, float]  # from x to x, at height y
@@ -101,10 +100,11 @@ def cross(axis: Axes, r: Row, colour: str, size: float = 4, width: float = 0.7) 
 
 
 def methods_figure(rows: Sequence[Row], front: Row) -> Figure:
-    """The picture of a comparison, to be read from the back of a room. front: see reproduce/differences.front_band.
+    """The picture of a comparison of few methods, to be read from the back of a room.
 
-    Methods that are on the Pareto front in one of twenty draws have a colour, and their share of the draws beside the name.
-    Methods whose points lie on each other have one colour, and their names one below the other.
+    front: see reproduce/differences.front_band. Methods that are on the Pareto front in one of twenty draws have a colour,
+    and their share of the draws beside the name. Methods whose points lie on each other have one colour, and their names
+    one below the other.
     """
     figure = Figure(figsize=(10, 5.6), layout="constrained")
     axis = figure.subplots()
@@ -120,15 +120,14 @@ def methods_figure(rows: Sequence[Row], front: Row) -> Figure:
     bars: list[Bar] = []
     heights: list[float] = []
     for place in reversed(places):  # the front on top
-        colour, large = colours.get(place[0]["model"], GREY), place[0]["model"] in colours or len(rows) <= FEW
+        colour = colours.get(place[0]["model"], GREY)
         for r in place:
-            x, y = r["tokens"], 100 * r["accuracy"]
-            width, height = cross(axis, r, colour, *((8, 2.2) if large else (4, 0.4)))
-            bars.append((min(width), max(width), y) if large else (x, x, y))
-            heights += height if large else [y]
+            width, height = cross(axis, r, colour, size=8, width=2.2)
+            bars.append((min(width), max(width), 100 * r["accuracy"]))
+            heights += height
         texts = [r["model"] + f" (front {r['front_share']:.0%})" * (r["front_share"] >= SHOWN) for r in place]
         first = place[0]["tokens"], 100 * place[0]["accuracy"]
-        names.append(Name(*first, "\n".join(map(printable, texts)), colour, 11 if large else 7))
+        names.append(Name(*first, "\n".join(map(printable, texts)), colour, 11))
     axis.set_ylim(accuracy_limits(heights))
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 7, 8)))

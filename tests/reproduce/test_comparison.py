@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 from comparison_records import record, records
+from matplotlib.image import imread
 from matplotlib.text import Text
 from small_recipe import run_recipe, write_recipe
 
 from nanolapo.config import UserError
-from nanolapo.report.plots import write_comparison_figures
-from nanolapo.report.tradeoff import methods_figure
+from nanolapo.report.plots import FEW, write_comparison_figures
+from nanolapo.report.ranking import ranking_figure
+from nanolapo.report.tradeoff import COLOURS, methods_figure
 from nanolapo.reproduce.comparison import compare_methods, comparison_table, comparison_text
 from nanolapo.reproduce.recipe import Recipe
 from nanolapo.reproduce.records import Record, costs, file_of, read, several_bases, shorter, write
@@ -177,15 +179,39 @@ def test_the_picture_shows_every_method_with_its_intervals_and_the_front() -> No
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
-def test_many_names_stay_inside_the_picture_and_apart() -> None:
-    """Those of the 29 methods of docs/RESULTS.md, most of them within 20 tokens."""
+def test_many_methods_are_lines_with_their_numbers_and_the_worst_seed() -> None:
+    """Those of docs/RESULTS.md."""
     found = json.loads((Path(__file__).parents[2] / "docs/results/field.json").read_text())
-    figure = methods_figure([row for row in found["rows"] if row["temperature"] == 0.6], found["fronts"][0])
+    rows = [row for row in found["rows"] if row["temperature"] == 0.6]
+    figure = ranking_figure(rows)
     figure.draw_without_rendering()
-    [axis] = figure.axes
-    boxes, frame = [Text.get_window_extent(text) for text in axis.texts], axis.get_window_extent()
-    assert len(boxes) > 10 and all(frame.y0 <= box.y0 and box.y1 <= frame.y1 + 5 for box in boxes)
-    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    labels = figure.axes[0].get_yticklabels()
+    assert [label.get_text().split(" (")[0] for label in labels] == [row["model"] for row in rows]
+    assert labels[0].get_text() == f"{rows[0]['model']} (front {rows[0]['front_share']:.0%})"
+    bottom, top = figure.axes[0].get_ylim()
+    assert bottom > top  # line 0, the best, is on top
+    blue = [row["model"] for row, label in zip(rows, labels, strict=True) if label.get_color() == COLOURS[0]]
+    assert blue == [row["model"] for row in rows if row["like_best"]] and 0 < len(blue) < len(rows)
+    for axis, (key, scale) in zip(figure.axes, (("aes", 1), ("accuracy", 100), ("tokens", 1)), strict=True):
+        drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in axis.get_lines()]
+        for height, row in enumerate(rows):
+            assert ([scale * bound for bound in row[f"{key}_interval"]], [height, height]) in drawn
+            assert ([scale * row[key]], [height]) in drawn and ([scale * row["worst"][key]], [height]) in drawn
+    boxes, frame = [Text.get_window_extent(label) for label in labels], figure.bbox
+    assert all(frame.x0 <= box.x0 and not box.overlaps(above) for above, box in zip(boxes, boxes[1:], strict=False))
+
+
+@pytest.mark.parametrize(("methods", "wide"), [(FEW - 1, True), (FEW, False)])
+def test_a_base_that_is_never_right_has_a_picture_too(tmp_path: Path, methods: int, wide: bool) -> None:
+    found = made(
+        {"base": records("base", BASE, BASE)} | {f"m{i}": records(f"m{i}", BASE, BASE) for i in range(methods)}
+    )
+    for row in found["rows"]:
+        row["aes"] = row["worst"]["aes"] = None
+        row.pop("aes_interval")
+    [path] = write_comparison_figures(tmp_path, found["rows"], found["fronts"])
+    height, width, _ = imread(path).shape
+    assert width == 1600 and (height == 896) == wide
 
 
 def test_a_name_that_is_no_formula_can_be_drawn(tmp_path: Path) -> None:
