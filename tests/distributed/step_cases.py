@@ -253,7 +253,6 @@ def main(model: str, out: str) -> None:
         train_and_resume(model, Path(out), sharding, ranks)
     result["sum after a slow rank"] = slow_rank(ranks)
     (Path(out) / f"rank{ranks.index}of{ranks.count}.json").write_text(json.dumps(result))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -194,7 +194,6 @@ def main(tied: str, untied: str, out: str) -> None:
         numbers |= {f"{label} | {name}": torch.tensor(value, dtype=torch.float64) for name, value in logged.items()}
     # Every rank writes: all of them must hold the same.
     save_file(tensors | numbers, Path(out) / f"rank{dist.get_rank()}of{dist.get_world_size()}.safetensors")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
