@@ -8,9 +8,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -88,6 +90,7 @@ CASES = [
     Case("checkpointing", config={"model": {"gradient_checkpointing": True}}),
     Case("offload", config={"model": {"offload_reference": True}, "loss": {"kl_coef": 0.5}}),
     Case("lora", config={"model": {"lora_rank": 4}, "loss": {"kl_coef": 0.5}}),
+    Case("compiled", config={"model": {"compile": True, "gradient_checkpointing": True}, "loss": {"kl_coef": 0.5}}),
     Case("bfloat16", config={"model": {"dtype": "bfloat16"}}),
     Case("nan", loss=NanOnLastRank, nan_on_last_rank=True),
     Case("nothing", advantages=(0.0,) * 8),
@@ -106,7 +109,9 @@ def run_case(case: Case, folders: dict[str, str], sharding: str) -> tuple[dict[s
     config = make_config(folders[case.model], **sections)
     ranks = Ranks()
     torch.manual_seed(0)  # of LoRA's first matrices
-    policy = Policy(config, ranks.device, ranks)
+    # What is traced and where graphs break does not depend on the backend; test_compiling.py has the one that needs C++.
+    with patch.object(torch, "compile", partial(torch.compile, backend="eager")):
+        policy = Policy(config, ranks.device, ranks)
     start = {name: tensor.clone() for name, tensor in policy.named_weights()}
     logged = what_this_rank_holds(policy)
     seen: dict[str, Tensor] = {}
