@@ -75,7 +75,6 @@ class RecipeFile:
         default_factory=dict
     )  # of a comparison: method -> name -> overrides; published first
     chosen: str = ""  # a file beside this one that tuning.py writes: method -> setting; without it the runs as they are
-    fewer_seeds: dict[str, Any] = field(default_factory=dict)  # method -> it gets the first so many of `seeds`
 
 
 class Recipe:
@@ -148,9 +147,6 @@ class Recipe:
                 raise UserError(
                     f"settings.{name} of {path}: give a method 1 to {MOST_SETTINGS} settings, each a name and overrides"
                 )
-        for name, count in self.file.fewer_seeds.items():
-            if name not in self.known or not isinstance(count, int) or count < 1:
-                raise UserError(f"fewer_seeds.{name} of {path}: give a method the first 1, 2, ... of the seeds")
         if setting is not None:
             self.chosen = {m: list(found)[setting] for m, found in self.file.settings.items() if len(found) > setting}
             self.methods = self.scored = [name for name in self.methods if name in self.chosen]
@@ -255,11 +251,6 @@ class Recipe:
         """Seed by seed, so that a first table is there early."""
         return Pipeline([step for seed in seeds for step in self.steps(seed)], self.folder)
 
-    def seeds_of(self, method: str, seeds: Sequence[int]) -> list[int]:
-        """Those of `seeds` that the method is trained with."""
-        left_out = self.file.seeds[self.file.fewer_seeds.get(method, len(self.file.seeds)) :]
-        return [seed for seed in seeds if seed not in left_out]
-
     def digest(self, pipeline: Pipeline, step: str) -> str:
         """What the outcome of a step depends on, but for the folder in which it is made."""
         folder = json.dumps(str(self.folder))[1:-1]
@@ -273,7 +264,7 @@ class Recipe:
             raise UserError(f"--step {step}: there are {', '.join([*self.tables, *known])}")
         if self.known and not step:
             alone = [(seed, name) for seed in seeds for name in ("base", *self.methods)]
-            return [f"seed{seed}/scores/{name}" for seed, name in alone if seed in self.seeds_of(name, seeds)]
+            return [f"seed{seed}/scores/{name}" for seed, name in alone]
         parts = self.tables[step].evaluations if step in self.tables else [step] if step else known
         return [f"seed{seed}/{part}" for seed in seeds for part in parts]
 

@@ -123,7 +123,7 @@ def costs(run_dirs: Sequence[Path]) -> dict[str, float]:
 
 def valid(recipe: Recipe, pipeline: Pipeline, folder: Path, method: str, seeds: Sequence[int]) -> dict[int, Record]:
     """The records of these seeds that the recipe would make again just so."""
-    return {one.seed: one for one in read(folder, method) if one.seed in recipe.seeds_of(method, seeds)
+    return {one.seed: one for one in read(folder, method) if one.seed in seeds
             and one.digest == recipe.digest(pipeline, f"seed{one.seed}/scores/{method}")}  # fmt: skip
 
 

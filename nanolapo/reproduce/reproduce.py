@@ -151,7 +151,7 @@ def write_methods(
     missing = {}
     for name in recipe.scored:
         expected = {*found[name], *(seeds if name in recipe.methods else ())}
-        for seed in sorted(set(recipe.seeds_of(name, list(expected))) - set(found[name])):
+        for seed in sorted(expected - set(found[name])):
             missing[f"{name}, seed {seed}"] = records.why_missing(recipe, pipeline, folder, name, seed)
     if of_other_config := [name for name in recipe.scored if name not in recipe.methods and not found[name]]:
         missing[", ".join(of_other_config)] = "all results are of another config"

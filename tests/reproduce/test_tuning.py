@@ -89,17 +89,6 @@ def test_seeds_and_problems_of_the_tuning_are_its_own() -> None:
     assert sources(compare)[0] == [2] and sources(tune) == ([3], [1, 2])
 
 
-def test_policy_losses_get_three_seeds_and_length_methods_five() -> None:
-    recipe = Recipe(DEMO / "compare.yaml", Path("r"), ["python"])
-    assert recipe.seeds_of("grpo", [0, 1, 2, 3, 4]) == [0, 1, 2] and recipe.seeds_of("laser", [3, 4]) == [3, 4]
-    assert recipe.seeds_of("grpo", [7]) == [7]  # a seed that the file does not name is the user's own
-    losses = {name for name in recipe.known if recipe.runs[name].method
-              and yaml.safe_load((ROOT / f"configs/methods/{recipe.runs[name].method}.yaml").read_text())
-              .get("method", {}).get("name") == "base:Method"}  # fmt: skip
-    assert losses - {"accuracy-only", "grpo-lapo-limit"} == set(recipe.file.fewer_seeds)
-    assert "seed3/scores/grpo" not in recipe.wanted("", [2, 3]) and "seed2/scores/grpo" in recipe.wanted("", [2, 3])
-
-
 # ------------------------------------------------------------------------------------------------------ what is refused
 
 
@@ -126,12 +115,6 @@ def test_a_choice_that_is_no_setting_any_more(tmp_path: Path) -> None:
         (tmp_path / "chosen.yaml").write_text(broken + "\n")
         with pytest.raises(UserError, match=r"chosen\.yaml: grpo has no setting"):
             Recipe(path, tmp_path, ["python"])
-
-
-@pytest.mark.parametrize("fewer", [{"grpo": "2"}, {"grpo": 0}, {"grpo": -1}, {"grpo": 1.5}, {"grop": 1}])
-def test_fewer_seeds_that_cannot_be_are_refused(tmp_path: Path, fewer: dict) -> None:
-    with pytest.raises(UserError, match=rf"fewer_seeds\.{next(iter(fewer))} of .*: give a method the first 1, 2"):
-        Recipe(small(tmp_path, {"grpo": {"published": []}}, fewer_seeds=fewer), tmp_path, ["python"])
 
 
 def test_without_a_choice_the_runs_are_as_the_recipe_has_them(tmp_path: Path) -> None:
