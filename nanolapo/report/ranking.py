@@ -16,7 +16,8 @@ PANELS = (("aes", 1, "AES"), ("accuracy", 100, "accuracy (%)"), ("tokens", 1, "m
 
 def ranking_figure(rows: Sequence[Row]) -> Figure:
     """AES, accuracy and tokens of each row with its intervals; the worst seed is an open circle. The methods that are not
-    told apart from the best have a colour. Behind a name: its share of the Pareto front, from one draw in twenty on."""
+    told apart from the best have a colour. Behind a name: the share of draws in which it is on the Pareto front, if that is
+    one in twenty."""
     figure = Figure(figsize=(10, 1.3 + 0.2 * len(rows)), layout="constrained")
     axes = figure.subplots(1, len(PANELS), sharey=True)
     axes[-1].set_xscale("log")

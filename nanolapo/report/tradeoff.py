@@ -191,7 +191,8 @@ def write_names(axis: Axes, names: Sequence[Name], bars: Sequence[Bar]) -> None:
         side, step = -1 if left > right else 1, -1 if at > middle else 1
         start = left + 6 * side - length * (side < 0)
         inside = (m for m in range(-int(top - bottom), int(top - bottom)) if bottom + half <= at + m <= top - half)
-        nearest = sorted((0, *inside), key=lambda m: (abs(m), m * step < 0))
+        beside = [0] if len(lines) == 1 else []  # one line may stand half outside
+        nearest = sorted((*beside, *inside), key=lambda m: (abs(m), m * step < 0))
         in_the_way = [(c, half + d) for a, b, c, d in taken if start < b and a < start + length]
         moved = next((m for m in nearest if all(abs(at + m - c) >= room for c, room in in_the_way)), 0)
         taken.append((start, start + length, at + moved, half))
