@@ -23,7 +23,8 @@ def main(path: str, *overrides: str) -> None:
     ranks = Ranks()
     before = peak_mib()
     Policy(load_config(path, list(overrides)), ranks.device, ranks)
-    print(f"rank {ranks.index}: peak {before} MiB before, {peak_mib()} MiB with the model", flush=True)
+    line = f"rank {ranks.index}: peak {before} MiB before, {peak_mib()} MiB with the model\n"
+    print(line, end="", flush=True)  # in one piece: the ranks share a pipe
     ranks.wait()  # a rank that ends early breaks off what another one still sends
 
 

@@ -282,7 +282,8 @@ def test_two_steps_of_one_name_or_one_folder_are_refused(lab: Lab) -> None:
 # ------------------------------------------------------------------------------------------- signals, and two at once
 
 PIPELINE = """
-import sys; sys.path.insert(0, sys.argv[1])
+import signal, sys; sys.path.insert(0, sys.argv[1])
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests in the background ignores it
 from pathlib import Path
 from nanolapo import cli
 from test_pipeline import Lab
