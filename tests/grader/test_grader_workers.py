@@ -364,8 +364,11 @@ def test_close_does_not_wait_for_slow_answers() -> None:
 def test_plain_numbers_need_no_worker_and_no_time() -> None:
     text = "so the answer is that. " * 200
     completions = [rf"{text}</think> \boxed{{{i % 7}}}" for i in range(1000)]
-    start = time.process_time()  # this process's own work: other programs may be busy
-    with Grader() as grader:
-        assert grader.grade_all(completions, ["3"] * 1000).count(True) == 143
-        assert pids(grader) == []
-    assert time.process_time() - start < 0.1
+    seconds = []
+    for _ in range(3):  # the fastest: the process may collect garbage, or the machine stall, meanwhile
+        start = time.process_time()  # this process's own work: other programs may be busy
+        with Grader() as grader:
+            assert grader.grade_all(completions, ["3"] * 1000).count(True) == 143
+            assert pids(grader) == []
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 0.1
