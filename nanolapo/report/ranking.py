@@ -9,7 +9,7 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from nanolapo.report.files import printable
 from nanolapo.report.tables import Row
-from nanolapo.report.tradeoff import COLOURS, GREY, INK, SHOWN
+from nanolapo.report.tradeoff import COLOURS, GREY, INK, front_name
 
 PANELS = (("aes", 1, "AES"), ("accuracy", 100, "accuracy (%)"), ("tokens", 1, "mean tokens of an answer"))
 
@@ -41,8 +41,7 @@ def ranking_figure(rows: Sequence[Row]) -> Figure:
         axis.tick_params(axis="y", length=0)
         axis.set_axisbelow(True)
         axis.grid(axis="y", color="0.92", linewidth=0.7)
-    names = [r["model"] + f" (front {r['front_share']:.0%})" * (r["front_share"] >= SHOWN) for r in rows]
-    axes[0].set_yticks(range(len(rows)), [printable(name) for name in names], fontsize=9)
+    axes[0].set_yticks(range(len(rows)), [front_name(r) for r in rows], fontsize=9)
     axes[0].set_ylim(len(rows) - 0.5, -0.5)  # the best on top
     for label, colour in zip(axes[0].get_yticklabels(), colours, strict=True):
         label.set_color(colour)

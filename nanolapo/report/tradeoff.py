@@ -125,9 +125,8 @@ def methods_figure(rows: Sequence[Row], front: Row) -> Figure:
             width, height = cross(axis, r, colour, size=8, width=2.2)
             bars.append((min(width), max(width), 100 * r["accuracy"]))
             heights += height
-        texts = [r["model"] + f" (front {r['front_share']:.0%})" * (r["front_share"] >= SHOWN) for r in place]
         first = place[0]["tokens"], 100 * place[0]["accuracy"]
-        names.append(Name(*first, "\n".join(map(printable, texts)), colour, 11))
+        names.append(Name(*first, "\n".join(map(front_name, place)), colour, 11))
     axis.set_ylim(accuracy_limits(heights))
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 7, 8)))
@@ -143,6 +142,11 @@ def methods_figure(rows: Sequence[Row], front: Row) -> Figure:
     axis.set_title(printable(title), fontsize=12, loc="left")
     write_names(axis, names, bars)
     return figure
+
+
+def front_name(r: Row) -> str:
+    """The method, with the share of draws in which it is on the Pareto front, if it counts as on it."""
+    return printable(r["model"] + f" (front {r['front_share']:.0%})" * (r["front_share"] >= SHOWN))
 
 
 def same_places(rows: Sequence[Row]) -> list[list[Row]]:
