@@ -39,6 +39,7 @@ from nanolapo.config import DemoConfig
 from nanolapo.data import prompts as sentences
 from nanolapo.data.demo_task import LABELS, LEVELS, Sums, random_sums
 from nanolapo.data.prompts import NO_GUIDANCE, Guidance
+from nanolapo.demo.muon import Muon
 from nanolapo.locks import make_once
 from nanolapo.model.folder import load_model, load_tokenizer, save_model
 from nanolapo.preflight import before_writing
@@ -234,11 +235,10 @@ def pretrain(out_dir: str, settings: DemoConfig, seed: int) -> None:
     else:
         model = make_model(tokenizer, settings)
     print(*before_writing("demo.start", model, torch.float32, tokenizer).lines(), sep="\n", flush=True)
-    easy_steps, factor = (0.0, START_LR) if settings.start else (EASY * settings.steps, 1.0)
+    easy_steps, start_factor = (0.0, START_LR) if settings.start else (EASY * settings.steps, 1.0)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim < 2 or "embed" in n]
-    # Muon learns these matrices several times faster than Adam here; it is not meant for embeddings and vectors.
-    muon = torch.optim.Muon(matrices, lr=MUON_LR, weight_decay=0.0)
+    muon = Muon(matrices)  # learns them several times faster than Adam here; it is not meant for embeddings and vectors
     adam = torch.optim.AdamW(others, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0)
     print(f"pre-training {sum(p.numel() for p in model.parameters()):,} parameters, {settings.steps} steps")
     started, batches, average, tokens = time.monotonic(), list[tuple[Tensor, Tensor]](), 0.0, 0
@@ -246,9 +246,9 @@ def pretrain(out_dir: str, settings: DemoConfig, seed: int) -> None:
         if not batches:
             batches = draw_batches(tokenizer, rng, settings, easy=step < easy_steps)
         ids_BT, targets_BT = batches.pop()
-        for optimizer, rate in ((muon, MUON_LR), (adam, ADAM_LR)):
-            optimizer.param_groups[0]["lr"] = rate * factor * learning_rate_factor(step, settings.steps)
-            optimizer.zero_grad()
+        factor = start_factor * learning_rate_factor(step, settings.steps)
+        adam.param_groups[0]["lr"] = ADAM_LR * factor
+        model.zero_grad()
         hidden_BTH = model.model(ids_BT).last_hidden_state
         wanted_BT = targets_BT >= 0  # only these positions need logits
         losses = torch.nn.functional.cross_entropy(
@@ -258,7 +258,7 @@ def pretrain(out_dir: str, settings: DemoConfig, seed: int) -> None:
         first_BT = wanted_BT & ~torch.nn.functional.pad(wanted_BT, (1, 0))[:, :-1]
         loss = (losses * (1 + 9 * first_BT[wanted_BT])).mean()
         loss.backward()  # type: ignore[no-untyped-call]
-        muon.step()
+        muon.step(MUON_LR * factor)
         adam.step()
         average, tokens = average + (loss.item() - average) / min(step + 1, 50), tokens + ids_BT.numel()
         if (step + 1) % 100 == 0:
