@@ -6,7 +6,6 @@ What is checked where it is used (config, data, load_model, prompts) is not chec
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,8 +31,10 @@ from nanolapo.model.folder import (
     named_weights,
     position_limit,
     read_settings,
+    settings_of,
     write_folder,
 )
+from nanolapo.model.precision import seconds_of_product
 from nanolapo.policy import Policy
 from nanolapo.samplers.choose import check_engine, pick_engine
 from nanolapo.samplers.torch_sampler import end_token_ids
@@ -88,7 +89,7 @@ def before_training(config: Config, data: Data, method: Method, fetch: bool = Tr
 def after_loading(checked: Preflight, policy: Policy) -> Preflight:
     """Add what was tried with the weights, and how long it took, where the policy was made."""
     checked.seconds += policy.packed_seconds
-    return checked.run([partial(packed_rows, policy)])
+    return checked.run([partial(packed_rows, policy), partial(speed_of_dtype, policy)])
 
 
 def before_evaluation(config: Config, path: str, key: str, data: Data, guidances: Sequence[Guidance]) -> Preflight:
@@ -121,9 +122,6 @@ def sampling_checks(
         partial(place_of_guidance, data.prompter, asked),
         partial(reference_answers, key, data),
     ]
-
-
-# ----------------------------------------------------------------------------------------- checks without any weights
 
 
 def tokenizer_ids(path: str, key: str, tokenizer: HfTokenizer, texts: Sequence[str]) -> str:
@@ -183,9 +181,7 @@ def end_of_turn(key: str, data: Data, ends: list[int]) -> str:
     tokens = data.tokenizer.convert_ids_to_tokens(ends)
     names = ", ".join(f"{token!r} ({i})" for i, token in zip(ends, tokens, strict=True))
     if not ends:
-        raise UserError(
-            f"{key}: no end token is known, so no answer would end; set eos_token_id in generation_config.json"
-        )
+        raise UserError(f"{key}: no end token is known; set eos_token_id in generation_config.json, or no answer ends")
     closing = data.prompter.closing().strip()
     if not closing.startswith(("<", "[", *data.tokenizer.get_added_vocab())):
         return f"answers end at {names}; no template says which token closes a turn"
@@ -252,6 +248,15 @@ def packed_rows(policy: Policy) -> str:
     return "; ".join(policy.packed)  # Policy itself has refused a larger difference
 
 
+def speed_of_dtype(policy: Policy) -> str:
+    """Matrix products in model.dtype are as fast as in float32, as they are not on most CPUs."""
+    if policy.device.type != "cpu":
+        return "GPUs are not tried"
+    times = seconds_of_product(policy.dtype) / seconds_of_product(torch.float32)
+    found = f"on this CPU a product in {policy.config.model.dtype} takes {times:.1f} times as long as in float32"
+    return f"{NOTE}{found}; set model.dtype=float32" if times > 2 else found
+
+
 def names_and_shapes(path: str, key: str, model: PreTrainedModel) -> str:
     """The weights that are trained and exported have the names and shapes of the files."""
     files = checkpoint_shapes(local_folder(path))
@@ -292,9 +297,3 @@ def trial_export(key: str, model: PreTrainedModel, dtype: torch.dtype, tokenizer
             "other ids; read that of the trained model with PreTrainedTokenizerFast.from_pretrained"
         )
     return "config, generation config and tokenizer are read back the same"
-
-
-def settings_of(config: PreTrainedConfig) -> dict[str, str]:
-    """A config's settings as text, without those that say how and by what it was written."""
-    kept = {k: v for k, v in config.to_dict().items() if k not in ("dtype", "transformers_version", "architectures")}
-    return {name: json.dumps(value, sort_keys=True, default=str) for name, value in kept.items() if name[0] != "_"}

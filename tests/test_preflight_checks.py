@@ -24,6 +24,7 @@ from nanolapo.data.problems import Problem
 from nanolapo.data.prompts import Prompter, outside_guidance
 from nanolapo.methods.base import Method
 from nanolapo.model.folder import load_model, load_tokenizer
+from nanolapo.model.precision import seconds_of_product
 from nanolapo.policy import Policy
 from nanolapo.preflight import (
     end_of_turn,
@@ -255,3 +256,20 @@ def test_weights_of_another_shape_are_named(good: Path) -> None:
     model.model.norm.weight = torch.nn.Parameter(torch.empty(33, device="meta"))
     with pytest.raises(UserError, match=r"model.norm.weight is \(33,\) in the model, \(32,\) in the files \(1 such\)"):
         names_and_shapes(str(good), "key", model)
+
+
+@pytest.mark.parametrize(("times", "noted"), [(1.9, False), (2.1, True)])
+def test_a_cpu_that_is_slow_in_bfloat16_is_told(
+    good: Path, monkeypatch: pytest.MonkeyPatch, times: float, noted: bool
+) -> None:
+    policy = Policy(config_of(good, model={"path": str(good), "dtype": "bfloat16"}), torch.device("cpu"))
+    seconds = {torch.float32: 0.5, torch.bfloat16: 0.5 * times}
+    monkeypatch.setattr(preflight, "seconds_of_product", seconds.__getitem__)
+    text = f"on this CPU a product in bfloat16 takes {times} times as long as in float32"
+    told = [f"speed of dtype: {text}; set model.dtype=float32"] if noted else []
+    assert preflight.after_loading(preflight.Preflight(), policy).lines()[1:] == told
+
+
+def test_the_seconds_of_a_product_are_measured_in_the_dtype() -> None:
+    """float64 has half as many numbers in a register, so it takes longer on every CPU."""
+    assert 0 < seconds_of_product(torch.float32) < seconds_of_product(torch.float64) < 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 import shutil
@@ -235,6 +236,12 @@ def position_limit(config: PreTrainedConfig) -> int | None:
     elif kind in ("linear", "dynamic"):
         limit *= rope["factor"]
     return int(limit)
+
+
+def settings_of(config: PreTrainedConfig) -> dict[str, str]:
+    """A config's settings as text, without those that say how and by what it was written."""
+    kept = {k: v for k, v in config.to_dict().items() if k not in ("dtype", "transformers_version", "architectures")}
+    return {name: json.dumps(value, sort_keys=True, default=str) for name, value in kept.items() if name[0] != "_"}
 
 
 def sync(path: Path) -> None:

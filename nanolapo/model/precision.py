@@ -9,6 +9,7 @@ compute, so sampler and trainer also agree better. (fsdp2 does the same by itsel
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterable
 from functools import partial
 from typing import cast
@@ -26,6 +27,17 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast the parameters in place. Buffers stay as they are: rotary frequencies must be float32."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
+
+
+def seconds_of_product(dtype: torch.dtype) -> float:
+    """The fastest of four products of [256, 512] and [512, 512], of the sizes of a small model's layer, on the CPU."""
+    one, other = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+    seconds = []
+    for _ in range(4):
+        started = time.perf_counter()
+        one @ other
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
 
 
 def make_copy(masters: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
