@@ -258,11 +258,13 @@ def test_weights_of_another_shape_are_named(good: Path) -> None:
         names_and_shapes(str(good), "key", model)
 
 
-@pytest.mark.parametrize(("times", "noted"), [(1.9, False), (2.1, True)])
+@pytest.mark.parametrize(
+    ("dtype", "times", "noted"), [("bfloat16", 1.9, False), ("bfloat16", 2.1, True), ("float32", 2.1, False)]
+)
 def test_a_cpu_that_is_slow_in_bfloat16_is_told(
-    good: Path, monkeypatch: pytest.MonkeyPatch, times: float, noted: bool
+    good: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, times: float, noted: bool
 ) -> None:
-    policy = Policy(config_of(good, model={"path": str(good), "dtype": "bfloat16"}), torch.device("cpu"))
+    policy = Policy(config_of(good, model={"path": str(good), "dtype": dtype}), torch.device("cpu"))
     seconds = {torch.float32: 0.5, torch.bfloat16: 0.5 * times}
     monkeypatch.setattr(preflight, "seconds_of_product", seconds.__getitem__)
     text = f"on this CPU a product in bfloat16 takes {times} times as long as in float32"
