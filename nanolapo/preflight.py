@@ -75,13 +75,13 @@ class Preflight:
 def before_training(config: Config, data: Data, method: Method, fetch: bool = True) -> Preflight:
     """Make the checks of a training run that need no weights. fetch=False: no weights are fetched from the hub either."""
     path, key, new = config.model.path, "model.path", config.rollout.max_new_tokens
-    problems = enumerate(data.problems[:TRIED])
+    problems, dtype = enumerate(data.problems[:TRIED]), getattr(torch, config.model.dtype)
     guidances = [method.guidance(problem, i % config.rollout.group_size, 0) for i, problem in problems]
-    checks = sampling_checks(path, key, data, guidances, (new, "rollout.max_new_tokens"))
+    checks = sampling_checks(path, key, data, guidances, (new, "rollout.max_new_tokens"), dtype)
     if not fetch and not Path(path).is_dir():
         return Preflight().run(checks)
     checked = Preflight().run([partial(kind_of_model, config), *checks])
-    model, dtype = load_model(path, torch.device("meta")), getattr(torch, config.model.dtype)
+    model = load_model(path, torch.device("meta"))
     export = partial(trial_export, key, model, dtype, data.tokenizer)
     return checked.run([partial(names_and_shapes, path, key, model), export])
 
@@ -89,22 +89,22 @@ def before_training(config: Config, data: Data, method: Method, fetch: bool = Tr
 def after_loading(checked: Preflight, policy: Policy) -> Preflight:
     """Add what was tried with the weights, and how long it took, where the policy was made."""
     checked.seconds += policy.packed_seconds
-    return checked.run([partial(packed_rows, policy), partial(speed_of_dtype, policy)])
+    return checked.run([partial(packed_rows, policy)])
 
 
 def before_evaluation(config: Config, path: str, key: str, data: Data, guidances: Sequence[Guidance]) -> Preflight:
     """Make the checks of one model of an evaluation."""
-    new = config.evaluate.max_new_tokens, "evaluate.max_new_tokens"
-    return Preflight().run(sampling_checks(path, key, data, guidances, new))
+    new, dtype = (config.evaluate.max_new_tokens, "evaluate.max_new_tokens"), config.rollout.dtype or config.model.dtype
+    return Preflight().run(sampling_checks(path, key, data, guidances, new, getattr(torch, dtype)))
 
 
 def before_writing(key: str, model: PreTrainedModel, dtype: torch.dtype, tokenizer: HfTokenizer) -> Preflight:
     """Make the check of a script that will only train a model and write it."""
-    return Preflight().run([partial(trial_export, key, model, dtype, tokenizer)])
+    return Preflight().run([partial(speed_of_dtype, dtype), partial(trial_export, key, model, dtype, tokenizer)])
 
 
 def sampling_checks(
-    path: str, key: str, data: Data, guidances: Sequence[Guidance], limit: tuple[int, str]
+    path: str, key: str, data: Data, guidances: Sequence[Guidance], limit: tuple[int, str], dtype: torch.dtype
 ) -> list[partial[str]]:
     """Return the checks of a model that is sampled from. `limit`: new tokens at most, and the key that says so."""
     config, generation = read_settings(path, key)
@@ -121,7 +121,17 @@ def sampling_checks(
         partial(place_of_question, data.prompter, asked),
         partial(place_of_guidance, data.prompter, asked),
         partial(reference_answers, key, data),
+        partial(speed_of_dtype, dtype),
     ]
+
+
+def speed_of_dtype(dtype: torch.dtype) -> str:
+    """A matrix product in this dtype takes at most twice as long as in float32; on many CPUs one in bfloat16 takes more."""
+    if dtype == torch.float32 or torch.cuda.is_available():
+        return f"{dtype} needs no trial here".removeprefix("torch.")
+    times = seconds_of_product(dtype) / seconds_of_product(torch.float32)
+    found = f"on this CPU a product in bfloat16 takes {times:.1f} times as long as in float32"
+    return f"{NOTE}{found}; set model.dtype=float32" if times > 2 else found
 
 
 def tokenizer_ids(path: str, key: str, tokenizer: HfTokenizer, texts: Sequence[str]) -> str:
@@ -246,15 +256,6 @@ def kind_of_model(config: Config) -> str:
 def packed_rows(policy: Policy) -> str:
     """Packed rows of different length have the log-probs that transformers gives each row alone."""
     return "; ".join(policy.packed)  # Policy itself has refused a larger difference
-
-
-def speed_of_dtype(policy: Policy) -> str:
-    """Matrix products in model.dtype are as fast as in float32, which those in bfloat16 are not on many CPUs."""
-    if policy.device.type != "cpu":
-        return "GPUs are not tried"
-    times = seconds_of_product(torch.bfloat16) / seconds_of_product(torch.float32)
-    found = f"on this CPU a product in bfloat16 takes {times:.1f} times as long as in float32"
-    return f"{NOTE}{found}; set model.dtype=float32" if policy.dtype == torch.bfloat16 and times > 2 else found
 
 
 def names_and_shapes(path: str, key: str, model: PreTrainedModel) -> str:

@@ -15,13 +15,15 @@ from folders import CHAT, edit, make_chat_folder
 from safetensors.torch import load_file, save_file
 from test_preflight import Told, ToldOutside, check, config_of, found, word_level
 from tokenizers import Regex, pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from nanolapo import preflight
 from nanolapo.config import PromptConfig, UserError
-from nanolapo.data.load import Data
+from nanolapo.data.load import Data, load_data
 from nanolapo.data.problems import Problem
-from nanolapo.data.prompts import Prompter, outside_guidance
+from nanolapo.data.prompts import NO_GUIDANCE, Prompter, outside_guidance
+from nanolapo.grader import Grader
 from nanolapo.methods.base import Method
 from nanolapo.model.folder import load_model, load_tokenizer
 from nanolapo.model.precision import seconds_of_product
@@ -262,16 +264,38 @@ def test_weights_of_another_shape_are_named(good: Path) -> None:
     ("dtype", "times", "noted"), [("bfloat16", 1.9, False), ("bfloat16", 2.1, True), ("float32", 2.1, False)]
 )
 def test_a_cpu_that_is_slow_in_bfloat16_is_told(
-    good: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, times: float, noted: bool
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, times: float, noted: bool
 ) -> None:
-    policy = Policy(config_of(good, model={"path": str(good), "dtype": dtype}), torch.device("cpu"))
+    """By trainings, before any weights are loaded; by evaluations; and by what only trains a model and writes it."""
     seconds = {torch.float32: 0.5, torch.bfloat16: 0.5 * times}
     monkeypatch.setattr(preflight, "seconds_of_product", seconds.__getitem__)
     text = f"on this CPU a product in bfloat16 takes {times} times as long as in float32"
     told = [f"speed of dtype: {text}; set model.dtype=float32"] if noted else []
-    assert preflight.after_loading(preflight.Preflight(), policy).lines()[1:] == told
+    config = config_of(good, model={"path": str(good), "dtype": dtype}, evaluate={"max_new_tokens": 32})
+    trained = check(config)
+    assert trained.lines()[1:] == told
+    assert noted or found(trained)["speed of dtype"] == (text if dtype == "bfloat16" else "float32 needs no trial here")
+    with Grader(workers=1) as grader:
+        data = load_data(config, grader)
+    assert preflight.before_evaluation(config, str(good), "key", data, [NO_GUIDANCE]).lines()[1:] == told
+    model, kind = load_model(str(good), torch.device("cpu")), getattr(torch, dtype)
+    assert preflight.before_writing("key", model, kind, data.tokenizer).lines()[1:] == told
 
 
-def test_the_seconds_of_a_product_are_measured_in_the_dtype() -> None:
-    """float64 has half as many numbers in a register, so it takes longer on every CPU."""
-    assert 0 < seconds_of_product(torch.float32) < seconds_of_product(torch.float64) < 1
+class Products(TorchDispatchMode):
+    """The dtypes of all matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.dtypes += [args[0].dtype] if func is torch.ops.aten.mm.default else []
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_seconds_of_a_product_are_of_its_dtype(dtype: torch.dtype) -> None:
+    with Products() as seen:
+        assert 0 < seconds_of_product(dtype) < 1
+    assert seen.dtypes == [dtype] * 4

@@ -182,7 +182,7 @@ def comparison_text(
         parts.append("**Not in the table:** " + "; ".join(f"{name}: {why}" for name, why in missing.items()) + "\n")
     if bases:
         parts.append(f"Seeds {', '.join(map(str, bases))}: not all methods started from the same base model, for they were "
-                     "run on different machines. Each is measured against its own.\n")  # fmt: skip
+                     "run on different machines or commits. Each is measured against its own.\n")  # fmt: skip
     parts.append(NOTES)
     return "\n".join(parts)
 

@@ -163,7 +163,7 @@ def record_what_is_done(recipe: Recipe, pipeline: Pipeline, folder: Path, seeds:
 
 
 def several_bases(found: dict[str, list[Record]]) -> list[int]:
-    """Seeds whose methods did not all start from one and the same base model: they were run on different machines."""
+    """Seeds whose methods did not all start from one base model: they were run on different machines or commits."""
     bases = {(one.seed, one.base) for method, mine in found.items() for one in mine if method != "base"}
     seeds = [seed for seed, _ in bases]
     return sorted({seed for seed in seeds if seeds.count(seed) > 1})

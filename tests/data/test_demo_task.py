@@ -278,5 +278,8 @@ def test_pretraining_goes_on_from_a_base(tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr(demo, "START_LR", rate)
         made = run(f"rate {rate}", start=str(tmp_path / "base"), steps=1, mixture="too-long")
         step[rate] = {name: (made[name] - base[name]).norm().item() for name in base}
+    monkeypatch.setattr(demo, "learning_rate_factor", lambda step, steps: 0.01)  # half of the first step's 1/50
+    made = run("half of the rate", start=str(tmp_path / "base"), steps=1, mixture="too-long")
     for name, far in step[1.0].items():
         assert step[0.1][name] == pytest.approx(0.1 * far, rel=0.02), name
+        assert (made[name] - base[name]).norm().item() == pytest.approx(0.5 * far, rel=0.02), name

@@ -1,4 +1,4 @@
-"""Muon in float32 is the library's Muon, which rounds to bfloat16, and its steps are orthogonal.
+"""Our Muon takes the steps of the library's, but for the library's rounding to bfloat16, and its steps are orthogonal.
 
 Run: python -m pytest tests/demo/test_muon.py
 """
@@ -14,8 +14,9 @@ SHAPES = [(32, 32), (96, 32), (32, 96)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_five_steps_are_those_of_the_library(shape: tuple[int, int]) -> None:
+def test_five_steps_are_those_of_the_library(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradients differ from step to step, so the momentum and the learning rate of each step show."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # the library rounds there, and must not here
     random = torch.Generator().manual_seed(0)
     start = torch.randn(shape, generator=random)
     ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
@@ -23,11 +24,9 @@ def test_five_steps_are_those_of_the_library(shape: tuple[int, int]) -> None:
     for rate in (0.1, 0.1, 0.02, 0.05, 0.1):
         ours.grad = theirs.grad = torch.randn(shape, generator=random)
         library.param_groups[0]["lr"] = rate
-        before = ours.detach().clone(), theirs.detach().clone()
         muon.step(rate)
         library.step()
-        (moved, wanted) = (after.detach() - earlier for after, earlier in zip((ours, theirs), before, strict=True))
-        assert (moved - wanted).norm() < 0.02 * wanted.norm(), f"{(moved - wanted).norm() / wanted.norm():.4f}"
+        assert (ours - start).norm() > 0.1 * rate and torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

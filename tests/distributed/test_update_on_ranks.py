@@ -84,11 +84,18 @@ def test_the_cases_move_the_weights(expected, name):
 
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
 def test_bfloat16_differs_by_rounding_only(outcome, expected, sharding):
-    """fsdp2 rounds the norms' weights too, as the exported model and vLLM do; the masters stay float32."""
-    numbers, got = expected["bfloat16"][1], of(outcome, sharding, BY_NAME["bfloat16"])
+    """fsdp2 rounds the norms' weights too, as the exported model and vLLM do; the masters stay float32. Adam's first step
+    goes by a gradient's sign, so where that is beyond rounding, the weights are the same."""
+    (tensors, numbers), got = expected["bfloat16"], of(outcome, sharding, BY_NAME["bfloat16"])
+    assert numbers["updates 0"] == 1
     for name, tolerance in (("updates 0", 0), ("grad_norm 0", 2e-3), ("mismatch 0", 1e-3), ("trained_tokens 0", 0)):
         assert float(got[name]) == pytest.approx(numbers[name], rel=tolerance), name
     assert all(tensor.dtype in (torch.float32, torch.float64) for tensor in got.values())
+    for label, want in tensors.items():
+        if label.startswith("weights 0"):
+            first = tensors[f"gradient 0 {label.split()[-1]}"].abs()
+            clear = first > 0.05 * first.max()
+            assert (got[label] - want).abs()[clear].max() < 1e-5, label
 
 
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])

@@ -91,7 +91,8 @@ CASES = [
     Case("offload", config={"model": {"offload_reference": True}, "loss": {"kl_coef": 0.5}}),
     Case("lora", config={"model": {"lora_rank": 4}, "loss": {"kl_coef": 0.5}}),
     Case("compiled", config={"model": {"compile": True, "gradient_checkpointing": True}, "loss": {"kl_coef": 0.5}}),
-    # One optimizer step: Adam turns rounding into full steps, and clipping has edges. A second gradient may differ by 15 %.
+    # One optimizer step, for a second gradient may differ by 15 %: Adam turns rounding into full steps, and a ratio may
+    # then fall on the other side of the loss's clip limit.
     Case("bfloat16", config={"model": {"dtype": "bfloat16"}, "train": {"batch_size": 8}}),
     Case("nan", loss=NanOnLastRank, nan_on_last_rank=True),
     Case("nothing", advantages=(0.0,) * 8),
