@@ -27,7 +27,7 @@ from nanolapo.reproduce.comparison import compare_methods
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "nanolapo"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RETURNS_NUMBERS = {  # annotation of a hook -> what its keys are logged under
     "dict[str, float]": "",
     "tuple[Tensor, dict[str, Tensor]]": "",
