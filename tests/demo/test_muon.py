@@ -1,4 +1,4 @@
-"""Our Muon takes the steps of the library's, but for the library's rounding to bfloat16, and its steps are orthogonal.
+"""Our Muon takes the steps of the library's, and its steps are orthogonal.
 
 Run: python -m pytest tests/demo/test_muon.py
 """
@@ -8,25 +8,39 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nanolapo.demo import muon
 from nanolapo.demo.muon import Muon, orthogonal
 
 SHAPES = [(32, 32), (96, 32), (32, 96)]
 
 
+@pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_five_steps_are_those_of_the_library(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gradients differ from step to step, so the momentum and the learning rate of each step show."""
-    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # the library rounds there, and must not here
+def test_five_steps_are_those_of_the_library(
+    shape: tuple[int, int], rounded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradients differ from step to step, so the momentum and the learning rate of each step show. Without any rounding
+    both are the same. With it a sum of another order may round to the neighbour."""
+    if not rounded:
+        monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # as both write it
     random = torch.Generator().manual_seed(0)
     start = torch.randn(shape, generator=random)
     ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
-    muon, library = Muon([ours]), torch.optim.Muon([theirs], lr=1.0, weight_decay=0.0)
+    optimizer, library = Muon([ours]), torch.optim.Muon([theirs], lr=1.0, weight_decay=0.0)
     for rate in (0.1, 0.1, 0.02, 0.05, 0.1):
         ours.grad = theirs.grad = torch.randn(shape, generator=random)
         library.param_groups[0]["lr"] = rate
-        muon.step(rate)
+        before = ours.detach().clone(), theirs.detach().clone()
+        optimizer.step(rate)
         library.step()
-        assert (ours - start).norm() > 0.1 * rate and torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+        (moved, wanted) = (after.detach() - earlier for after, earlier in zip((ours, theirs), before, strict=True))
+        assert (moved - wanted).norm() < (0.02 if rounded else 1e-4) * wanted.norm()
+
+
+def test_numbers_are_rounded_to_bfloat16() -> None:
+    """1 + 2**-9 has a bit more than bfloat16 holds."""
+    assert muon.rounded(torch.tensor([1 + 2**-9, 1 + 2**-7])).tolist() == [1, 1 + 2**-7]
+    assert torch.equal(orthogonal(torch.eye(8)).bfloat16().float(), orthogonal(torch.eye(8)))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -36,7 +50,7 @@ def test_a_step_keeps_the_singular_vectors_and_evens_the_values(shape: tuple[int
     between = u.T @ orthogonal(matrix) @ v.T
     assert values.max() / values.min() > 3
     assert between.diagonal().min() > 0.6 and between.diagonal().max() < 1.3
-    assert (between - between.diagonal().diag()).abs().max() < 1e-4
+    assert (between - between.diagonal().diag()).abs().max() < 0.05
 
 
 def test_a_gradient_of_zeros_moves_nothing() -> None:
