@@ -2,7 +2,7 @@
 
 torch.optim.Muon makes them orthogonal in bfloat16. On the many CPUs that have no instructions for it, the demo's
 pre-training takes four times as long with that. So we multiply in float32, and round where it rounds: without the
-rounding the base learns later (docs/LOG.md, 2026-11-30).
+rounding two bases of five were worse (docs/LOG.md, 2026-11-30).
 """
 
 from __future__ import annotations
