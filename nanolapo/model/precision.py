@@ -9,7 +9,7 @@ compute, so sampler and trainer also agree better. (fsdp2 does the same by itsel
 from __future__ import annotations
 
 import copy
-import time
+import timeit
 from collections.abc import Iterable
 from functools import partial
 from typing import cast
@@ -32,12 +32,7 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
 def seconds_of_product(dtype: torch.dtype) -> float:
     """Return the seconds of the fastest of four products [64, 512] @ [512, 512] on the CPU, as in a small model."""
     one, other = torch.ones(64, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
-    seconds = []
-    for _ in range(4):
-        started = time.perf_counter()
-        one @ other
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+    return min(timeit.repeat(lambda: one @ other, number=1, repeat=4))
 
 
 def make_copy(masters: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
