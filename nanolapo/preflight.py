@@ -77,7 +77,8 @@ def before_training(config: Config, data: Data, method: Method, fetch: bool = Tr
     path, key, new = config.model.path, "model.path", config.rollout.max_new_tokens
     problems, dtype = enumerate(data.problems[:TRIED]), getattr(torch, config.model.dtype)
     guidances = [method.guidance(problem, i % config.rollout.group_size, 0) for i, problem in problems]
-    checks = sampling_checks(path, key, data, guidances, (new, "rollout.max_new_tokens"), dtype)
+    checks = sampling_checks(path, key, data, guidances, (new, "rollout.max_new_tokens"))
+    checks.append(partial(speed_of_dtype, dtype))
     if not fetch and not Path(path).is_dir():
         return Preflight().run(checks)
     checked = Preflight().run([partial(kind_of_model, config), *checks])
@@ -94,8 +95,8 @@ def after_loading(checked: Preflight, policy: Policy) -> Preflight:
 
 def before_evaluation(config: Config, path: str, key: str, data: Data, guidances: Sequence[Guidance]) -> Preflight:
     """Make the checks of one model of an evaluation."""
-    new, dtype = (config.evaluate.max_new_tokens, "evaluate.max_new_tokens"), config.rollout.dtype or config.model.dtype
-    return Preflight().run(sampling_checks(path, key, data, guidances, new, getattr(torch, dtype)))
+    new = config.evaluate.max_new_tokens, "evaluate.max_new_tokens"
+    return Preflight().run(sampling_checks(path, key, data, guidances, new))
 
 
 def before_writing(key: str, model: PreTrainedModel, dtype: torch.dtype, tokenizer: HfTokenizer) -> Preflight:
@@ -104,7 +105,7 @@ def before_writing(key: str, model: PreTrainedModel, dtype: torch.dtype, tokeniz
 
 
 def sampling_checks(
-    path: str, key: str, data: Data, guidances: Sequence[Guidance], limit: tuple[int, str], dtype: torch.dtype
+    path: str, key: str, data: Data, guidances: Sequence[Guidance], limit: tuple[int, str]
 ) -> list[partial[str]]:
     """Return the checks of a model that is sampled from. `limit`: new tokens at most, and the key that says so."""
     config, generation = read_settings(path, key)
@@ -121,7 +122,6 @@ def sampling_checks(
         partial(place_of_question, data.prompter, asked),
         partial(place_of_guidance, data.prompter, asked),
         partial(reference_answers, key, data),
-        partial(speed_of_dtype, dtype),
     ]
 
 

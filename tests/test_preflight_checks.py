@@ -6,6 +6,7 @@ Run: python -m pytest tests/test_preflight_checks.py
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from nanolapo import preflight
 from nanolapo.config import PromptConfig, UserError
 from nanolapo.data.load import Data, load_data
 from nanolapo.data.problems import Problem
-from nanolapo.data.prompts import NO_GUIDANCE, Prompter, outside_guidance
+from nanolapo.data.prompts import Prompter, outside_guidance
+from nanolapo.evaluation import passes
+from nanolapo.evaluation.passes import Model
 from nanolapo.grader import Grader
 from nanolapo.methods.base import Method
 from nanolapo.model.folder import load_model, load_tokenizer
@@ -266,7 +269,7 @@ def test_weights_of_another_shape_are_named(good: Path) -> None:
 def test_a_cpu_that_is_slow_in_bfloat16_is_told(
     good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, times: float, noted: bool
 ) -> None:
-    """By trainings, before any weights are loaded; by evaluations; and by what only trains a model and writes it."""
+    """By trainings, before any weights are loaded; by evaluations, once for all models; and by what only writes a model."""
     seconds = {torch.float32: 0.5, torch.bfloat16: 0.5 * times}
     monkeypatch.setattr(preflight, "seconds_of_product", seconds.__getitem__)
     text = f"on this CPU a product in bfloat16 takes {times} times as long as in float32"
@@ -277,7 +280,10 @@ def test_a_cpu_that_is_slow_in_bfloat16_is_told(
     assert noted or found(trained)["speed of dtype"] == (text if dtype == "bfloat16" else "float32 needs no trial here")
     with Grader(workers=1) as grader:
         data = load_data(config, grader)
-    assert preflight.before_evaluation(config, str(good), "key", data, [NO_GUIDANCE]).lines()[1:] == told
+    models = [Model("one", str(good), config.prompt), Model("other", str(good), config.prompt)]
+    assert [c.lines()[1:] for c in passes.preflight(config, models, [data, data])] == [told, []]
+    slow = replace(config, model=replace(config.model, dtype="float32"), rollout=replace(config.rollout, dtype=dtype))
+    assert passes.preflight(slow, models, [data, data])[0].lines()[1:] == told
     model, kind = load_model(str(good), torch.device("cpu")), getattr(torch, dtype)
     assert preflight.before_writing("key", model, kind, data.tokenizer).lines()[1:] == told
 

@@ -10,7 +10,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from nanolapo.checkpoint import NAME
 from nanolapo.config import Config, PromptConfig, UserError
@@ -19,7 +22,7 @@ from nanolapo.data.load import Data, fit_prompts, gradable_problems
 from nanolapo.data.prompts import NO_GUIDANCE, Guidance, Prompter, exact_guidance, outside_guidance
 from nanolapo.grader import Grader
 from nanolapo.model.folder import load_tokenizer
-from nanolapo.preflight import Preflight, before_evaluation
+from nanolapo.preflight import Preflight, before_evaluation, speed_of_dtype
 from nanolapo.ranks import Ranks
 from nanolapo.samplers.sampler import Decoding
 
@@ -141,6 +144,8 @@ def preflight(config: Config, models: Sequence[Model], loaded: Sequence[Data]) -
             one.guidance(one.tokens or config.evaluate.max_new_tokens) if one.name else NO_GUIDANCE for one in asked
         ]
         checked.append(before_evaluation(config, model.path, f"evaluate.models: {model.name}", data, told))
+    dtype = getattr(torch, config.rollout.dtype or config.model.dtype)
+    checked[0].run([partial(speed_of_dtype, dtype)])  # it is the same for all models
     return checked
 
 
