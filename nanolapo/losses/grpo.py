@@ -136,10 +136,15 @@ def sequence_weights(
     return weights_B1.where(inside_B1, torch.zeros_like(weights_B1)).expand_as(mask_BT).detach()
 
 
-def mastered_tokens(x: LossInputs, above: float) -> Tensor:
-    """DMMPT (UloRL, arXiv 2507.19766; UNVERIFIED): which tokens of right answers have an old probability above `above`."""
+def mastered_tokens(x: LossInputs, below: float, probability: float) -> Tensor:
+    """DMMPT (UloRL, arXiv 2507.19766, Eq. 9 and 10): which tokens are mastered, bool [B, T].
+
+    Those with at least this old probability, in right answers whose mean entropy (nats per token) is below a target.
+    """
+    assert x.entropy_BT is not None  # Loss asks for it
     right_B = to_device(np.array([x.rollouts.rows[row].correct for row in x.rows], dtype=bool), x.mask_BT.device)
-    return (x.old_logprobs_BT.exp() > above) & right_B[:, None]
+    narrow_B = x.entropy_BT.sum(dim=1) / x.mask_BT.sum(dim=1) < below
+    return (x.old_logprobs_BT.exp() >= probability) & (right_B & narrow_B)[:, None]
 
 
 @dataclass(frozen=True)
@@ -172,10 +177,11 @@ class Loss:
     def __init__(self, config: Config) -> None:
         c = self.config = config.loss
         self.options: Any = build(self.Options, dict(c.options), "loss.options")
-        self.narrow = False  # True: in this step the mean entropy is below the target of mastered_mask
         self.state: dict[str, float] = {}  # what the loss remembers; goes into every checkpoint
         if c.kl_coef:
             self.acts_without_advantage = True
+        if c.mastered_mask:
+            self.needs_entropy = True
         if c.aggregation not in self.aggregations:
             raise UserError(
                 f"loss.aggregation={c.aggregation!r}: loss.kind={c.kind!r} is defined with "
@@ -189,11 +195,8 @@ class Loss:
     def prepare(self, rollouts: Rollouts, advantages: Tensor, keep_B: np.ndarray) -> None:
         """Compute what the loss must know about the whole batch. Every rank computes the same.
 
-        All ranks hold the old policy's log-probs as recorded while sampling: rollouts.sampler_logprobs. An override calls
-        this one.
+        All ranks hold the old policy's log-probs as recorded while sampling: rollouts.sampler_logprobs.
         """
-        if self.config.mastered_mask:
-            self.narrow = rollouts.mean_entropy < self.config.mastered_mask[0]
 
     def policy_term(self, x: LossInputs) -> tuple[Tensor, Tensor]:
         """(loss_BT, touched_BT): touched marks tokens whose loss is not -r A (clipped, capped, ...)."""
@@ -218,7 +221,7 @@ class Loss:
             loss_BT = loss_BT * weights_BT
             logged |= {"sequence_weight": weights_BT, "sequence_masked": (weights_BT == 0).float()}
         if c.mastered_mask:
-            mastered_BT = mastered_tokens(x, c.mastered_mask[1]) & self.narrow
+            mastered_BT = mastered_tokens(x, *c.mastered_mask)
             loss_BT = loss_BT.masked_fill(mastered_BT, 0.0)
             logged["mastered"] = mastered_BT.float()
         if x.ref_logprobs_BT is not None:

@@ -32,7 +32,7 @@ def high_covariance(logprobs: Sequence[np.ndarray], advantages: Tensor, keep_B: 
     """
     width = max((len(row) for row in logprobs), default=0)
     values_BT = np.full((len(logprobs), width), np.nan)  # nan: no token there
-    advantages_BT = advantages.double().reshape(len(logprobs), -1).expand(-1, width).cpu().numpy()
+    advantages_BT = advantages.double().reshape(len(logprobs), -1)[:, :width].expand(-1, width).cpu().numpy()
     for b in np.flatnonzero(keep_B):
         values_BT[b, : len(logprobs[b])] = logprobs[b]
     at = np.flatnonzero(~np.isnan(values_BT))
@@ -59,7 +59,6 @@ class KlCov(Loss):
     chosen_BT: Tensor  # of this step, all rows
 
     def prepare(self, rollouts: Rollouts, advantages: Tensor, keep_B: np.ndarray) -> None:
-        super().prepare(rollouts, advantages, keep_B)
         self.chosen_BT = high_covariance(rollouts.sampler_logprobs, advantages, keep_B, self.options.share)
 
     def policy_term(self, x: LossInputs) -> tuple[Tensor, Tensor]:

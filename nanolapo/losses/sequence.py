@@ -54,7 +54,7 @@ class DhpoOptions:
 
 
 class Dhpo(Loss):
-    """DHPO (January 2026, id not confirmed; UNVERIFIED, abstract only): token ratio r and sequence ratio s, each clipped in
+    """DHPO (arXiv 2601.05607; UNVERIFIED, abstract only): token ratio r and sequence ratio s, each clipped in
     its own range before they are mixed. The mix is ours: -min(m A, m' A) with m = w r + (1 - w) s, and m' of clipped r, s.
     """
 

@@ -1,4 +1,4 @@
-"""PALU ("Concise Reasoning in the Lens of Lagrangian Optimization", October 2025).
+"""PALU ("Concise Reasoning in the Lens of Lagrangian Optimization", arXiv 2510.10168).
 
 UNVERIFIED: from the abstract and public reviews; the paper's text was not available. It minimises a length budget L_q of
 every problem subject to a pass rate of at least C, with a Lagrange multiplier that only takes its two extremes:

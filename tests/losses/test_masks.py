@@ -15,6 +15,7 @@ import torch
 from test_policy_losses import ADVANTAGES, gradients, stale_rollouts
 from test_update import assert_close
 from tiny import CPU, copied, fill, make_config, make_rows, score_rows, update
+from transformers import AutoModelForCausalLM
 
 from nanolapo.config import UserError
 from nanolapo.config_file import validate
@@ -155,50 +156,47 @@ def test_a_masked_row_keeps_its_kl_term():
 
 
 @pytest.mark.parametrize("case", WIDE, ids=list(LOSSES))
-def test_mastered_tokens_of_right_answers_leave_any_loss(case):
-    """By hand: above 0.9 lie token 0 of row 0, tokens 0 and 2 of row 1, and token 1 of row 2. Row 1 is wrong, so its tokens
-    stay. All other tokens keep value and gradient to the last digit."""
-    old = log([0.95, 0.5], [0.99, 0.3, 0.91], [0.9, 0.92], [0.4])
+def test_mastered_tokens_of_right_and_narrow_answers_leave_any_loss(case):
+    """By hand: 0.9 or more have token 0 of row 0, tokens 0 and 2 of row 1, token 1 of row 2, and row 3. Row 1 is wrong. Row
+    3 has the target's own entropy. Row 2 is below it on average, though its last token is above. All else stays."""
+    old = log([0.95, 0.5], [0.99, 0.3, 0.91], [0.8, 0.9 + 1e-12], [0.95])
+    entropy = torch.tensor([[0.1, 0.2, 0], [0.1, 0.1, 0.1], [0.3, 0.6, 0], [0.5, 0, 0]], dtype=torch.float64)
     x, new = inputs(LENGTHS, correct=[True, False, True, True])
-    x = replace(x, old_logprobs_BT=old, logprobs_BT=new)
-    entropy = x.rollouts.mean_entropy
-    assert entropy > 0
+    x = replace(x, old_logprobs_BT=old, logprobs_BT=new, entropy_BT=entropy)
     plain, plain_gradient, _ = run(case, x, new)
     assert (plain_gradient[x.mask_BT.bool()] != 0).all(), "a token without gradient shows nothing"
-    masked, gradient, logged = run(case | {"mastered_mask": [entropy + 1e-6, 0.9]}, x, new)
+    masked, gradient, logged = run(case | {"mastered_mask": [0.5, 0.9]}, x, new)
     gone = torch.zeros(4, 3, dtype=torch.bool)
     gone[0, 0] = gone[2, 1] = True
     assert torch.equal(logged["mastered"].bool() & x.mask_BT.bool(), gone)
     assert torch.equal(masked, plain.masked_fill(gone, 0.0))
     assert torch.equal(gradient, plain_gradient.masked_fill(gone, 0.0))
-    enough, same_gradient, logged = run(case | {"mastered_mask": [entropy, 0.9]}, x, new)  # not below the target
-    assert torch.equal(enough, plain) and torch.equal(same_gradient, plain_gradient) and not logged["mastered"].any()
 
 
-def test_the_entropy_of_the_step_decides_and_is_asked_again_at_every_step():
-    loss = load_loss(make_config(loss={"mastered_mask": [0.5, 0.99]}))
-    for logprob, narrow in ((-0.4, True), (-0.6, False), (-0.4, True)):
-        rollouts = fill(make_rows([2, 2]), sampler_logprobs=[np.full(2, logprob)] * 2)
-        loss.prepare(rollouts, torch.ones(2), np.ones(2, dtype=bool))
-        assert loss.narrow is narrow
-    nothing = fill(make_rows([2, 2]), broken=True)
-    loss.prepare(nothing, torch.ones(2), np.ones(2, dtype=bool))
-    assert not loss.narrow  # without any token there is no entropy
-
-
-def test_masked_tokens_stay_in_the_denominators(tied_model):
-    """The whole update equals the one with advantage 0 for these tokens, however the rows are split."""
+@pytest.mark.parametrize("train", [{}, {"batch_size": 4}, {"inner_epochs": 2}])
+def test_masked_tokens_stay_in_the_denominators(tied_model, train):
+    """The whole update equals the one with advantage 0 for these tokens, however the rows are split. The answers'
+    entropies, over the whole vocabulary, are those of plain transformers in float64."""
     rollouts = stale_rollouts(tied_model, 0.3)
     fill(rollouts, correct=[True, False] * 4)
+    model = AutoModelForCausalLM.from_pretrained(tied_model, dtype=torch.float64).eval()
+    entropies = []
+    for row in rollouts.rows:
+        ids = torch.from_numpy(np.concatenate([row.prompt_ids, row.response_ids]))[None]
+        logp = model(ids).logits[0, len(row.prompt_ids) - 1 : -1].log_softmax(-1)
+        entropies.append(-float((logp.exp() * logp).sum(-1).mean().detach()))
+    right = sorted(entropies[b] for b, row in enumerate(rollouts.rows) if row.correct and b < 6)
+    below = (right[-1] + right[-2]) / 2
     above = float(np.quantile(np.exp(np.concatenate(rollouts.sampler_logprobs)), 0.6))
-    by_hand = torch.zeros(8, 40, dtype=torch.float64)
+    by_hand, found = torch.zeros(8, 40, dtype=torch.float64), 0
     for b, row in enumerate(rollouts.rows):
-        mastered = (np.exp(row.sampler_logprobs) > above) & row.correct
+        mastered = (np.exp(row.sampler_logprobs) >= above) & (row.correct and entropies[b] < below)
         by_hand[b, : len(mastered)] = torch.from_numpy(ADVANTAGES[b] * ~mastered)
-        assert not row.correct or b >= 6 or len(mastered) < 5 or 0 < mastered.sum() < len(mastered)
-    sections = {"train": {"grad_clip": 1e9}, "loss": {"old_logprobs": "sampler"}}
+        found += mastered.sum() * (ADVANTAGES[b] != 0)
+    assert found > 3
+    sections = {"train": {"grad_clip": 1e9} | train, "loss": {"old_logprobs": "sampler"}}
     want = gradients(make_config(tied_model, **sections), rollouts, by_hand.tolist())  # type: ignore[arg-type]
-    sections["loss"]["mastered_mask"] = [100.0, above]
+    sections["loss"]["mastered_mask"] = [below, above]
     for tokens in (100_000, 60):
         sections["train"]["microbatch_tokens"] = tokens
         assert_close(gradients(make_config(tied_model, **sections), rollouts, ADVANTAGES), want, rtol=1e-4)

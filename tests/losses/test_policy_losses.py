@@ -287,6 +287,8 @@ def test_kl_cov_chooses_among_kept_rows_only():
     assert high_covariance(logprobs, advantages, keep, 0.001).sum() == 1  # at least one
     assert high_covariance(logprobs, advantages, keep, 0.0).sum() == 0
     assert high_covariance(logprobs, advantages, ~keep & False, 0.5).sum() == 0
+    padded = advantages[:, None].repeat(1, 5)  # advantages per token may be wider than the longest answer
+    assert torch.equal(high_covariance(logprobs, padded, keep, 0.5), chosen)
 
 
 def test_tis_weighs_the_policy_term_and_not_the_kl():

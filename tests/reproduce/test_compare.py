@@ -36,10 +36,10 @@ def trainings(recipe: Recipe, seed: int, method: str) -> list:
 
 
 def test_every_method_is_in_and_has_the_same_tokens() -> None:
-    """Each file of configs/methods, and LAPO; its runs share out the whole budget, and only that ends them."""
+    """Each file of configs/methods, LAPO, and controls; the runs share out the whole budget, and only that ends them."""
     recipe = demo()
-    lapo = {"lapo-d", "lapo-d-continued", "lapo-d-limit", "lapo-i", "grpo-lapo-limit"}
-    assert {path.stem for path in METHODS.glob("*.yaml")} | lapo == set(recipe.methods)
+    others = {"lapo-d", "lapo-d-continued", "lapo-d-limit", "lapo-i", "grpo-lapo-limit", "sequence-mean"}
+    assert {path.stem for path in METHODS.glob("*.yaml")} | others == set(recipe.methods)
     for name in recipe.methods:
         configs = [json.loads(step.config)[1]["train"] for step in trainings(recipe, 0, name)]
         assert sum(config["sampled_tokens"] for config in configs) == recipe.tokens == 750_000, name
@@ -65,6 +65,7 @@ def test_all_start_from_the_same_base_and_continue_from_their_own() -> None:
         "da-dler-start": "dler",
         "grpo-lapo-limit": "accuracy-only",
         "l1-max-start": "l1-exact",
+        "sequence-mean": "accuracy-only",
     }
 
 
