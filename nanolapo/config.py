@@ -170,10 +170,10 @@ class LossConfig:
     options: dict[str, Any] = field(default_factory=dict)  # the loss's own settings
     # constant: divided by max_new_tokens
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
-    # Clip of the token ratio (grpo, dhpo, minpro) or the sequence ratio (gspo, luspo)
+    # Clip of the token ratio (grpo, dhpo), the sequence ratio (gspo, luspo) or the token's weight (minpro)
     clip_low: Annotated[float, Must(lambda x: 0 <= x < 1, "must satisfy 0 <= clip_low < 1")] = 0.2
     clip_high: NotNegative[float] = 0.2  # larger than clip_low: DAPO's clip-higher
-    # grpo, minpro: where A < 0 the loss stops at this ratio; 0: off (verl 3, DAPO's recipe 10)
+    # grpo: where A < 0 the loss stops at this ratio; 0: off (verl 3, DAPO's recipe 10)
     dual_clip: Annotated[float, Must(lambda x: x == 0 or x > 1, "must be a ratio above 1; 0 turns it off")] = 0.0
     kl_coef: float = 1e-4  # 0: no reference model is loaded
     kl_kind: Literal["k1", "k2", "k3"] = "k3"

@@ -1,4 +1,4 @@
-"""R2VPO (arXiv 2601.03320; UNVERIFIED): the loss has a penalty lam on the variance of the ratio instead of a clip.
+"""R2VPO (arXiv 2601.03320, 2605.26784; UNVERIFIED): a penalty lam on the variance of the ratio instead of a clip.
 
 The form is that of two third-party implementations. The paper adapts lam as a dual variable; the rule here, its rate and
 its target are ours, because the paper's are not available.

@@ -1,4 +1,4 @@
-"""Losses that weigh each token by a ratio without gradient: CISPO by its own, MinPRO by the smallest before it."""
+"""Losses that weigh each token by a ratio without gradient: CISPO by its own, MinPRO also by the smallest before it."""
 
 from __future__ import annotations
 
@@ -33,12 +33,15 @@ class Cispo(Loss):
 
 
 class Minpro(Loss):
-    """MinPRO (arXiv 2601.22718; UNVERIFIED, abstract only): the smallest token ratio of the prefix stands in for their
-    product. Ours: it multiplies GRPO's clipped term, without gradient, 1 at the first token and never above 1.
+    """MinPRO (arXiv 2601.22718; UNVERIFIED, two third-party accounts): -sg(clip(m r)) A log p, with the smallest ratio m of
+    the tokens before, which stands in for the product of them all. No token loses its gradient. Ours: m is 1 at the first.
     """
 
+    aggregations = ("token_mean",)
+    dual_clips = False
+
     def policy_term(self, x: LossInputs) -> tuple[Tensor, Tensor]:
-        loss_BT, touched_BT = super().policy_term(x)
         ratio = torch.exp(x.logprobs_BT - x.old_logprobs_BT).detach()
-        before = torch.cat([torch.ones_like(ratio[:, :1]), ratio[:, :-1]], dim=1)  # 1, r_1, r_2, ...
-        return loss_BT * before.cummin(dim=1).values, touched_BT
+        before = torch.cat([torch.ones_like(ratio[:, :1]), ratio.cummin(dim=1).values[:, :-1]], dim=1)
+        weight = (before * ratio).clamp(1 - self.config.clip_low, 1 + self.config.clip_high)
+        return -weight * x.advantages_BT * x.logprobs_BT, weight != before * ratio

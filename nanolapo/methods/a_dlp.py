@@ -1,7 +1,7 @@
 r"""A-DLP: a price per token that rises while accuracy is above a reference and falls while it is below.
 
-Source: "Thinking Fast and Right", arXiv 2505.18298. UNVERIFIED: the paper's text was not read; the formula and its numbers
-agree with the training script of the authors' code.
+Source: "Thinking Fast and Right", arXiv 2505.18298; the authors' code (JinyanSu1/A-DLP) and its training script were read,
+the paper's text was not.
 
     R = c - lam * L                                           every answer, wrong ones as well
     lam <- max(0, lam + rate * (accuracy - reference))        after each step, from the accuracy of its batch

@@ -1,8 +1,9 @@
 """ConciseR: accuracy first, then L-GRPO (Song & Zheng, "Walk Before You Run!", arXiv 2505.21178; nick7nlp/ConciseR).
 
-UNVERIFIED: from the abstract and the read-me; no training code is public. Only the shape is known: a long first stage
-of GRPO with clip-higher and dynamic sampling, then a short one in which length enters the reward of a group only if all of
-its answers are right. The length term itself could not be found, so it is OURS, and so is the split of the steps:
+UNVERIFIED: from the abstract, the read-me and its figure; no training code is public. Only the shape is known: a long
+first stage of GRPO with clip-higher and dynamic sampling (5,700 of 5,810 steps), then a short one in which length enters
+the reward of a group only if all of its answers are right. The length term itself could not be found, so it is OURS. So is
+first_stage 0.8, for 0.98 of a run as short as ours would leave a step or none:
 
     second stage, every answer of the group right:  R_i = 1 + weight * (1 - L_i / L_max),  L_max = rollout.max_new_tokens
     everything else:                                R_i = c_i

@@ -1,20 +1,19 @@
 r"""GFPO: sample many answers, train on the few that are short (or efficient).
 
-Source: "Sample More to Think Less", arXiv 2508.09726. UNVERIFIED: from third-party notes, the paper's text was not read.
+Source: "Sample More to Think Less", arXiv 2508.09726, section 3, Eq. 2 and Algorithms 1 and 2.
 
     S = the k answers of the group with the best score: -L (shortest), or R / L (efficiency)
     A = (R - mean_S(R)) / std_S(R) in S, 0 outside
 
-G is rollout.group_size (published: 16 to 24, k = 8), R is c. `adaptive` keeps fewer answers of easier questions: k = 4, 6,
-8, 8 of 16 from the easiest quarter of the pass rates to the hardest. The quarters are those of all groups of the steps
-before this one; the first step has none and takes the hardest's k (the estimate is ours).
+G is rollout.group_size (published: 8, 16, 24; k at most 8). `adaptive` keeps fewer answers of easier questions: k = 4, 6,
+8, 8 of 16 from the easiest quarter of the pass rates to the hardest. The quarters are those of all groups so far, this
+step's included; for a few steps k is the hardest's (here one). Answers outside S stay in the divisors and in the KL term.
 
-Answers outside S leave the loss and its denominators as well: token mean is over the kept answers' tokens. Our source does
-not say which tokens divide. With KL 0 the other reading only scales the step.
+R is c here (ours). The paper's is between -1 and 1: right answers lose by their length, repetition costs, and wrong answers
+are negative, so among them R / L prefers the longer. That is kept: where R is 0 the longer answer comes first.
 
-Edge cases: "shortest" keeps wrong answers too. An S of one class gives 0, also where the group has both. Equal scores:
-the shorter answer first (so wrong answers, R / L = 0, are in the order of their lengths), then the earlier. A cut answer is
-wrong and as long as the limit, so it is kept last. State: how often each number of right answers was seen in a group.
+Edge cases: "shortest" keeps wrong answers too. An S of one class gives 0, also where the group has both. Equal scores
+otherwise: the earlier answer. State: how often each number of right answers was seen in a group.
 """
 
 from __future__ import annotations
@@ -50,17 +49,17 @@ def best_of(lengths_G: np.ndarray, rewards_G: np.ndarray, k: int, score: str = "
     """
     scores = -lengths_G if score == "shortest" else rewards_G / np.maximum(lengths_G, 1)
     kept = np.zeros(len(lengths_G), dtype=bool)
-    kept[np.lexsort((lengths_G, -scores))[:k]] = True
+    kept[np.lexsort((-lengths_G, -scores))[:k]] = True
     return kept
 
 
 def quarter(rate: float, seen: np.ndarray) -> int:
-    """0 for the hardest quarter of the pass rates seen before, 3 for the easiest. seen: [groups].
+    """0 for the hardest quarter of the pass rates seen so far, 3 for the easiest. seen: [groups].
 
     >>> [quarter(rate, np.array([0.0, 0.25, 0.5, 0.75, 1.0])) for rate in (0.0, 0.25, 0.6, 0.75, 1.0)]
     [0, 1, 2, 3, 3]
     """
-    return int((np.quantile(seen, (0.25, 0.5, 0.75)) <= rate).sum()) if len(seen) else 0
+    return int((np.quantile(seen, (0.25, 0.5, 0.75)) <= rate).sum())
 
 
 class Gfpo(Method):
@@ -80,24 +79,19 @@ class Gfpo(Method):
             )
         self.times_seen = [0] * (size + 1)  # groups with 0, 1, ..., G right answers
 
-    def group_k(self, right: int) -> int:
-        """The k of a group with so many right answers."""
-        if not self.options.adaptive:
-            return self.k
+    def group_k(self, right_P: np.ndarray) -> list[int]:
+        """The k of each group of a step, given how many right answers each has."""
+        if not self.options.adaptive or not any(self.times_seen):
+            return [self.k] * len(right_P)
         size = self.config.rollout.group_size
-        seen = np.repeat(np.arange(size + 1), self.times_seen)
-        return max(2, round(SHARES[quarter(right, seen)] * size))
+        seen = np.concatenate([np.repeat(np.arange(size + 1), self.times_seen), right_P])
+        return [max(2, round(SHARES[quarter(right, seen)] * size)) for right in right_P.tolist()]
 
     def advantage(self, rollouts: Rollouts, rewards_PG: Tensor) -> Tensor:
         lengths_PG, right_P = rollouts.by_group(rollouts.lengths_B), rollouts.by_group(rollouts.correct_B).sum(axis=1)
-        kept_PG = np.stack([
-            best_of(lengths, rewards, self.group_k(right), self.options.score)
-            for lengths, rewards, right in zip(lengths_PG, rewards_PG.numpy(), right_P.tolist(), strict=True)
-        ])  # fmt: skip
-        for row, kept in zip(rollouts.rows, kept_PG.flatten().tolist(), strict=True):
-            row.keep = row.keep and kept  # a row that is not kept is in no denominator either
         advantages_PG = torch.zeros_like(rewards_PG)
-        for p, kept_G in enumerate(torch.from_numpy(kept_PG)):
+        for p, k in enumerate(self.group_k(right_P)):
+            kept_G = torch.from_numpy(best_of(lengths_PG[p], rewards_PG[p].numpy(), k, self.options.score))
             within_1K = group_advantages(rewards_PG[p : p + 1, kept_G], self.config.loss.normalize_std)
             advantages_PG[p, kept_G] = within_1K[0]
         return advantages_PG.flatten()

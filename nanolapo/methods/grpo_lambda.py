@@ -1,17 +1,15 @@
-r"""GRPO-lambda: only the groups that do well pay for length. UNVERIFIED.
+r"""GRPO-lambda: only the groups that do well pay for length.
 
-Source: Dai, Liu, Si, "Stable Reinforcement Learning for Efficient Reasoning", arXiv 2505.18086. The paper's text was
-not available: formula and defaults come from a third party's description and code.
+Source: Dai, Liu, Si, "Stable Reinforcement Learning for Efficient Reasoning", arXiv 2505.18086, Eq. 1 and 2. The step's
+groups are ranked by pass rate. The best share lambda gets
 
-The step's groups are ranked by pass rate. The best share lambda (0.2: at least one group, rounded up) gets
+    R = c * (1 - a * sigmoid((L - mean(L+)) / std(L+)))         lambda 0.2, a 0.2
 
-    R = c * (1 - a * sigmoid((L - mean(L+)) / std(L+)))         a = 0.6 (third party)
+and the others plain 0/1. Ours, because the paper does not say: the number of groups is rounded up and at least one, ties in
+pass rate keep the order of the batch, and std is the population's.
 
-and the others plain 0/1. One thing differs from the third party: it rewards wrong answers of a best group, here they get
-0.
-
-Edge cases: ties in pass rate keep the order of the batch. A best group without a right answer -> zeros; one right
-answer -> z = 0, it pays a / 2.
+Edge cases: a best group without a right answer -> zeros; one right answer -> z = 0, it pays a / 2. In a group that is right
+throughout a says nothing: dividing the advantage by the group's std cancels it.
 """
 
 from __future__ import annotations
@@ -44,7 +42,7 @@ def best_groups(correct_PG: np.ndarray, share: float) -> np.ndarray:
 @dataclass(frozen=True)
 class Options:
     share: float = 0.2  # lambda
-    weight: float = 0.6  # a
+    weight: float = 0.2  # a
 
 
 class GrpoLambda(Method):

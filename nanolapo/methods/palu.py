@@ -1,12 +1,14 @@
 """PALU ("Concise Reasoning in the Lens of Lagrangian Optimization", arXiv 2510.10168).
 
-UNVERIFIED: from the abstract and public reviews; the paper's text was not available. It minimises a length budget L_q of
-every problem subject to a pass rate of at least C, with a Lagrange multiplier that only takes its two extremes:
+UNVERIFIED: from the authors' poster, the abstract and public reviews; the paper's text was not available. It minimises a
+length budget L_q of every problem subject to a pass rate of at least C, with a Lagrange multiplier that only takes its two
+extremes:
 
     R_q >= C:  L_q <- L_q - (Q_1(L+) - Q_{1-tau}(L+))     longest right length minus the (1 - tau) quantile; C 0.8, tau 0.5
     else:      L_q <- L_max                               reset
 
-with R_q and L+ from the problem's previous visit. The form of the reward is not confirmed; OURS: R = c * [L <= L_q].
+with R_q and L+ from the problem's previous visit. The policy follows R_q alone: R = c * [L <= L_q]. The poster has "> C"
+and quantiles over all lengths, the reviews ">= C" and those of right answers, as here.
 
 Also our reading: "right" means right within the budget, both in R_q (it is R(theta, L, q)) and in L+. So the budget never
 falls below the quantile of lengths that did suffice. The budget is read only at the next visit, so it is moved at the end

@@ -48,8 +48,7 @@ CASES: list[dict] = [
     {"kind": "r2vpo", "options": {"lam": 0.8}},
     {"kind": "dhpo", "options": {"token_weight": 0.3, "sequence_clip_low": 0.02, "sequence_clip_high": 0.03}},
     {"kind": "dhpo", "aggregation": "sequence_mean"},
-    {"kind": "minpro", "clip_low": 0.15},
-    {"kind": "minpro", "dual_clip": 1.3, "aggregation": "constant"},
+    {"kind": "minpro", "clip_low": 0.35},
 ]
 NAMES = ["-".join(str(value) for key, value in case.items() if key in ("kind", "aggregation")) for case in CASES]
 EACH_KIND = [case for i, case in enumerate(CASES) if case["kind"] not in [c["kind"] for c in CASES[:i]]]
@@ -120,11 +119,9 @@ def slow_row(
             else:
                 out.append((-free * a[t], -a[t] * free, False))
         elif c.kind == "minpro":
-            weight = 1.0
-            for before in ratios[:t]:
-                weight = before if before < weight else weight
-            value, slope, touched = clipped_term(r, a[t], c.clip_low, c.clip_high, c.dual_clip)
-            out.append((weight * value, weight * slope, touched))
+            free = r * min(ratios[:t]) if t else r
+            weight = 1 - c.clip_low if free < 1 - c.clip_low else 1 + c.clip_high if free > 1 + c.clip_high else free
+            out.append((-weight * a[t] * new[t], -weight * a[t], weight != free))
     return out
 
 
@@ -249,13 +246,20 @@ def test_gspo_is_one_ratio_per_sequence():
     np.testing.assert_allclose(new.grad, [[-s, -s]])
 
 
-def test_minpro_takes_the_smallest_ratio_before_the_token():
-    """Ratios 0.9, 1.5, 0.5, 1 with A = 1 and wide clips: prefix minima 1, 0.9, 0.9, 0.5."""
-    ratios = torch.tensor([[0.9, 1.5, 0.5, 1.0], [1.2, 1.0, 1.0, 1.0]], dtype=torch.float64)
-    loss, _ = load_loss(make_config(loss={"kind": "minpro", "clip_low": 0.9, "clip_high": 9.0}))(
-        drifted(ratios.log(), 1.0)
+def test_minpro_weighs_by_the_smallest_ratio_before_the_token_as_well():
+    """Ratios 0.9, 1.5, 0.5, 1 have prefix minima 1, 0.9, 0.9, 0.5, so weights 0.9, 1.35, 0.45, 0.5. The second row begins
+    above 1, which counts: 1.2, 1.2, 2.4 and 1.8. With a clip to 0.5 and 2 one weight of each row changes."""
+    ratios = torch.tensor([[0.9, 1.5, 0.5, 1.0], [1.2, 1.0, 2.4, 1.8]], dtype=torch.float64)
+    x = replace(drifted(ratios.log(), 1.0), old_logprobs_BT=torch.full((2, 4), -1.0, dtype=torch.float64))
+    new = (x.old_logprobs_BT + ratios.log()).requires_grad_()
+    loss, logged = load_loss(make_config(loss={"kind": "minpro", "clip_low": 0.5, "clip_high": 1.0}))(
+        replace(x, logprobs_BT=new)
     )
-    np.testing.assert_allclose(-loss, [[0.9, 1.35, 0.45, 0.5], [1.2, 1.0, 1.0, 1.0]])  # never above 1
+    loss.sum().backward()
+    assert new.grad is not None
+    np.testing.assert_allclose(-new.grad, [[0.9, 1.35, 0.5, 0.5], [1.2, 1.2, 2.0, 1.8]])
+    np.testing.assert_allclose(loss.detach(), new.detach() * new.grad)
+    assert logged["clip_fraction"].tolist() == [[0, 0, 1, 0], [0, 0, 1, 0]]
 
 
 @pytest.mark.parametrize(

@@ -131,4 +131,4 @@ def test_right_answers_outscore_wrong_ones_of_the_same_length(name: str):
 def test_the_yaml_file_opens_with_its_source(name: str):
     first = (ROOT / f"configs/methods/{name}.yaml").read_text().splitlines()[0]
     assert first.startswith("# ") and "arXiv" in first
-    assert ("unverified" in first) == (name in ("grpo-lambda", "a-dlp"))
+    assert "unverified" not in first

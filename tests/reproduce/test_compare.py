@@ -142,7 +142,7 @@ def test_folders_and_names_that_yaml_would_read_otherwise(tmp_path: Path) -> Non
 
 def test_unverified_methods_are_marked_from_their_files() -> None:
     found = unverified(demo().methods)
-    assert {"palu", "r2vpo", "dhpo", "minpro", "conciser", "grpo-lambda"} <= found
+    assert {"palu", "r2vpo", "dhpo", "minpro", "conciser"} <= found
     assert not found & {"dler", "l1-exact", "lapo-i", "accuracy-only"}
 
 

@@ -61,7 +61,8 @@ def phase_overrides(recipe: Recipe, phase: str) -> list[str]:
 
 def test_the_published_setting_comes_first_and_is_scaled_by_the_bases_length() -> None:
     settings = yaml.safe_load((DEMO / "settings.yaml").read_text())["settings"]
-    assert all(next(iter(mine)) == "published" for mine in settings.values())
+    others = {name for name, mine in settings.items() if next(iter(mine)) != "published"}
+    assert others == {"conciser"}, "of whose run 0.98 is the first stage, which leaves a step or none here"
     for name, base in (("tuning", 100), ("tuning_too_long", 155)):
         recipe = Recipe(DEMO / f"{name}.yaml", Path("runs/tuning"), ["python"], setting=0)
         config = json.loads(recipe.training_step(100, "dler", recipe.runs["dler"]).config)[1]
