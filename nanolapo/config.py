@@ -180,7 +180,7 @@ class LossConfig:
     tis_cap: NotNegative[float] = 0.0  # truncated importance sampling against the sampler's log-probs; 0: off
     # [low, high]: rows whose product of p_trainer / p_sampler lies outside are masked, the others weighed by it
     sequence_mask: Bounds | None = None
-    # DMMPT, [entropy, probability]: tokens so likely leave the loss in right answers whose mean entropy is below
+    # DMMPT, [entropy, probability]: in right answers of a lower mean entropy, tokens at least so likely leave the loss
     mastered_mask: Mastered | None = None
     # trainer: recomputed; sampler: as sampled (exact only with a float32 sampler)
     old_logprobs: Literal["trainer", "sampler"] = "trainer"

@@ -125,13 +125,13 @@ def sampling_checks(
     ]
 
 
-def speed_of_dtype(dtype: torch.dtype) -> str:
+def speed_of_dtype(dtype: torch.dtype, key: str = "model.dtype") -> str:
     """A matrix product in this dtype takes at most twice as long as in float32; on many CPUs one in bfloat16 takes more."""
     if dtype == torch.float32 or torch.cuda.is_available():
         return f"{dtype} needs no trial here".removeprefix("torch.")
     times = seconds_of_product(dtype) / seconds_of_product(torch.float32)
     found = f"on this CPU a product in bfloat16 takes {times:.1f} times as long as in float32"
-    return f"{NOTE}{found}; set model.dtype=float32" if times > 2 else found
+    return f"{NOTE}{found}; set {key}=float32" if times > 2 else found
 
 
 def tokenizer_ids(path: str, key: str, tokenizer: HfTokenizer, texts: Sequence[str]) -> str:

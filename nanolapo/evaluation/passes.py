@@ -144,8 +144,10 @@ def preflight(config: Config, models: Sequence[Model], loaded: Sequence[Data]) -
             one.guidance(one.tokens or config.evaluate.max_new_tokens) if one.name else NO_GUIDANCE for one in asked
         ]
         checked.append(before_evaluation(config, model.path, f"evaluate.models: {model.name}", data, told))
-    dtype = getattr(torch, config.rollout.dtype or config.model.dtype)
-    checked[0].run([partial(speed_of_dtype, dtype)])  # it is the same for all models
+    key, dtype = (
+        ("rollout.dtype", config.rollout.dtype) if config.rollout.dtype else ("model.dtype", config.model.dtype)
+    )
+    checked[0].run([partial(speed_of_dtype, getattr(torch, dtype), key)])  # it is the same for all models
     return checked
 
 

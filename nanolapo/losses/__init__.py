@@ -5,8 +5,8 @@
 gradient up to the divisor.
 
 Where they come from: GRPO, CISPO and KL-Cov from the maintained code of verl and of the authors; GSPO from the authors'
-code; LUSPO from a third-party library (its paper was not read). UNVERIFIED are R2VPO (two third-party codes), DHPO and
-MinPRO (abstracts only, our readings of them).
+code; LUSPO from a third-party library (its paper was not read). UNVERIFIED are R2VPO (two third-party codes), MinPRO (two
+third-party accounts) and DHPO (its abstract).
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class Luspo(Gspo):
 
 @dataclass(frozen=True)
 class DhpoOptions:
-    """Unverified: the mix is ours, the sequence clips are GSPO's numbers. The token ratio's clips are loss.clip_*."""
+    """Unverified: the weight is ours, the sequence clips are GSPO's numbers. The token ratio's clips are loss.clip_*."""
 
     token_weight: Share = 0.5  # w of the token ratio, 1 - w of the sequence ratio
     sequence_clip_low: Share = 3e-4
@@ -54,8 +54,8 @@ class DhpoOptions:
 
 
 class Dhpo(Loss):
-    """DHPO (arXiv 2601.05607; UNVERIFIED, abstract only): token ratio r and sequence ratio s, each clipped in
-    its own range before they are mixed. The mix is ours: -min(m A, m' A) with m = w r + (1 - w) s, and m' of clipped r, s.
+    """DHPO (arXiv 2601.05607; UNVERIFIED, abstract: its averaged mix): token ratio r and sequence ratio s, each clipped in
+    its own range before they are mixed. Ours: w, and -min(m A, m' A) with m = w r + (1 - w) s, and m' of clipped r, s.
     """
 
     Options = DhpoOptions

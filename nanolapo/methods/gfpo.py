@@ -7,7 +7,8 @@ Source: "Sample More to Think Less", arXiv 2508.09726, section 3, Eq. 2 and Algo
 
 G is rollout.group_size (published: 8, 16, 24; k at most 8). `adaptive` keeps fewer answers of easier questions: k = 4, 6,
 8, 8 of 16 from the easiest quarter of the pass rates to the hardest. The quarters are those of all groups so far, this
-step's included; for a few steps k is the hardest's (here one). Answers outside S stay in the divisors and in the KL term.
+step's included; in the first few steps (here: the first) all groups have the hardest quarter's k. Answers outside S stay
+in the divisors and in the KL term.
 
 R is c here (ours). The paper's is between -1 and 1: right answers lose by their length, repetition costs, and wrong answers
 are negative, so among them R / L prefers the longer. That is kept: where R is 0 the longer answer comes first.
@@ -63,7 +64,7 @@ def quarter(rate: float, seen: np.ndarray) -> int:
 
 
 class Gfpo(Method):
-    """Group advantages among the k best answers of a group; the others are not trained on."""
+    """Group advantages among the k best answers of a group; the others have none."""
 
     Options = Options
 

@@ -9,7 +9,7 @@ and the others plain 0/1. Ours, because the paper does not say: the number of gr
 pass rate keep the order of the batch, and std is the population's.
 
 Edge cases: a best group without a right answer -> zeros; one right answer -> z = 0, it pays a / 2. In a group that is right
-throughout a says nothing: dividing the advantage by the group's std cancels it.
+throughout, `a` has no effect: dividing by the group's std (loss.normalize_std) cancels it.
 """
 
 from __future__ import annotations

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 from nanolapo.config import Config
 from nanolapo.config_file import validate
+from nanolapo.methods import load_method
+from nanolapo.methods.base import Method
 from nanolapo.plan.footprint import (
     Expected,
     bytes_of,
@@ -147,9 +149,9 @@ def training_flops(config: Config, shape: Shape, e: Expected, share: float) -> f
     have no gradient). share: of the prompts that are computed, see prompt_share.
 
     Further forward passes: the reference model for a KL term; once per step the old log-probs, with several optimizer
-    steps (with one epoch not of the first one's rows); the head, on answers only, again in every backward pass
-    (model/logprobs.py); the layers again under gradient checkpointing, except their last product (the recomputation stops
-    before it, because its result is not needed).
+    steps (with one epoch not of the first one's rows), or entropies, for a loss that needs them; the head, on answers only,
+    again in every backward pass (model/logprobs.py); the layers again under gradient checkpointing, except their last
+    product (the recomputation stops before it, because its result is not needed).
     """
     updates = config.optimizer_steps_per_step
     several = updates > 1 and config.loss.old_logprobs == "trainer"
@@ -157,7 +159,8 @@ def training_flops(config: Config, shape: Shape, e: Expected, share: float) -> f
     layers, head = shape.layer_flops(e.answer, e.prompt, share), 2.0 * shape.head * e.answer
     last = 2.0 * shape.layers * shape.intermediate * shape.hidden * (e.answer + share * e.prompt)
     again = epochs * config.model.num_checkpointed(shape.layers) / shape.layers * (layers - last)
-    scored = several * (1 - (epochs == 1) / updates)
+    needs_entropy = load_method(config, default=Method).loss.needs_entropy
+    scored = 1.0 if needs_entropy else several * (1 - (epochs == 1) / updates)
     return e.trained * ((epochs * passes + scored) * layers + again + (epochs * (passes + 1) + scored) * head)
 
 

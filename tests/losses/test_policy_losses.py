@@ -309,7 +309,7 @@ def test_tis_weighs_the_policy_term_and_not_the_kl():
 def gradients(
     config: Config, rollouts: Rollouts, advantages: list[float], ranks: object = None
 ) -> dict[str, torch.Tensor]:
-    """Gradients as the optimizer sees them in the only update of a step."""
+    """Gradients as the optimizer sees them in the last update of a step."""
     policy, seen = Policy(config, CPU), {}
     policy.optimizer.register_step_pre_hook(
         lambda *_: seen.update({n: p.grad.clone() for n, p in policy.model.named_parameters()})

@@ -133,19 +133,13 @@ def test_quarters_of_the_pass_rates():
 def test_adaptive_keeps_8_8_6_4_of_16_from_hard_to_easy():
     method = make(16, adaptive=True)
     assert method.group_k(np.array([0, 16])) == [8, 8]  # the first step knows nothing
-    rights = (0, 4, 8, 12, 16)
-    rollouts = make_rows([5] * 80, 16, correct=sum(([1] * n + [0] * (16 - n) for n in rights), []))
+    rights = (0, 4, 8, 12, 16)  # the first answer of a group is right, then come the wrong ones
+    rollouts = make_rows([5] * 80, 16, correct=sum(([1][:n] + [0] * (16 - n) + [1] * (n - 1) for n in rights), []))
     assert method.after_step(rollouts) == {}
     assert method.times_seen == [1 if n in rights else 0 for n in range(17)]
     assert method.group_k(np.array(rights)) == [8, 8, 6, 4, 4]  # quartiles 4, 8, 12, of both steps together
-    kept = [sum(a != 0 for a in advantage(method, rollouts)[16 * p : 16 * p + 16]) for p in range(5)]
-    assert kept == [
-        0,
-        8,
-        0,
-        0,
-        0,
-    ]  # of four and twelve right answers the first eight, six and four: only one S is mixed
+    kept = np.count_nonzero(np.reshape(advantage(method, rollouts), (5, 16)), axis=1)
+    assert kept.tolist() == [0, 8, 6, 4, 0]
     # This step's own groups count: the quartiles of the ten are 9, 16 and 16 here, and 9, 14 and 16 below
     assert method.group_k(np.array([16] * 5)) == [4] * 5
     assert method.group_k(np.array([12, 16, 16, 16, 16])) == [8, 4, 4, 4, 4]

@@ -75,6 +75,8 @@ PASSES = [  # sections, forward passes of the layers, of the head (which is comp
     ({"loss": {"kl_coef": 0.1}}, 4, 5),
     ({"train": {"inner_epochs": 3}, "loss": {"kl_coef": 0.1}}, 13, 16),
     ({"model": {"lora_rank": 2}}, 2, 3),
+    ({"loss": {"mastered_mask": (0.2, 0.99), "old_logprobs": "sampler"}}, 4, 5),  # the entropies of all rows
+    ({"method": {"name": "hapo_tokens:TokenHapo"}, "train": {"batch_size": 2}}, 4, 5),
 ]
 
 
@@ -106,18 +108,19 @@ def written_out(query: Tensor, key: Tensor, value: Tensor, scaling: float, windo
 
 @pytest.mark.parametrize("checkpointing", [False, 0.5, True])
 @pytest.mark.parametrize(("batch_size", "epochs"), [(2, 2), (2, 1), (4, 2), (4, 1)])
+@pytest.mark.parametrize("mask", [None, (0.2, 0.99)])
 def test_a_real_update_takes_the_planned_flops(
-    tied_model: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: float, batch_size: int, epochs: int
+    tied_model: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: float, batch_size: int, epochs: int, mask: Any
 ) -> None:
-    """update_policy under torch's counter: several optimizer steps and epochs, reference, checkpointing, shared prompts.
-    The counter cannot see into fused attention; written out, it is computed in full."""
+    """update_policy under torch's counter: several optimizer steps and epochs, reference, checkpointing, shared prompts,
+    entropies. The counter cannot see into fused attention; written out, it is computed in full."""
     monkeypatch.setattr(attention, "attend", written_out)
     config = planning_config(
         tied_model,
         model={"gradient_checkpointing": checkpointing},
         rollout={"prompts_per_step": 2, "group_size": 2},
         train={"batch_size": batch_size, "inner_epochs": epochs},
-        loss={"kl_coef": 0.1},
+        loss={"kl_coef": 0.1, "mastered_mask": mask},
     )
     answer, prompt, share = 7, 5, 0.5
     rows = make_rows([answer] * 4)
@@ -128,7 +131,7 @@ def test_a_real_update_takes_the_planned_flops(
         update(policy, rows, [1.0, -1.0, 1.0, -1.0])
     shape = load_shape(str(tied_model))
     half = shape.layer_flops(answer, prompt, share, causal=False) - shape.layer_flops(answer, prompt, share)
-    passes = epochs * (4 + checkpointing) + (1 if epochs == 2 else 1 - batch_size / 4)  # old log-probs
+    passes = epochs * (4 + checkpointing) + (1 if mask or epochs == 2 else 1 - batch_size / 4)  # old log-probs
     planned = training_flops(config, shape, replace(expected(answer, prompt), trained=4), prompt_share(config, 1))
     assert counted.flops == planned + 4 * passes * half
 
