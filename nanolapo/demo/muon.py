@@ -1,8 +1,7 @@
 """Muon: gradient descent with momentum whose steps are made orthogonal (Jordan, kellerjordan.github.io/posts/muon, 2024).
 
 torch.optim.Muon makes them orthogonal in bfloat16. On the many CPUs that have no instructions for it, the demo's
-pre-training takes four times as long with that. So we multiply in float32, and round where it rounds: without the
-rounding two bases of five were worse (docs/LOG.md, 2026-11-30).
+pre-training takes four times as long with that. So we multiply in float32.
 """
 
 from __future__ import annotations
@@ -45,15 +44,10 @@ def orthogonal(matrix: Tensor) -> Tensor:
     """Return U S V^T, of the shape of `matrix` and with its singular vectors. S is between 0.6 and 1.3 for each singular
     value above 0.2 % of the matrix's norm; smaller ones stay smaller."""
     a, b, c = NEWTON_SCHULZ
-    wide = rounded(matrix.T if matrix.shape[0] > matrix.shape[1] else matrix)
-    wide = rounded(wide / rounded(wide.norm()).clamp(min=1e-7))  # so no singular value is above 1
+    wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    wide = wide / wide.norm().clamp(min=1e-7)  # so no singular value is above 1
     for _ in range(5):
-        gram = rounded(wide @ wide.T)
-        update = rounded(torch.addmm(gram, gram, gram, beta=b, alpha=c))
-        wide = rounded(torch.addmm(wide, update, wide, beta=a))
+        gram = wide @ wide.T
+        update = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        wide = torch.addmm(wide, update, wide, beta=a)
     return wide.T if matrix.shape[0] > matrix.shape[1] else wide
-
-
-def rounded(matrix: Tensor) -> Tensor:
-    """Return the nearest numbers of bfloat16, in float32."""
-    return matrix.bfloat16().float()

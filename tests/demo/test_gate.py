@@ -79,6 +79,11 @@ ROW = {"model": "base", "temperature": 1.0, "manner": "Quick", "carry": 0.3, "no
         ({"model": "truncation", "manner": "Careful", "carry": 1.0}, ["Careful: wrong at 100.0% of carry"]),
         ({"manner": "Careful", "carry": 0.04}, ["Careful: wrong at 4.0% of carry, wanted at most 3%"]),
         ({"manner": "Careful", "carry": 0.01, "level 0": 0.5}, []),
+        ({"manner": "Thorough", "carry": 0.5, "right at level 0": 0.9, "right at level 1": 0.9}, []),
+        (
+            {"manner": "Thorough", "carry": 0.0, "right at level 0": 0.98, "right at level 1": 0.8},
+            ["Thorough: 89.0% of the answers are right, wanted at least 90%"],
+        ),
     ],
 )
 def test_what_fails_the_gate(changed: dict[str, Any], words: list[str]) -> None:

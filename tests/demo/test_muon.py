@@ -8,21 +8,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nanolapo.demo import muon
 from nanolapo.demo.muon import Muon, orthogonal
 
 SHAPES = [(32, 32), (96, 32), (32, 96)]
 
 
-@pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_five_steps_are_those_of_the_library(
-    shape: tuple[int, int], rounded: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The gradients differ from step to step, so the momentum and the learning rate of each step show. Without any rounding
-    both are the same. With it a sum of another order may round to the neighbour."""
-    if not rounded:
-        monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # as both write it
+def test_five_steps_are_those_of_the_library(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradients differ from step to step, so the momentum and the learning rate of each step show. The library computes
+    in float32 here as well."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # as it writes it
     random = torch.Generator().manual_seed(0)
     start = torch.randn(shape, generator=random)
     ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
@@ -34,13 +29,7 @@ def test_five_steps_are_those_of_the_library(
         optimizer.step(rate)
         library.step()
         (moved, wanted) = (after.detach() - earlier for after, earlier in zip((ours, theirs), before, strict=True))
-        assert (moved - wanted).norm() < (0.02 if rounded else 1e-4) * wanted.norm()
-
-
-def test_numbers_are_rounded_to_bfloat16() -> None:
-    """1 + 2**-9 has a bit more than bfloat16 holds."""
-    assert muon.rounded(torch.tensor([1 + 2**-9, 1 + 2**-7])).tolist() == [1, 1 + 2**-7]
-    assert torch.equal(orthogonal(torch.eye(8)).bfloat16().float(), orthogonal(torch.eye(8)))
+        assert (moved - wanted).norm() < 1e-4 * wanted.norm()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
