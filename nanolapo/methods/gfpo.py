@@ -10,8 +10,8 @@ G is rollout.group_size (published: 8, 16, 24; k at most 8). `adaptive` keeps fe
 step's included; in the first few steps (here: the first) all groups have the hardest quarter's k. Answers outside S stay
 in the divisors and in the KL term.
 
-R is c here (ours). The paper's is between -1 and 1: right answers lose by their length, repetition costs, and wrong answers
-are negative, so among them R / L prefers the longer. That is kept: where R is 0 the longer answer comes first.
+R is c here (ours). The paper's is between -1 and 1: right answers lose by their length, and repetition costs. We read it
+so that wrong answers are negative, and among them R / L prefers the longer: where R is 0 the longer answer comes first.
 
 Edge cases: "shortest" keeps wrong answers too. An S of one class gives 0, also where the group has both. Equal scores
 otherwise: the earlier answer. State: how often each number of right answers was seen in a group.
