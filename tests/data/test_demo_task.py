@@ -262,7 +262,7 @@ def test_pretraining_goes_on_from_a_base(tmp_path: Path, monkeypatch: pytest.Mon
         return AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).state_dict()
 
     base = run("base", seed=7, steps=5, hidden_size=32, layers=1)
-    assert easy == [True, True, True, False, False], "the first half is easy"
+    assert easy == [True, True, False, False, False], "the first 35 % are easy"
     easy.clear()
     first, second = (run(name, start=str(tmp_path / "base"), steps=2, mixture="too-long") for name in ("a", "b"))
     assert easy == [False] * 4

@@ -248,16 +248,16 @@ def test_gspo_is_one_ratio_per_sequence():
 
 def test_minpro_weighs_by_the_smallest_ratio_before_the_token_as_well():
     """Ratios 0.9, 1.5, 0.5, 1 have prefix minima 1, 0.9, 0.9, 0.5, so weights 0.9, 1.35, 0.45, 0.5. The second row begins
-    above 1, which counts: 1.2, 1.2, 2.4 and 1.8. With a clip to 0.5 and 2 one weight of each row changes."""
+    above 1, which counts: 1.2, 1.2, 2.4 and 1.8. With a clip to 0.48 and 2 one weight of each row changes."""
     ratios = torch.tensor([[0.9, 1.5, 0.5, 1.0], [1.2, 1.0, 2.4, 1.8]], dtype=torch.float64)
     x = replace(drifted(ratios.log(), 1.0), old_logprobs_BT=torch.full((2, 4), -1.0, dtype=torch.float64))
     new = (x.old_logprobs_BT + ratios.log()).requires_grad_()
-    loss, logged = load_loss(make_config(loss={"kind": "minpro", "clip_low": 0.5, "clip_high": 1.0}))(
+    loss, logged = load_loss(make_config(loss={"kind": "minpro", "clip_low": 0.52, "clip_high": 1.0}))(
         replace(x, logprobs_BT=new)
     )
     loss.sum().backward()
     assert new.grad is not None
-    np.testing.assert_allclose(-new.grad, [[0.9, 1.35, 0.5, 0.5], [1.2, 1.2, 2.0, 1.8]])
+    np.testing.assert_allclose(-new.grad, [[0.9, 1.35, 0.48, 0.5], [1.2, 1.2, 2.0, 1.8]])
     np.testing.assert_allclose(loss.detach(), new.detach() * new.grad)
     assert logged["clip_fraction"].tolist() == [[0, 0, 1, 0], [0, 0, 1, 0]]
 
