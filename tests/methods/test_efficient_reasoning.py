@@ -91,7 +91,7 @@ def test_only_the_best_groups_pay_for_length():
     reward = sum(method.reward(rollouts).values())
     np.testing.assert_allclose(reward, [1, 0, *slow_reward([10, 30], [True, True], 0.2), 1, 1])
     single = make_rows([10, 30], correct=[True, False])  # the best group of one, with a wrong answer in it
-    np.testing.assert_allclose(sum(method.reward(single).values()), [0.7, 0.0])
+    np.testing.assert_allclose(sum(method.reward(single).values()), [0.9, 0.0])
     nothing = make_rows([10, 30, 5, 5], correct=[False] * 4)
     assert (sum(method.reward(nothing).values()) == 0).all()
 
