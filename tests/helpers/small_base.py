@@ -22,7 +22,7 @@ def draw_small_example(rng: random.Random, *_: object) -> tuple[str, str]:
 
 
 def make_small_base(folder: Path, hidden_size: int = 64) -> None:
-    """At 600 steps most of its answers are right, at 500 half of them: it learns suddenly which digits belong together."""
+    """At 600 steps most of its answers are right, at 500 a third: it learns suddenly which digits belong together."""
     settings = DemoConfig(steps=600, hidden_size=hidden_size, layers=2, batch_tokens=1000)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "draw_example", draw_small_example)
