@@ -39,6 +39,29 @@ def group_advantages(rewards_PG: Tensor, normalize_std: bool = True, eps: float 
     return torch.where(spread < MIN_SPREAD, torch.zeros_like(centred), centred).to(rewards_PG.dtype)
 
 
+def batch_advantages(rewards_PG: Tensor, weights_PG: Tensor) -> Tensor:
+    """Rewards centred in their group, then whitened over the batch: [P, G], like rewards_PG.
+
+    weights_PG: how often a rollout counts in the batch's mean and (unbiased) variance: 1, or its number of tokens; 0 for a
+    group that is not trained on, whose advantage is 0.
+
+    >>> batch_advantages(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
+    tensor([[ 0.7071, -0.7071],
+            [ 0.0000,  0.0000]])
+    """
+    assert rewards_PG.shape == weights_PG.shape, f"{tuple(rewards_PG.shape)}, {tuple(weights_PG.shape)}"
+    weights = weights_PG.double()
+    centred = rewards_PG.double() - rewards_PG.double().mean(dim=1, keepdim=True)
+    count = weights.sum()
+    if count <= 1:
+        return torch.zeros_like(rewards_PG)
+    centred = centred - (weights * centred).sum() / count
+    std = ((weights * centred.square()).sum() / (count - 1)).sqrt()
+    if std < MIN_SPREAD:
+        return torch.zeros_like(rewards_PG)
+    return (centred / std * (weights > 0)).to(rewards_PG.dtype)
+
+
 def check_advantages(advantages: Tensor, lengths_B: np.ndarray, keep_B: np.ndarray) -> None:
     """Raises UserError for advantages of a method that are neither [B] nor [B, T], or not finite where a row counts."""
     rows, longest, shape = len(lengths_B), int(lengths_B.max()), tuple(np.shape(advantages))

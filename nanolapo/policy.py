@@ -123,9 +123,7 @@ class Policy:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             layers = layers_of(model)
             for layer in layers[: m.num_checkpointed(len(layers))]:
-                layer.training = (
-                    True  # what transformers asks for. Its parts stay as they are: some add noise in training
-                )
+                layer.training = True  # as transformers asks. Its parts stay as they are: some add noise in training
         if m.lora_rank:
             add_lora(model, m.lora_rank, m.lora_alpha)
 

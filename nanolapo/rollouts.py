@@ -18,6 +18,7 @@ import numpy as np
 
 from nanolapo.config import UserError
 from nanolapo.data.problems import Problem
+from nanolapo.data.prompts import GivenTokens
 from nanolapo.samplers.sampler import Request, Sample
 
 
@@ -33,12 +34,21 @@ class Rollout:
     budget: float = math.nan  # the target length given with the prompt; nan, not 0, if there was none
     place: int = 0  # the place of its prompt among the prompts of the step
     broken: bool = False  # cannot be trained on (see make_rollouts): it is masked out and counted
-    forced: bool = False  # its first token was given, not drawn; sampler_logprobs[0] is that of the choice
+    given: GivenTokens | None = None  # its first tokens were given, not drawn; their sampler_logprobs are of the choice
     unmatched: bool = False  # sampled at another temperature than the trainer scores at: left out of the mismatch
     text: str = ""  # the decoded response, for the grader and for people
     correct: bool = False  # the grader's verdict, never a shaped reward
     reward: dict[str, float] = field(default_factory=dict)  # named parts; the reward is their sum
     keep: bool = True  # its group is trained on
+
+    @property
+    def num_given(self) -> int:
+        return len(self.given.ids) if self.given else 0
+
+    @property
+    def num_by_lot(self) -> int:
+        """Of the given tokens those that were chosen with a known probability: all or none."""
+        return self.num_given if self.given and self.given.logprob is not None else 0
 
 
 def column(read: Callable[[Rollout], Any], dtype: type) -> property:
@@ -112,7 +122,7 @@ class Rollouts:
     @property
     def mean_entropy(self) -> float:
         """E[-log p] over the drawn tokens of usable rows, nats per token: an unbiased estimate; nan without any."""
-        drawn = (row.sampler_logprobs[int(row.forced) :] for row in self.rows if not row.broken)
+        drawn = (row.sampler_logprobs[row.num_given :] for row in self.rows if not row.broken)
         used = [logprobs for logprobs in drawn if len(logprobs)]
         return -float(np.concatenate(used).mean()) if used else math.nan
 
@@ -177,7 +187,7 @@ def make_rollouts(requests: Sequence[Request], samples: Sequence[Sample], group_
             finished=bool(sample.finished),
             budget=math.nan if asked.budget is None else float(asked.budget),
             place=asked.place,
-            forced=asked.first is not None,
+            given=asked.given,
             broken=not (known and bool(np.isfinite(sample.logprobs).all())),
         ))  # fmt: skip
     return Rollouts(rows, group_size)

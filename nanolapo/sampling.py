@@ -15,6 +15,7 @@ from tqdm import tqdm
 from nanolapo.data.load import Data
 from nanolapo.data.order import round_indices
 from nanolapo.data.problems import Problem
+from nanolapo.data.prompts import GivenTokens, Guidance
 from nanolapo.grader import Grader, check_errors
 from nanolapo.methods.base import MonitorPlan, SamplingPlan
 from nanolapo.metrics import Stopwatch
@@ -104,15 +105,14 @@ def make_requests(session: Session, plan: SamplingPlan | MonitorPlan, draw: Mapp
     engine, engines = session.ranks.engine(session.config.rollout.tensor_parallel)
     requests = []
     for place, problem in list(draw.items())[engine::engines]:
-        prompts: dict[tuple[str, str], list[int]] = {}  # a group mostly shares one prompt: encode it once
+        prompts: dict[Guidance, tuple[list[int], GivenTokens | None]] = {}  # a group mostly shares one: encode it once
         for g in range(plan.group_size):
             guidance = session.method.guidance(problem, g, session.step)
-            key = guidance.outside, guidance.inside
-            if key not in prompts:
-                prompts[key] = session.data.prompter.ids(problem.question, guidance)
+            if guidance not in prompts:
+                prompts[guidance] = session.data.prompter.ids_and_given(problem.question, guidance)
+            ids, given = prompts[guidance]
             seed = row_seed(session.config.run.seed, session.step, place, g)
-            carried = (problem, place, guidance.budget, guidance.first)
-            requests.append(Request(prompts[key], seed, plan.max_new_tokens, *carried))
+            requests.append(Request(ids, seed, plan.max_new_tokens, problem, place, guidance.budget, given))
     return requests
 
 

@@ -177,13 +177,15 @@ def loss_inputs(
     width, entropies = micro.mask_BT.shape[1], rollouts.old_entropies
     old_BT = logprobs_BT.detach() if old is None else micro.pad([old[row] for row in micro.rows])
     sampler_BT = micro.pad([rollouts.rows[row].sampler_logprobs for row in micro.rows])
+    # No policy drew given tokens. Whatever scored them: if they were chosen by lot, that has the old log-prob
+    given_BT = first_tokens([rollouts.rows[row].num_given for row in micro.rows], micro.mask_BT)
+    by_lot_BT = first_tokens([rollouts.rows[row].num_by_lot for row in micro.rows], micro.mask_BT)
     mine = to_device(advantages[micro.rows].float(), policy.device)
     advantages_BT = (mine[:, None] if mine.ndim == 1 else mine[:, :width]) * micro.mask_BT
     return LossInputs(
         logprobs_BT=logprobs_BT,
-        # No policy drew a given first token: whatever scored it, what counts as old is the log-prob of its choice
-        old_logprobs_BT=torch.where(forced_tokens(rollouts, micro.rows, micro.mask_BT), sampler_BT, old_BT),
-        sampler_logprobs_BT=sampler_BT,
+        old_logprobs_BT=torch.where(by_lot_BT, sampler_BT, old_BT),
+        sampler_logprobs_BT=torch.where(given_BT & ~by_lot_BT, old_BT, sampler_BT),
         ref_logprobs_BT=ref_logprobs_BT,
         entropy_BT=micro.pad([entropies[row] for row in micro.rows]) if entropies else None,
         advantages_BT=advantages_BT,
@@ -193,11 +195,10 @@ def loss_inputs(
     )
 
 
-def forced_tokens(rollouts: Rollouts, rows: Sequence[int], mask_BT: Tensor) -> Tensor:
-    """Return which tokens were given and not drawn, bool [B, T]: at most the first of a row."""
-    forced_BT = torch.zeros_like(mask_BT, dtype=torch.bool)
-    forced_BT[:, 0] = to_device(np.array([rollouts.rows[row].forced for row in rows], dtype=bool), mask_BT.device)
-    return forced_BT
+def first_tokens(counts: Sequence[int], mask_BT: Tensor) -> Tensor:
+    """Return the first tokens of each row, so many as `counts` says: bool [B, T]."""
+    places_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
+    return places_T[None, :] < to_device(np.array(counts, dtype=np.int64), mask_BT.device)[:, None]
 
 
 def keep_in_step(policy: Policy, micro: MicroBatch) -> None:
@@ -231,7 +232,8 @@ def tally_mismatch(tally: Tally, x: LossInputs) -> None:
     """d = |logp_trainer - logp_sampler| on the sampled tokens: the same weights must give the same numbers. Rows sampled at
     another temperature are left out, and tokens that were given."""
     matched_B = to_device(np.array([not x.rollouts.rows[row].unmatched for row in x.rows]), x.mask_BT.device)
-    mask_BT = x.mask_BT * matched_B[:, None] * ~forced_tokens(x.rollouts, x.rows, x.mask_BT)
+    drawn_BT = ~first_tokens([x.rollouts.rows[row].num_given for row in x.rows], x.mask_BT)
+    mask_BT = x.mask_BT * matched_B[:, None] * drawn_BT
     difference_BT = (x.logprobs_BT.detach() - x.sampler_logprobs_BT).abs() * mask_BT
     tally.add("mismatch", difference_BT, mask_BT)
     largest = difference_BT.max()

@@ -430,7 +430,7 @@ def test_ranks_of_one_engine_bring_their_rows_once():
     session = scripted_session(SimpleNamespace(submit=lambda *_: right, errors=0, total=8), lambda _: "text")
     session.config, session.method, session.policy = config, Method(config), SimpleNamespace(vocab_size=9)
     session.step = session.sampled_tokens = 0
-    session.data.prompter = SimpleNamespace(ids=lambda *_: [1])
+    session.data.prompter = SimpleNamespace(ids_and_given=lambda *_: ([1], None))
     session.ranks = SimpleNamespace(is_main=True, engine=lambda _: (0, 1), gather=lambda part: [part, part])
     draw = dict(enumerate(make_problems(4)))
     rollouts = sample_and_grade(session, session.method.sampling(0), draw, Stopwatch())

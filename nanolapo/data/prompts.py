@@ -20,6 +20,7 @@ import math
 import re
 from dataclasses import dataclass, replace
 from inspect import signature
+from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
@@ -34,11 +35,11 @@ THOUGHT_TAG = re.compile(r"[<\[]\|?(?P<end>/|end_of_)?(?:[a-z]+[:_])*(?:think|th
 
 
 @dataclass(frozen=True)
-class FirstToken:
-    """A token that an answer is made to begin with. It belongs to the answer: it counts in the length and is trained."""
+class GivenTokens:
+    """What an answer is made to begin with. It belongs to the answer: it counts in the length and is trained."""
 
-    token: int
-    logprob: float  # of choosing it, as it was chosen: log 0.5 if half of a group begins with it
+    ids: tuple[int, ...]
+    logprob: float | None  # of each, if chosen by lot: log 0.5 if half of a group begins so. None: the policy's own
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,9 @@ class Guidance:
 
     outside: str = ""  # end of the question, before thinking starts
     inside: str = ""  # first words of the model's own thought
+    inside_is_answer: bool = False  # True: these words are given tokens of the answer, not the end of the prompt
     budget: float | None = None  # target length in tokens for the reward; None: this prompt has no budget
-    first: FirstToken | None = None  # how the answer begins; None: the model draws every token
+    given: GivenTokens | None = None  # how the answer begins; None: the model draws every token
 
     def __post_init__(self) -> None:
         # A missing length stored as 0 would teach the model to answer with nothing.
@@ -133,10 +135,8 @@ class Prompter:
         self.bos_id: int | None = bos if bos is not None and first == [bos] else None
         self.prefix = self._think_prefix() if config.style == "chat" else ""
         self.before, self.opening = self._around_question()
-        known = (
-            f"{config.template if config.style == 'raw' else tokenizer.chat_template} {[*tokenizer.get_added_vocab()]}"
-        )
-        self.knows_thoughts = THOUGHT_TAG.search(known + self.opening) is not None
+        template = config.template if config.style == "raw" else tokenizer.chat_template
+        self.knows_thoughts = bool(THOUGHT_TAG.search(f"{template} {[*tokenizer.get_added_vocab()]}{self.opening}"))
 
     def render(self, question: str, guidance: Guidance = NO_GUIDANCE) -> str:
         """Return the prompt as text, to show it; models get `ids`. Raises UserError if guidance would be misplaced."""
@@ -164,6 +164,14 @@ class Prompter:
         num_bos = next((i for i, token in enumerate(ids) if token != self.bos_id), len(ids))
         return [self.bos_id, *ids[num_bos:]]
 
+    def ids_and_given(self, question: str, guidance: Guidance) -> tuple[list[int], GivenTokens | None]:
+        """Return the prompt's ids, and what the answer is made to begin with."""
+        if not guidance.inside_is_answer:
+            return self.ids(question, guidance), guidance.given
+        ids = self.ids(question, guidance)
+        shared = len(commonprefix([ids, self.ids(question, replace(guidance, inside=""))]))
+        return ids[:shared], GivenTokens(tuple(ids[shared:]), None)
+
     def placed(self, guidance: Guidance) -> Guidance:
         """Return the guidance as it is printed. Raises UserError if it would not stand where the method wants it."""
         opened = thought_is_open(self.opening)
@@ -173,9 +181,8 @@ class Prompter:
                 "open the thought after the question"
             )
         if guidance.inside and self.knows_thoughts and not opened:
-            key = (
-                "end prompt.template in <think>" if self.config.style == "raw" else 'set prompt.think_prefix="<think>"'
-            )
+            raw = self.config.style == "raw"
+            key = "end prompt.template in <think>" if raw else 'set prompt.think_prefix="<think>"'
             raise UserError(
                 f"prompt: {guidance.inside.strip()!r} belongs into the thought, but none is open where the answer begins "
                 f"({self.opening[-40:]!r}); {key} (thinking must not be switched off), or state lengths in the question "
@@ -257,10 +264,8 @@ class Prompter:
         head = self._chat("", NO_GUIDANCE)
         prefix = self.config.think_prefix
         if "<think>" in prefix and head.rstrip().endswith("</think>"):
-            raise UserError(
-                "prompt.think_prefix opens a thought, but the chat template has just closed one (thinking is "
-                'switched off in it); set prompt.think_prefix=""'
-            )
+            raise UserError("prompt.think_prefix opens a thought, but the chat template has just closed one (thinking is "
+                            'switched off in it); set prompt.think_prefix=""')  # fmt: skip
         if head.rstrip().endswith("<think>"):  # as DeepSeek-R1 and QwQ do; a second tag would be off-policy
             prefix = prefix.rpartition("<think>")[2]
         return _after(head, prefix)
@@ -276,9 +281,8 @@ def check_template_options(tokenizer: PreTrainedTokenizerBase, options: dict[str
         if name not in words:
             close = difflib.get_close_matches(name, words - ours, n=1)
             hint = f"did you mean {close[0]}?" if close else "leave it out"
-            raise UserError(
-                f"prompt.template_options.{name}: the chat template of {tokenizer.name_or_path!r} does not read it; {hint}"
-            )
+            raise UserError(f"prompt.template_options.{name}: the chat template of {tokenizer.name_or_path!r} does not "
+                            f"read it; {hint}")  # fmt: skip
 
 
 def thought_is_open(text: str) -> bool:

@@ -69,10 +69,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     'Anything: x^2 + 17 \\\\boxed{7}<end>'
     """
     words = "Start at add Last digits I will answer the question with tokens carry Wait: Check: Quick Careful Thorough"
-    words += (
-        " Let think Think for maximum within to The output of assistant should be IMPORTANT You use exactly in your"
-    )
-    words += " response"
+    words += " Let think Think for maximum within to The output of assistant should be IMPORTANT"
+    words += " You use exactly in your response"
     pieces = ["<pad>", " <end>", " <think>", "</think>", " </think>", r" \boxed{", "}"]
     pieces += [f"{space}{label}:" for label in LABELS for space in ("", " ")]
     pieces += [f" {digit}{plus}" for digit in range(10) for plus in ("", "+")] + [
@@ -143,11 +141,8 @@ def state_length(rng: random.Random, lengths: dict[str, int]) -> tuple[str, Guid
     nearest = min(lengths, key=lambda manner: abs(lengths[manner] - n))
     if rng.random() < 0.6:
         return nearest, sentences.exact_guidance(n)
-    about = (
-        sentences.outside_guidance(n),
-        sentences.curriculum_guidance(n),
-        sentences.range_guidance(n - 10, n + 10, n),
-    )
+    in_range = sentences.range_guidance(n - 10, n + 10, n)
+    about = (sentences.outside_guidance(n), sentences.curriculum_guidance(n), in_range)
     limits = (sentences.l1_max_guidance(n), sentences.thinkprune_guidance(n), sentences.hbpo_guidance(n))
     guidance = rng.choice((*about, *limits))
     within = [manner for manner in lengths if lengths[manner] <= n]

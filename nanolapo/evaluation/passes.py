@@ -45,9 +45,7 @@ class Pass:
     """One pass over the problems. It states no length, or `factor` times the model's own length, or `tokens`."""
 
     name: str = ""  # what results call it
-    place: str = (
-        "inside"  # inside: in the paper's words at the start of the thought; outside: at the end of the question
-    )
+    place: str = "inside"  # in the paper's words, at the start of the thought; outside: at the end of the question
     factor: float = 0.0
     tokens: int = 0
 

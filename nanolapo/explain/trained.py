@@ -13,7 +13,7 @@ from nanolapo.explain.trace import Pass
 from nanolapo.methods.lapo import Discovery, Lapo
 from nanolapo.microbatches import make_microbatch
 from nanolapo.rollouts import Rollouts, make_rollouts
-from nanolapo.samplers.sampler import Decoding
+from nanolapo.samplers.sampler import Decoding, generate_all
 from nanolapo.session import Session
 from nanolapo.update import Tally, loss_inputs, tally_mismatch
 
@@ -125,7 +125,8 @@ def compare(s: Session, rollouts: Rollouts) -> tuple[float, Tensor]:
 def sample_again(v: View) -> Rollouts:
     """The same requests once more, from the weights that the sampler holds now. Not part of the step."""
     requests = [v.trace.requests[v.problem.id, i] for i in range(len(v.rows))]
-    samples = v.s.sampler.generate(requests, Decoding(v.s.config.rollout.temperature))
+    decoding = Decoding(v.s.config.rollout.temperature)
+    samples = generate_all(v.s.sampler, requests, decoding, None, lambda number, sample: None)
     return make_rollouts(requests, samples, len(requests), v.s.policy.vocab_size)
 
 

@@ -4,9 +4,9 @@
 `Loss` and one line here. With one update per rollout every ratio is 1, and all losses give the same policy
 gradient up to the divisor.
 
-Where they come from: GRPO, CISPO and KL-Cov from the maintained code of verl and of the authors; GSPO from the authors'
-code; LUSPO from a third-party library (its paper was not read). UNVERIFIED are R2VPO (two third-party codes), MinPRO (two
-third-party accounts) and DHPO (its abstract).
+Where they come from: GRPO, Dr. GRPO and KL-Cov from the authors' code; CISPO and GSPO from verl and TRL; LUSPO from TRL
+(its paper was not read). UNVERIFIED are R2VPO (third-party codes), MinPRO (its objective from a survey) and DHPO (its
+abstract).
 """
 
 from __future__ import annotations

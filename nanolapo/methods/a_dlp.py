@@ -9,7 +9,7 @@ the paper's text was not.
 lam starts at 0.001 per token and the rate is 0.001, on DeepScaleR-1.5B (mean 6229 tokens), so both scale with the inverse
 of the base's mean length: at the start an answer of that mean pays 6.2, more than a right answer earns. The reference is
 0.62 there; `reference: null` takes the accuracy of the first step's batch, which is the base's (ours). The advantage is
-GRPO's, with the standard deviation.
+GRPO's, with the standard deviation. Their entropy bonus of 0.001 is not built here.
 
 Edge cases: in a group of one class the deviation cancels lam, which then only decides whether there is a signal: rewards
 within 1e-6, as with lam 0, have none. None right: the shortest answer is best. A cut answer pays the whole limit. State:

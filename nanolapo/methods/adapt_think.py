@@ -5,7 +5,7 @@ of a thought (theirs: Alright). p_ref(q) is the accuracy of the first model, sam
 
     A = c - p_ref(q) + delta * [no thought]          delta = 0.05; no group mean, no standard deviation
 
-The given first token belongs to the answer: it counts in the length and in the limit, and it is trained, which is how the
+The given token belongs to the answer: it counts in the length and in the limit, and it is trained, which is how the
 model learns to choose. Its old log-prob is log 0.5, the probability with which it was given, and not that of any model. The
 sampler's record says the same, so importance weights (TIS, sequence_mask) are 1 there. It is left out of the mismatch and
 the entropy, because no model drew it.
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from nanolapo.config import Config, NotNegative, Positive, UserError
 from nanolapo.data.problems import Problem
-from nanolapo.data.prompts import FirstToken, Guidance, Prompter
+from nanolapo.data.prompts import GivenTokens, Guidance, Prompter
 from nanolapo.methods.reference import Reference
 from nanolapo.model.folder import load_tokenizer
 from nanolapo.rollouts import Rollouts
@@ -86,11 +86,11 @@ class AdaptThink(Reference):
         if not self.reference:  # the first model is measured freely
             return Guidance()
         no_thought = rollout_index < self.config.rollout.group_size // 2
-        return Guidance(first=FirstToken(self.closing_id if no_thought else self.opening_id, math.log(0.5)))
+        return Guidance(given=GivenTokens((self.closing_id if no_thought else self.opening_id,), math.log(0.5)))
 
     def closed(self, rollouts: Rollouts) -> np.ndarray:
         """Boolean [B]: the answers that were made to begin without a thought."""
-        return np.array([row.forced and row.response_ids[0] == self.closing_id for row in rollouts.rows])
+        return np.array([row.num_given == 1 and row.response_ids[0] == self.closing_id for row in rollouts.rows])
 
     def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:
         p_ref_P = np.array([self.reference[problem.id][1] for problem in rollouts.problems])

@@ -1,13 +1,13 @@
 """AEPO: keep the entropy near a target (arXiv 2510.08141; read-me and code of 597358816/AEPO).
 
 Read-me: grad = grad_GRPO + alpha * E_{o ~ pi at T}[grad logp * R]. We follow the code, which has no alpha: every step a
-quarter of the prompts is also sampled at T, 1.2 while the entropy is below the target of 0.5 nats (the read-me's result:
+quarter of the prompts is also sampled at T, 1.2 while the entropy is at most the target of 0.5 nats (the read-me's result:
 0.75), else 0.8; of these, answers with a group advantage above 0.05 are kept, their advantage is set to 1, and they replace
-K answers of the batch: K = 60 of 2560, half of it while the entropy is above the target.
+at most K answers of the batch, K = 60 of 2560; half as many while the entropy is above the target.
 
-Deviations: theirs overwrites the first K rows of the batch, here an extra answer replaces one of the same prompt (first
-come, first served), so every row still belongs to its problem. Last step's mean entropy is estimated by -mean(logp) of
-its samples, unbiased and free. At step 0 there is no last entropy and no extra pass.
+Deviations: theirs overwrites the first rows of the batch, here an extra answer replaces one of the same prompt (first come,
+first served). Last step's mean entropy is estimated by -mean(logp) of its samples, unbiased and free. At step 0 there is no
+last entropy and no extra pass. Their dual clip at 3 is not set.
 
 A replaced row keeps the reward of the answer it replaced, by which its group was measured. Its own verdict is "right", so
 the logged accuracy is up to K/B too high. The trainer scores it anew. Without one: plain GRPO. State: last entropy.
@@ -41,10 +41,10 @@ class Options:
     replace: int | None = None  # K, answers; None: 60 of 2560
 
 
-def pair_rows(group_of_extra: list[int], group_size: int, most: int) -> list[tuple[int, int]]:
-    """(row of the batch, number of the extra answer) for at most `most` of them, each in its own group.
+def pair_rows(group_of_extra: list[int], group_size: int) -> list[tuple[int, int]]:
+    """(row of the batch, number of the extra answer), each in its own group, while there are rows left in it.
 
-    >>> pair_rows([0, 0, 2], group_size=4, most=9)
+    >>> pair_rows([0, 0, 2], group_size=4)
     [(0, 0), (1, 1), (8, 2)]
     """
     used, pairs = Counter[int](), list[tuple[int, int]]()
@@ -52,7 +52,7 @@ def pair_rows(group_of_extra: list[int], group_size: int, most: int) -> list[tup
         if used[group] < group_size:
             pairs.append((group * group_size + used[group], extra))
             used[group] += 1
-    return pairs[:most]
+    return pairs
 
 
 class Aepo(Method):
@@ -73,7 +73,7 @@ class Aepo(Method):
         self.extra = None
         if self.entropy is None:
             return None
-        return self.extra_pass(step, self.options.high if self.entropy < self.options.target else self.options.low)
+        return self.extra_pass(step, self.options.high if self.entropy <= self.options.target else self.options.low)
 
     def possible_monitor(self, step: int) -> MonitorPlan | None:
         return self.extra_pass(step, self.options.high) if step else None
@@ -89,11 +89,11 @@ class Aepo(Method):
         self.extra = found
         return {"aepo/extra_accuracy": float(found.correct_B.mean())}
 
-    def most_replaced(self, num_rows: int) -> int:
-        """K: halved while the entropy is above the target."""
+    def num_replaced(self, num_pairs: int, num_rows: int) -> int:
+        """At most K, and half of that while the entropy is above the target."""
         o = self.options
         most = max(1, round(60 / 2560 * num_rows)) if o.replace is None else o.replace
-        return most if self.entropy is not None and self.entropy < o.target else most // 2
+        return min(most, num_pairs) // (1 if self.entropy is not None and self.entropy <= o.target else 2)
 
     def edit_rollouts(self, rollouts: Rollouts) -> list[Rollout]:
         self.verdict_B, self.next_entropy, self.replaced = rollouts.correct_B, rollouts.mean_entropy, []
@@ -104,8 +104,8 @@ class Aepo(Method):
         good_B = (group_advantages(verdicts_PG).flatten().numpy() > self.options.threshold) & ~extra.broken_B
         group_B = np.repeat([groups.get(p.id, -1) for p in extra.problems], extra.group_size)
         rows = np.nonzero(good_B & (group_B >= 0))[0]
-        pairs = pair_rows(group_B[rows].tolist(), rollouts.group_size, self.most_replaced(len(rollouts)))
-        for row, number in pairs:
+        pairs = pair_rows(group_B[rows].tolist(), rollouts.group_size)
+        for row, number in pairs[: self.num_replaced(len(pairs), len(rollouts))]:
             rollouts.put(row, extra.rows[rows[number]])
             self.replaced.append(row)
         return []

@@ -1,6 +1,7 @@
 r"""ALP: every answer pays for its length, the more the easier its question.
 
-Source: "Just Enough Thinking", arXiv 2506.05256. The default is the form that the trainer prime-rl ships (code):
+Source: "Just Enough Thinking", arXiv 2506.05256, known from third-party notes. The default is the linear penalty that the
+trainer prime-rl ships (code), which is of this kind but does not claim to be this paper's:
 
     R = c - weight * p * L / max(L)           p: the group's pass rate, max over all its answers; weight 0.25
     A = R - mean(R), without the standard deviation: loss.normalize_std is off in configs/methods/alp.yaml

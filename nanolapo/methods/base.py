@@ -36,9 +36,7 @@ class SamplingPlan:
     group_size: int
     temperature: float  # must be rollout.temperature, at which the trainer scores
     max_new_tokens: int  # at most rollout.max_new_tokens, also in MonitorPlan
-    weights: np.ndarray | None = (
-        None  # [problems], >= 0: draw by these, without replacement within a step; None: epochs
-    )
+    weights: np.ndarray | None = None  # [problems], >= 0: draw by these, each once a step at most; None: epochs
     max_rounds: int = 1  # more: dynamic sampling, rounds of num_prompts until keep_groups has kept num_prompts groups
 
 

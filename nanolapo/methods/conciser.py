@@ -10,7 +10,7 @@ first_stage 0.8, for 0.98 of a run as short as ours would leave a step or none:
 
 Groups are filtered by this reward, not by accuracy, or the all-right groups, which matter here, would be dropped. Within
 such a group the advantage is divided by the group's std (loss.normalize_std), so `weight` and L_max change what is logged,
-not what is learned.
+not what is learned. Two reviews speak of an entropy bonus in its GRPO; there is none here.
 
 Edge: an all-right group of equal lengths has no signal and is dropped. No state: the stage is a function of the step.
 """

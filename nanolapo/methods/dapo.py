@@ -1,4 +1,4 @@
-"""DAPO (Yu et al., arXiv 2503.14476; formulas from the code of its recipe in verl, METHODS.md 20.1).
+"""DAPO (Yu et al., arXiv 2503.14476; formulas from the code of its recipe in verl).
 
 Reward +1 for a right answer and -1 otherwise, plus overlong shaping; dynamic sampling; clip-higher and token mean (both in
 configs/methods/dapo.yaml). Overlong shaping punishes softly before the limit L_max, from L_exp = L_max - L_cache on:

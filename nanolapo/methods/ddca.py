@@ -10,8 +10,8 @@ DCA. `leave_one_out`: A = c - mean of the others' c - beta * c * p * (s - mean o
 scores s stay as above.
 
 The reward stays c, so neither wrong answers nor the division by the deviation can weaken the length term: a group that is
-right throughout still has a signal, of strength beta. No beta is published; 1 is ours. The form does not depend on the
-unit of length, so nothing is scaled. loss.normalize_std does not count: the formula says where it divides.
+right throughout still has a signal, of strength beta (their code: 0.2, and 0.2 to 0.5 in a comment). The form does not
+depend on the unit of length, so nothing is scaled. loss.normalize_std does not count: the formula says where it divides.
 
 Edge cases: none right: 0. All right: length alone counts. A lone right answer has no length term, nor have equal lengths.
 Cut answers are wrong, so their length counts nowhere. With a large beta a right answer may be pushed down: in a group with
@@ -36,7 +36,7 @@ EPS = 1e-8
 
 @dataclass(frozen=True)
 class Options:
-    beta: NotNegative[float] = 1.0  # weight of the length term
+    beta: NotNegative[float] = 0.2  # weight of the length term
     by_pass_rate: bool = True  # False: DCA
     leave_one_out: bool = False
 

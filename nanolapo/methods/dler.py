@@ -10,9 +10,10 @@ DA-DLER continues from a DLER model with a limit per group: half of it if pass r
 paper does not say when the pass rate is measured; here it is measured at the whole limit; then every answer above its
 group's limit is cut there and graded again, so it gets 0.
 
-Code and paper differ, both are options: the code gives a cut answer 0.1 if it is right already (`cut_reward`), and
-takes mean_batch and std_batch over tokens, every answer weighted by its length (`whiten: tokens`). The defaults are the
-paper's. Left out: update-selective merging (needs no training).
+Code and paper differ, both are options: the code gives a cut answer 0.1 if it is right already (`cut_reward`; it drops
+groups by the verdict before the cut, ours by the reward), and takes mean_batch and std_batch over tokens, every answer
+weighted by its length (`whiten: tokens`). The defaults are the paper's. Left out: update-selective merging (needs no
+training).
 
 The limit is the recipe's rollout.max_new_tokens and not scaled with the base. The published 4000 is half of the mean answer
 of its base, R1-Distill-1.5B: where the limit is far above your base's answers, nothing is cut and nothing is learned.
@@ -28,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanolapo.advantages import MIN_SPREAD
+from nanolapo.advantages import batch_advantages
 from nanolapo.config import Config, UserError
 from nanolapo.config_file import one_of
 from nanolapo.methods.base import Method, SamplingPlan
@@ -50,29 +51,6 @@ class Options(OptimiserOptions):
     cut_reward: float = 0.0  # a right answer that was cut; the code: 0.1
 
 
-def batch_advantages(rewards_PG: Tensor, weights_PG: Tensor) -> Tensor:
-    """Rewards centred in their group, then whitened over the batch: [P, G], like rewards_PG.
-
-    weights_PG: how often a rollout counts in the batch's mean and (unbiased) variance: 1, or its number of tokens; 0 for a
-    group that is not trained on, whose advantage is 0.
-
-    >>> batch_advantages(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
-    tensor([[ 0.7071, -0.7071],
-            [ 0.0000,  0.0000]])
-    """
-    assert rewards_PG.shape == weights_PG.shape, f"{tuple(rewards_PG.shape)}, {tuple(weights_PG.shape)}"
-    weights = weights_PG.double()
-    centred = rewards_PG.double() - rewards_PG.double().mean(dim=1, keepdim=True)
-    count = weights.sum()
-    if count <= 1:
-        return torch.zeros_like(rewards_PG)
-    centred = centred - (weights * centred).sum() / count
-    std = ((weights * centred.square()).sum() / (count - 1)).sqrt()
-    if std < MIN_SPREAD:
-        return torch.zeros_like(rewards_PG)
-    return (centred / std * (weights > 0)).to(rewards_PG.dtype)
-
-
 class Optimiser(Method):
     """DLER without its limit and its reward: the advantage, and the groups that are kept. lapo_dler.py uses it as well."""
 
@@ -89,9 +67,8 @@ class Optimiser(Method):
         return mixed_groups(rewards_PG)
 
     def advantage(self, rollouts: Rollouts, rewards_PG: Tensor) -> Tensor:
-        counts_PG = (
-            rollouts.by_group(rollouts.lengths_B) if self.options.whiten == "tokens" else np.ones(rewards_PG.shape)
-        )
+        by_tokens = self.options.whiten == "tokens"
+        counts_PG = rollouts.by_group(rollouts.lengths_B) if by_tokens else np.ones(rewards_PG.shape)
         kept_P = self.keep_groups(rollouts, rewards_PG.numpy())
         return batch_advantages(rewards_PG, torch.from_numpy(counts_PG * kept_P[:, None])).flatten()
 

@@ -7,20 +7,18 @@ Length costs nothing, except where all answers of a group are right and one is f
     reward    the verdict on what is left. A cut answer has normally lost its box and gets 0, so a group that had
               nothing to teach pushes the overlong beginning down and the other answers a little up
     groups    whose rewards are all equal are dropped
-    sampling  prompts_per_step * clip((1 + std(p)) / mean(p), 1.2, 5.0) prompts in one round, 1.5 times at first; p: the
-              shares of groups that were kept in the last 20 steps. All that are kept are trained on, however many
+    sampling  floor(prompts_per_step * clip((1 + std(p)) / mean(p), 1.2, 5.0)) prompts in one round, 1.5 times at first; p:
+              the shares of other groups in the last 20 steps. The first prompts_per_step of these are trained on
     loss      KL-Cov, sequence mean (configs/methods/dot.yaml)
 
 With the unbiased std no answer lies more than (G - 1) / sqrt(G) of them above the mean: 2.47 for G = 8, 3.75 for 16. The
 published a = 3, with G = 32, would never cut anything for G <= 10 and is refused there. m and the 16 scale with the base's
 mean length (published on R1-Distill-1.5B).
 
-Deviations: every step draws from all problems, each once; the order of epochs assumes steps of equal size and
-could bring the same problems twice in a row. The last optimizer batch of a step may be small. KL-Cov's tokens are chosen
-once per step. Ours, not stated: the population std of p. As their verifier sees only text, an answer cut at the limit may
-be right. The upper bound that --dry-run prints assumes 1.5 in every step.
-
-Edge: no group is all right: nothing is cut. Equal lengths: std 0, nothing is cut. State: the last 20 shares.
+Deviations: every step draws from all problems, each once; the order of epochs assumes steps of equal size and could bring
+the same problems twice in a row. A step of too few groups is not filled up. KL-Cov's tokens are chosen once per step. Ours,
+not stated: the population std of p. As their verifier sees only text, an answer cut at the limit may be right. The upper
+bound that --dry-run prints assumes 1.5 in every step. Edge: equal lengths: nothing is cut. State: the last 20 shares.
 """
 
 from __future__ import annotations
@@ -105,7 +103,7 @@ class Dot(Method):
 
     def sampling(self, step: int) -> SamplingPlan:
         plan = super().sampling(step)
-        num_prompts = math.ceil(plan.num_prompts * oversampling(self.kept_shares) - 1e-9)
+        num_prompts = int(plan.num_prompts * oversampling(self.kept_shares) + 1e-9)
         return replace(plan, num_prompts=num_prompts, weights=np.ones(self.num_problems))
 
     def edit_rollouts(self, rollouts: Rollouts) -> list[Rollout]:
@@ -116,7 +114,9 @@ class Dot(Method):
         return cut
 
     def keep_groups(self, rollouts: Rollouts, rewards_PG: np.ndarray) -> np.ndarray:
-        return mixed_groups(rewards_PG)
+        kept_P = mixed_groups(rewards_PG)
+        kept_P[np.flatnonzero(kept_P)[self.config.rollout.prompts_per_step :]] = False
+        return kept_P
 
     def after_step(self, rollouts: Rollouts) -> dict[str, float]:
         kept = float(mixed_groups(rollouts.by_group(rollouts.correct_B)).mean())

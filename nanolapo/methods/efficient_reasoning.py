@@ -1,14 +1,20 @@
-r"""Efficient reasoning ("Group"): a right answer pays for its length relative to the group's right answers.
+r"""Efficient reasoning: a right answer pays for its length relative to the group's right answers.
 
-Source: Arora and Zanette, as described and re-implemented in the LASER paper (arXiv 2505.15612) and its code; their own
-text was not read.
+Source: Arora and Zanette, "Training Language Models to Reason Efficiently", arXiv 2502.04463; code
+Zanette-Labs/efficient-reasoning (code read, paper not).
 
-    R = c * (1 - a * sigmoid((L - mean(L+)) / std(L+)))         L+: lengths of the group's right answers
+    R = c * (1 - a * sigmoid((L - mean(L+)) / (std(L+) + 1e-7)))         L+: lengths of the group's right answers
 
-The published a are 0.05 to 0.4; our default 0.2 lies between. The standard deviation is the population's (not stated).
+a is 0.1 in its script. The deviation is that of the population.
 
-Edge cases: no right answer -> zeros. One right answer, or all of one length: z = 0, so each pays a / 2 (the released
-code takes mean 0 and std 1 for a single one, which then always pays all of a).
+    A = (A' - mean(A')) / std(A') over all tokens of the step, A'_i = R_i - mean of the others' R (RLOO)
+
+No group's deviation divides A', so a decides how much length counts. (With it a group that is right throughout would be
+pushed to be short as hard as another is pushed to be right, whatever a is.) The mean of the whole group, which is taken
+here, differs by a factor that cancels. Deviation: their KL term (k1, 0.001) is a part of the reward, here of the loss.
+
+Edge cases: no right answer: rewards 0, and the advantage that the subtracted mean leaves. One right answer, or all of one
+length: z = 0, so each pays a / 2.
 """
 
 from __future__ import annotations
@@ -16,7 +22,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from nanolapo.advantages import batch_advantages
 from nanolapo.methods.base import Method
 from nanolapo.methods.tools import as_parts, each_group
 from nanolapo.rollouts import Rollouts
@@ -39,7 +48,7 @@ def sigmoid_reward(lengths: np.ndarray, correct: np.ndarray, weight: float) -> n
 
 @dataclass(frozen=True)
 class Options:
-    weight: float = 0.2  # a
+    weight: float = 0.1  # a
 
 
 class EfficientReasoning(Method):
@@ -50,3 +59,6 @@ class EfficientReasoning(Method):
     def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:
         total = each_group(rollouts, lambda n, c: sigmoid_reward(n, c, self.options.weight))
         return as_parts(rollouts, total)
+
+    def advantage(self, rollouts: Rollouts, rewards_PG: Tensor) -> Tensor:
+        return batch_advantages(rewards_PG, torch.from_numpy(rollouts.by_group(rollouts.lengths_B))).flatten()

@@ -51,10 +51,8 @@ class GrpoLambda(Method):
     Options = Options
 
     def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:
-        lengths, correct = (
-            rollouts.by_group(rollouts.lengths_B).astype(np.float64),
-            rollouts.by_group(rollouts.correct_B),
-        )
+        lengths = rollouts.by_group(rollouts.lengths_B).astype(np.float64)
+        correct = rollouts.by_group(rollouts.correct_B)
         best = best_groups(correct.astype(np.int64), self.options.share)
         total = [
             sigmoid_reward(lengths[g], correct[g], self.options.weight if best[g] else 0.0) for g in range(len(best))

@@ -5,7 +5,8 @@ code read.
 
 The group is split evenly over the budgets b = 512, 1024, 2048, 2560 (published on DeepScaleR-1.5B-Preview; scaled with
 the base's mean length), each stated in the thought: "I will answer the question within {b} tokens." (paper; the code says
-"with": option `wording`).
+"with": option `wording`). As in the code the sentence is given, but belongs to the answer: it counts in the length and is
+trained. So the model learns which budget to state, and needs none at test time.
 
     right, L <= b    f2(b) = beta * cos(pi * b / (2 L_max))                          beta = 4
     right, L > b     f1 = beta * cos(pi * L / (2 L_max)) - alpha * |L - b|           alpha = 1 / L_max
@@ -14,7 +15,8 @@ the base's mean length), each stated in the thought: "I will answer the question
 
 L_max is our own limit: the curve ends where answers are cut. The code adds A_intra twice (`intra_weight: 2`), and takes
 min(f1, f2) for every right answer, which differs for very short ones only. A_intra is the same for all rollouts of a
-budget: a budget in which nothing is right is pushed down as a whole, even where the group has no differing rewards.
+budget: a budget in which nothing is right is pushed down as a whole, its sentence first of all. What counts as the old
+log-prob of the sentence is the trainer's own, so loss.old_logprobs must be trainer.
 
 Edge cases: near the limit f1 falls below 0, the reward of a wrong answer (its minimum is -(L_max - b) / L_max). A
 prompt without a budget gets plain correctness and no A_intra.
@@ -22,7 +24,7 @@ prompt without a budget gets plain correctness and no A_intra.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -100,12 +102,16 @@ class Hbpo(Method):
                 f"rollout.group_size={config.rollout.group_size}: HBPO splits a group evenly over its {len(self.budgets)} "
                 f"budgets; use a multiple of {len(self.budgets)}"
             )
+        if config.loss.old_logprobs != "trainer":
+            raise UserError(
+                "hbpo: nobody has drawn the budget's sentence, which is trained: set loss.old_logprobs=trainer"
+            )
         if o.wording not in WORDINGS:
             raise UserError(f"method.options.wording={o.wording!r} is not 'within' or 'with'")
 
     def guidance(self, problem: Problem, rollout_index: int, step: int) -> Guidance:
         budget = self.budgets[rollout_index * len(self.budgets) // self.config.rollout.group_size]
-        return WORDINGS[self.options.wording](budget)
+        return replace(WORDINGS[self.options.wording](budget), inside_is_answer=True)
 
     def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:
         verdict, formed = rollouts.correct_B.astype(np.float64), well_formed(rollouts, self.think_tags)

@@ -7,8 +7,11 @@ re-implementation (code).
     R = c + weight * (lam if right, min(0, lam) if wrong)
 
 A badly formed answer (no box, or no end of the thought) has no length term, but its length counts in min and max. The
-weight was not published: 0.4 is LASER's. Training begins without the term, for 10 % of the steps (ours; the number was
-not published either).
+weight was not published. LASER's default is 0.4, where right and wrong are 1.5 apart; here they are 1 apart, so it is
+0.4 / 1.5. Training begins without the term, for 10 % of the steps (ours; the number was not published either).
+
+Theirs subtracts the group's mean and does not divide by the deviation; LASER's, and ours, does. So in a group that is right
+throughout the weight has no effect.
 
 Edge cases: all lengths equal -> no length term. A short wrong answer gains nothing.
 """
@@ -40,7 +43,7 @@ def kimi_length_reward(lengths: np.ndarray, correct: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Options:
-    weight: float = 0.4
+    weight: float = 0.267
     warmup_fraction: float = 0.1  # of the run without the length term
     think_tags: bool | None = None  # True: an answer must end its thought; None: if the config's prompt names <think>
 

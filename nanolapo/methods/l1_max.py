@@ -3,7 +3,7 @@ r"""L1-Max: L1-Exact, but half of the problems get an upper limit in place of an
 Source: as for l1.py, arXiv 2503.04697; paper text and code were both read.
 
     prompt        "{question} ... Think for maximum {n} tokens."
-    R (Eq. 2)     c * clip(alpha * (n - L) + delta, 0, 1)         alpha 0.01, delta 0.5
+    R (Eq. 2)     c * clip(alpha * (n - L) + delta, 0, 1)         alpha 0.01 (the code's default), delta 0.5
 
 A problem is Max with probability 0.5, else Exact, each with its own sentence and reward. Tokens scale with the base's mean
 length (published on DeepScaleR-1.5B-Preview), alpha with its inverse.

@@ -8,8 +8,11 @@ Lbar_ref and Abar_ref are mean length and accuracy of the reference model on the
 no group mean is subtracted. As in the code it is cut to [-2, 4], because Lbar_ref / L is huge for very short answers,
 and then standardised; `standardize: false` gives the paper's text.
 
+The loss is theirs (configs/methods/o1-pruner.yaml): one ratio for an answer, exp(mean(log r)), clipped at 0.2.
+
 Ours is online: the paper trains off-policy on samples of the reference model and standardises over the whole set; ours
-uses the step's rollouts. `reference_samples: 8` measures the reference before step 0, every problem in one sampling
+uses the step's rollouts. So their ratio is to the reference, and its clip keeps the policy near it; ours is to the policy
+before the step. `reference_samples: 8` measures the reference before step 0, every problem in one sampling
 (the paper: 16 for the 7B model, 12 for the 32B). With 0 the group of a problem's first visit becomes its reference:
 it comes from the model of that step, not from the first one.
 

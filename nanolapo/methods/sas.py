@@ -45,9 +45,8 @@ def split_steps(pieces: Sequence[str], separator: str = "\n\n") -> list[slice]:
     """
     starts = np.cumsum([0, *map(len, pieces)])
     tag = "".join(pieces).find("</think>")
-    end = (
-        len(pieces) if tag < 0 else int(np.searchsorted(starts, tag, side="right")) - 1
-    )  # the token that begins the tag
+    begins_tag = int(np.searchsorted(starts, tag, side="right")) - 1  # the token
+    end = len(pieces) if tag < 0 else begins_tag
     cuts = [t + 1 for t in range(end) if separator in pieces[t]]
     edges = [0, *cuts, *([] if cuts and cuts[-1] == end else [end])]
     return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False) if a < b]

@@ -8,7 +8,8 @@ Source: arXiv 2505.12284; code lblankl/Short-RL (code read, paper: abstract only
 
 tol is 100 tokens, margin 0.05. tol scales with the mean length of its script's base, R1-Distill-1.5B (8086 tokens). In the
 code a right answer earns 3 and a wrong one -0.5, format included: there the range of the bonus is 1 / 3.5 of the distance
-between right and wrong, here `weight` of it.
+between right and wrong, here `weight` of it. A badly formed answer earns -3 there (also one that was cut), here 0 like any
+wrong one. Their entropy bonus of 0.001 is not built here.
 
 Edge cases: just beyond the tolerance the bonus jumps from 0.5 to 0.5 - tol / (max - min). The longest right answer has
 -0.5, so its reward stays above a wrong one's, 0.5 to 0. One right answer, or all within the tolerance: 0.5 for each, so a

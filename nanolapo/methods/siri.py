@@ -8,12 +8,14 @@ Source: Wen et al., arXiv 2509.25176. Paper text read.
 Lmax 16,384 and Lmin 8,192 were published on R1-Distill-1.5B (mean 8086 tokens). Lmax scales with our base's mean and is at
 most rollout.max_new_tokens; Lmin is half of Lmax, as published. So the limit swings even where the run's own is tight.
 
-`shape` has two variants. stair: Lmax for half a cycle, then Lmin. stair-cosine: flat for a quarter of the cycle at both
-ends, half a cosine between. That a cycle begins with its whole flat part, and where the stair steps, are our readings.
+`shape` has two variants. stair: Lmax for half a cycle, then Lmin; where it steps is our reading. stair-cosine: flat for an
+eighth of the cycle on both sides of each end, half a cosine between.
 
 The length follows the cap with a delay (100 to 200 of 640 steps). Published are the models at the last trough (SIRI-low)
 and at the last peak (SIRI-high). The run's last model is that of the peak, with cycles 2.5 that of the trough. For all of
 them give `period`, and half of it as run.export_every. Where sampled tokens end the run, cycles follow the share of them.
+
+Their loss, as printed, is a mean over answers; aggregation is the recipe's here.
 
 Edge: a cap below all answers of a group teaches nothing (all rewards 0). No state: the cap is a function of the progress.
 """
@@ -45,10 +47,12 @@ def wave(phase: float, shape: str = "cosine") -> float:
     >>> [round(wave(phase), 2) for phase in (0.0, 0.25, 0.5, 0.75, 1.0)]
     [1.0, 0.0, -1.0, -0.0, 1.0]
     >>> [round(wave(x / 8, "stair-cosine"), 2) for x in range(9)]
-    [1.0, 1.0, 1.0, 0.0, -1.0, -1.0, -1.0, -0.0, 1.0]
+    [1.0, 1.0, 0.0, -1.0, -1.0, -1.0, -0.0, 1.0, 1.0]
     """
     if shape == "cosine":
         return math.cos(2 * math.pi * phase)
+    if shape == "stair-cosine":
+        phase += 1 / 8  # a cycle begins in the middle of its flat part
     sign, half = (1.0 if phase % 1.0 < 0.5 else -1.0), phase % 0.5
     return sign if shape == "stair" else sign * math.cos(math.pi * min(max(4 * half - 1, 0.0), 1.0))
 

@@ -38,7 +38,7 @@ from nanolapo.rollouts import Measured, Rollouts
 class Options:
     rho: float = 0.875  # how much of the past a visit keeps; 1 / (1 - rho) visits count
     floor: float = 0.05  # added to every problem's sampling weight
-    first_samples: int = 0  # n0, answers to every problem before step 0 (paper 8); 0: none
+    first_samples: int = 8  # n0, answers to every problem before step 0; 0: none
 
 
 def whiten(values: Tensor, eps: float = 1e-8) -> Tensor:

@@ -5,9 +5,10 @@ right answer within the limit and 0 otherwise, so an unfinished answer is wrong;
 ThinkPrune4k keeps one limit, 4000; ThinkPruneIterative goes 4000 -> 3000 -> 2000. Plain truncation is ThinkPrune4k without
 the sentence.
 
-These limits were published on DeepScaleR-1.5B-Preview, whose mean answer has 6229 tokens. They scale with our base's mean:
-0.64, 0.48 and 0.32 of it, never above rollout.max_new_tokens. Earlier versions took shares of rollout.max_new_tokens. Where
-that is far above the base's answers, a limit that binds in the paper cut nothing.
+These limits scale with our base's mean as on DeepScaleR-1.5B-Preview, whose mean answer has 6229 tokens: 0.64, 0.48 and
+0.32 of it, never above rollout.max_new_tokens. LAPO's table has ThinkPrune-4k on that base. The released scripts have
+R1-Distill (8086 tokens), where 4000 is 0.49: method.options.limits. Earlier versions took shares of rollout.max_new_tokens.
+Where that is far above the base's answers, a limit that binds in the paper cut nothing.
 
 Deviations: the stages follow each other within one run, so the optimizer and the reference model go on; theirs restart.
 They pick the model of a stage by validation (step 180 of the first); here stages take equal parts of the run (ours; option

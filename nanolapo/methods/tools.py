@@ -76,11 +76,12 @@ def repetitive(ids: np.ndarray) -> bool:
     """LASER's detector (its code): True if some n-gram repeats often and close by, or some 2n-gram repeats at all.
 
     n is 2 below 30 tokens, 3 below 100, else 4. Often: 3 times (2 below 200 tokens); close: two of them less than a third
-    of the length apart. An n-gram of a single repeated token does not count, such a 2n-gram does. Nothing of this is
-    scaled: it holds for any text.
+    of the length apart, rounded down. An n-gram of a single repeated token does not count if n is 3 or 4, other n-grams and
+    all 2n-grams do. 8 tokens or fewer are never repetitive. Nothing of this is scaled: it holds for any text.
 
-    >>> repetitive(np.array([1, 2, 9, 1, 2, 8, 7, 6, 5])), repetitive(np.array([1, 2, 9, 1, 2, 8, 7, 6, 5, 4]))
-    (False, True)
+    >>> near, far = [1, 2, 1, 2, 8, 7, 6, 5, 4], [1, 2, 9, 1, 2, 8, 7, 6, 5, 4]   # less than 3 apart, and not
+    >>> repetitive(np.array(near)), repetitive(np.array(far))
+    (True, False)
     """
     total = len(ids)
     n = 2 if total < 30 else 3 if total < 100 else 4
@@ -92,8 +93,9 @@ def repetitive(ids: np.ndarray) -> bool:
             found[tuple(ids[i : i + size].tolist())].append(i)
         return found
 
+    if total <= 8:
+        return False
     if any(len(at) > 1 for at in places(2 * n).values()):
         return True
-    return any(
-        len(at) >= often and len(set(gram)) > 1 and 3 * min(np.diff(at)) < total for gram, at in places(n).items()
-    )
+    counted = {gram: at for gram, at in places(n).items() if n == 2 or len(set(gram)) > 1}
+    return any(len(at) >= often and min(np.diff(at)) < total // 3 for at in counted.values())

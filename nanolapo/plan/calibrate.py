@@ -73,10 +73,8 @@ def decode_seconds(sampler: Any, vocab: int, prompt: int, rows: int) -> float:
     seconds: dict[int, list[float]] = {SHORT: [], LONG: []}
     for number in range(TRIES):
         for new in seconds:
-            ids = (
-                np.random.default_rng([number, new]).integers(vocab, size=prompt).tolist()
-            )  # one prompt for all: read once
-            requests = [Request(ids, row, new) for row in range(rows)]
+            ids = np.random.default_rng([number, new]).integers(vocab, size=prompt).tolist()
+            requests = [Request(ids, row, new) for row in range(rows)]  # one prompt for all: read once
             start = clock()
             sampler.generate(requests, Decoding())
             seconds[new].append(clock() - start)

@@ -71,9 +71,8 @@ class RecipeFile:
     hardware: str = ""  # what it needs; empty: any machine
     tokens: int | None = None  # given: a comparison, in which every method samples so many, in all its runs together
     overrides: tuple[str, ...] = ()  # for every training
-    settings: dict[str, Any] = field(
-        default_factory=dict
-    )  # of a comparison: method -> name -> overrides; published first
+    # of a comparison: method -> name -> overrides; published first
+    settings: dict[str, Any] = field(default_factory=dict)
     chosen: str = ""  # a file beside this one that tuning.py writes: method -> setting; without it the runs as they are
 
 
@@ -96,11 +95,9 @@ class Recipe:
         self.runs: dict[str, Run] = self.parts(Run, "runs")
         self.evaluations: dict[str, Evaluation] = self.parts(Evaluation, "evaluations")
         self.tables: dict[str, Table] = self.parts(Table, "tables")
-        self.tokens, self.methods = (self.file.tokens or 0) if tokens is None else tokens, list[str]()
-        self.known, self.scored = (
-            list[str](),
-            list[str](),
-        )  # a comparison's methods; those with an evaluation of their own
+        self.tokens = (self.file.tokens or 0) if tokens is None else tokens
+        # of a comparison: all methods, those to train, those with an evaluation of their own
+        self.known, self.methods, self.scored = list[str](), list[str](), list[str]()
         self.chosen, self.base_models = dict[str, str](), dict[int, str]()
         if self.file.tokens is not None:
             self.compare(path, methods)

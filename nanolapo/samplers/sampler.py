@@ -9,8 +9,9 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from nanolapo.config import UserError
 from nanolapo.data.problems import Problem
-from nanolapo.data.prompts import FirstToken
+from nanolapo.data.prompts import GivenTokens
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Request:
     problem: Problem | None = None
     place: int = 0  # of the prompt among the prompts of the step
     budget: float | None = None  # the target length that the prompt carries
-    first: FirstToken | None = None  # how the answer begins; see `generate_all`
+    given: GivenTokens | None = None  # how the answer begins; see `generate_all`
 
 
 @dataclass(frozen=True)
@@ -69,15 +70,15 @@ def generate_all(
     progress: Callable[[int], None] | None,
     finished: Callable[[int, Sample], None],
 ) -> list[Sample]:
-    """Call sampler.generate, and see to the answers whose first token is given.
+    """Call sampler.generate, and see to the answers whose first tokens are given.
 
-    For the engine that token is the last one of the prompt, so no engine has to know of it. Afterwards it is put in front
-    of the answer, with the log-prob of its choice: it counts in the length and in max_new_tokens, and it is trained.
+    For the engine these are the end of the prompt, so no engine has to know of them. Afterwards they are put in front of
+    the answer, with the log-prob of their choice: they count in the length and in max_new_tokens, and are trained.
     """
     samples: dict[int, Sample] = {}
 
     def complete(number: int, sample: Sample) -> None:
-        samples[number] = with_first(requests[number].first, sample)
+        samples[number] = with_given(requests[number].given, sample)
         finished(number, samples[number])
 
     sampler.generate([for_engine(request) for request in requests], decoding, progress, complete)
@@ -85,19 +86,23 @@ def generate_all(
 
 
 def for_engine(request: Request) -> Request:
-    """Return the request as an engine gets it. Raises ValueError if nothing is left to sample."""
-    if request.first is None:
+    """Return the request as an engine gets it. Raises UserError if nothing is left to sample."""
+    if request.given is None:
         return request
-    if request.max_new_tokens < 2:
-        raise ValueError(f"max_new_tokens={request.max_new_tokens}: a given first token leaves nothing to sample")
-    prompt_ids = [*request.prompt_ids, request.first.token]
-    return replace(request, prompt_ids=prompt_ids, max_new_tokens=request.max_new_tokens - 1, first=None)
+    left = request.max_new_tokens - len(request.given.ids)
+    if left < 1:
+        raise UserError(
+            f"rollout.max_new_tokens: a limit of {request.max_new_tokens} leaves nothing to sample after the "
+            f"{len(request.given.ids)} tokens with which the answer is made to begin; raise it"
+        )
+    return replace(request, prompt_ids=[*request.prompt_ids, *request.given.ids], max_new_tokens=left, given=None)
 
 
-def with_first(first: FirstToken | None, sample: Sample) -> Sample:
-    """Put the given first token in front of what the engine sampled."""
-    if first is None:
+def with_given(given: GivenTokens | None, sample: Sample) -> Sample:
+    """Put the given tokens in front of what the engine sampled."""
+    if given is None:
         return sample
-    ids = np.concatenate([np.array([first.token], dtype=np.int64), sample.ids])
-    logprobs = np.concatenate([np.array([first.logprob], dtype=np.float32), sample.logprobs])
+    ids = np.concatenate([np.array(given.ids, dtype=np.int64), sample.ids])
+    logprobs = np.full(len(ids), given.logprob or 0.0, dtype=np.float32)
+    logprobs[len(given.ids) :] = sample.logprobs
     return Sample(ids, logprobs, sample.finished)

@@ -16,6 +16,7 @@ from tiny import CPU, make_config, make_rows, score_rows
 from transformers import AutoModelForCausalLM
 
 from nanolapo.config_file import load_config
+from nanolapo.data.prompts import GivenTokens
 from nanolapo.policy import Policy
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +33,7 @@ def test_the_gradient_of_the_published_loss_with_given_tokens(tied_model):
     lengths, advantages = [5, 9, 30, 2], [0.3, -0.7, 0.25, -0.75]
     rollouts = make_rows(lengths, 4)
     for row, token in zip(rollouts.rows, (5, 5, 6, 6), strict=True):
-        row.forced, row.response_ids[0] = True, token
+        row.given, row.response_ids[0] = GivenTokens((token,), math.log(0.5)), token
     score_rows(Policy(make_config(tied_model), CPU), rollouts)
     unlikely = rollouts.rows[0].sampler_logprobs[0]
     assert unlikely < -2

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 from round_methods import NUM_PROBLEMS, make_base, make_run
-from tiny import fill, make_config, make_problems, make_rows
+from tiny import make_config, make_problems, make_rows
 from transformers import AutoModelForCausalLM
 
 from nanolapo.config import UserError
 from nanolapo.config_file import load_config, read_yaml
-from nanolapo.data.prompts import FirstToken, Guidance
+from nanolapo.data.prompts import GivenTokens, Guidance
 from nanolapo.demo.pretrain import make_tokenizer
 from nanolapo.loop import train
 from nanolapo.methods import load_method
@@ -42,7 +42,8 @@ def make(**options: Any) -> AdaptThink:
 def given(rollouts):
     """The first half of every group of 4 begins with the closing token."""
     for b, row in enumerate(rollouts.rows):
-        row.forced, row.response_ids[0] = True, CLOSING if b % 4 < 2 else OPENING
+        row.response_ids[0] = CLOSING if b % 4 < 2 else OPENING
+        row.given = GivenTokens((int(row.response_ids[0]),), math.log(0.5))
     return rollouts
 
 
@@ -72,7 +73,8 @@ def test_what_begins_with_the_token_by_itself_gets_no_bonus():
     """Only a given token marks an answer without a thought."""
     method = make()
     method.on_monitor(make_rows([9] * 4, 4))
-    rollouts = fill(given(make_rows([9] * 4, 4)), forced=[True, False, True, True])
+    rollouts = given(make_rows([9] * 4, 4))
+    rollouts.rows[1].given = None
     assert method.reward(rollouts)["closed"].tolist() == [0.05, 0, 0, 0]
 
 
@@ -82,8 +84,8 @@ def test_the_first_model_samples_freely_and_then_half_of_a_group_is_given_each_t
     assert method.monitor(0) == MonitorPlan((0, 1, 2, 3, 4), 16, 1.0, 64) and method.monitor(1) is None
     assert [method.guidance(problem, i, 0) for i in range(4)] == [Guidance()] * 4
     method.on_monitor(make_rows([9] * 4, 4))
-    first = [method.guidance(problem, i, 0).first for i in range(4)]
-    assert first == [FirstToken(token, math.log(0.5)) for token in (5, 5, 6, 6)]
+    begun = [method.guidance(problem, i, 0).given for i in range(4)]
+    assert begun == [GivenTokens((token,), math.log(0.5)) for token in (5, 5, 6, 6)]
     again = make_with(method)  # after a resume nothing is measured again
     assert again.guidance(problem, 0, 7) == method.guidance(problem, 0, 7) and again.monitor(7) is None
 

@@ -100,16 +100,20 @@ def test_half_as_many_are_replaced_above_the_target(entropy, want):
     assert method.after_step(rollouts)["aepo/replaced"] == want
 
 
-def test_number_replaced_scales_with_the_batch():
+def test_number_replaced_scales_with_the_batch_and_is_halved_after_the_cap():
     method = aepo()
-    assert [method.most_replaced(rows) for rows in (2560, 256, 1024, 16)] == [60, 6, 24, 1]
+    assert [method.num_replaced(999, rows) for rows in (2560, 256, 1024, 16)] == [60, 6, 24, 1]
+    assert method.num_replaced(5, 2560) == 5
+    method.entropy = method.options.target
+    assert method.num_replaced(999, 2560) == 60  # at the target as below it
     method.entropy = 0.9
-    assert [method.most_replaced(rows) for rows in (2560, 256, 16)] == [30, 3, 0]
+    assert [method.num_replaced(999, rows) for rows in (2560, 256, 16)] == [30, 3, 0]
+    assert [method.num_replaced(pairs, 2560) for pairs in (59, 5, 1, 0)] == [29, 2, 0, 0]
 
 
 def test_pair_rows_stays_inside_groups():
-    assert pair_rows([1, 1, 1, 0], group_size=2, most=9) == [(2, 0), (3, 1), (0, 3)]
-    assert pair_rows([1, 1], group_size=2, most=0) == [] and pair_rows([], 2, 5) == []
+    assert pair_rows([1, 1, 1, 0], group_size=2) == [(2, 0), (3, 1), (0, 3)]
+    assert pair_rows([], 2) == []
 
 
 def test_nothing_to_put_in_is_plain_grpo():

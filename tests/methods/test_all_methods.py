@@ -24,7 +24,7 @@ FILES = sorted(path.stem for path in (ROOT / "nanolapo/methods").glob("*.py"))
 HELPERS = {"__init__", "base", "reference", "tools"}  # no methods, but for accuracy-only GRPO in base
 YAMLS = sorted((ROOT / "configs/methods").glob("*.yaml"))
 RECIPES = sorted(path.parent.name for path in (ROOT / "configs").glob("*/stage1.yaml"))
-UNVERIFIED = {"conciser", "dhpo", "minpro", "palu", "r2vpo"}
+UNVERIFIED = {"alp", "conciser", "dhpo", "minpro", "palu", "r2vpo"}
 
 
 def classes(file: str) -> list[str]:

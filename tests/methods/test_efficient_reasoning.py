@@ -1,4 +1,4 @@
-"""Efficient reasoning ("Group") and GRPO-lambda, which share one formula.
+"""Efficient reasoning and GRPO-lambda, which share one formula.
 
 Run: python -m pytest tests/methods/test_efficient_reasoning.py
 """
@@ -6,8 +6,11 @@ Run: python -m pytest tests/methods/test_efficient_reasoning.py
 from __future__ import annotations
 
 import math
+import statistics
 
 import numpy as np
+import pytest
+import torch
 from tiny import make_config, make_rows
 
 from nanolapo.methods.efficient_reasoning import EfficientReasoning, sigmoid_reward
@@ -62,6 +65,37 @@ def test_groups_are_separate():
     assert parts["correct"].tolist() == [1, 1, 1, 1]
     want = slow_reward([100, 300], [True] * 2, 0.4) + slow_reward([1000, 3000], [True] * 2, 0.4)
     np.testing.assert_allclose(sum(parts.values()), want)
+
+
+def test_the_advantage_is_rloo_whitened_over_the_tokens_of_the_step():
+    """Three groups of four, by a loop over every single token: each reward minus the mean of the other three, then minus
+    the mean and divided by the deviation over all tokens."""
+    method = EfficientReasoning(make_config(method={"options": {"weight": 0.2}}))
+    lengths = [5, 9, 30, 2, 8, 8, 40, 3, 7, 11, 6, 6]
+    rollouts = make_rows(lengths, 4, correct=[True] * 4 + [True, False, True, False] + [False] * 4)
+    rewards = sum(method.reward(rollouts).values())
+    others = [(sum(rewards[g : g + 4]) - rewards[b]) / 3 for g in (0, 4, 8) for b in range(g, g + 4)]
+    tokens = [rewards[b] - others[b] for b in range(12) for _ in range(lengths[b])]
+    mean, deviation = statistics.mean(tokens), statistics.stdev(tokens)
+    want = [(rewards[b] - others[b] - mean) / deviation for b in range(12)]
+    got = method.advantage(rollouts, torch.from_numpy(rewards).view(3, 4))
+    np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9)
+    assert len(set(got[8:].tolist())) == 1 and got[8] != 0  # a group without signal has what the step's mean leaves
+
+
+def test_the_weight_decides_how_much_length_counts():
+    """In a group that is right throughout: twice the weight, about twice the advantage beside a group that is not."""
+    sizes = []
+    for weight in (0.1, 0.2):
+        method = EfficientReasoning(make_config(method={"options": {"weight": weight}}))
+        rollouts = make_rows([100, 300, 200, 200], correct=[True, True, True, False])
+        advantages = method.advantage(
+            rollouts, torch.from_numpy(rollouts.by_group(sum(method.reward(rollouts).values())))
+        )
+        sizes.append(float((advantages[0] - advantages[1]) / (advantages[2] - advantages[3])))
+    assert sizes[0] == pytest.approx(0.1 * 0.4621 / 0.95, rel=1e-3) and sizes[1] == pytest.approx(
+        0.2 * 0.4621 / 0.9, rel=1e-3
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- GRPO-lambda

@@ -53,9 +53,12 @@ def test_a_budget_is_the_number_that_the_prompt_prints():
 def test_wording_stands_inside_the_thought():
     problem = make_problems(1)[0]
     assert make().guidance(problem, 0, 0).inside == " I will answer the question within 512 tokens."
+    assert make().guidance(problem, 0, 0).inside_is_answer  # it counts in the length and is trained
     assert make(wording="with").guidance(problem, 0, 0).inside == " I will answer the question with 512 tokens."
     with pytest.raises(UserError, match="wording"):
         make(wording="in")
+    with pytest.raises(UserError, match="hbpo: nobody has drawn the budget's sentence.*set loss.old_logprobs=trainer"):
+        Hbpo(make_config(loss={"old_logprobs": "sampler"}, rollout={"base_tokens": 100, "group_size": 4}))
 
 
 def test_reward_by_hand():

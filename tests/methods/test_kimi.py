@@ -40,7 +40,7 @@ def test_weight_malformed_answers_and_order():
     rollouts = make_rows([10, 20, 30, 50], group_size=4, correct=[True, True, True, False])
     fill(rollouts, text=[r"\boxed{1}", GOOD, GOOD, GOOD])
     parts = method.reward(rollouts)
-    np.testing.assert_allclose(parts["length"], [0, 0.4 * 0.25, 0, 0.4 * -0.5], atol=1e-12)
+    np.testing.assert_allclose(parts["length"], [0, 0.267 * 0.25, 0, 0.267 * -0.5], atol=1e-12)
     total = sum(parts.values())
     assert total[:3].min() > total[3]
 
@@ -49,7 +49,7 @@ def test_warm_up_is_a_share_of_the_run():
     rollouts = make_rows([10, 20], correct=[True, True])
     fill(rollouts, text=[GOOD] * 2)
     method = make(steps=100)
-    for step, want in [(0, [1, 1]), (9, [1, 1]), (10, [1.2, 0.8]), (99, [1.2, 0.8])]:
+    for step, want in [(0, [1, 1]), (9, [1, 1]), (10, [1.1335, 0.8665]), (99, [1.1335, 0.8665])]:
         method.progress = step / 100
         np.testing.assert_allclose(sum(method.reward(rollouts).values()), want)
 
@@ -58,5 +58,5 @@ def test_groups_are_separate_and_right_beats_wrong():
     method = make(warmup_fraction=0.0)
     rollouts = make_rows([10, 30, 1000, 3000], correct=[True, False, False, True])
     fill(rollouts, text=[GOOD] * 4)
-    np.testing.assert_allclose(sum(method.reward(rollouts).values()), [1.2, -0.2, 0.0, 0.8])
+    np.testing.assert_allclose(sum(method.reward(rollouts).values()), [1.1335, -0.1335, 0.0, 0.8665])
     assert method.state_dict() == {}

@@ -6,6 +6,7 @@ Run: python -m pytest tests/methods/test_limit_configs.py
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from tiny import make_problems, make_rows
 
 from nanolapo.config_file import load_config
+from nanolapo.data.prompts import GivenTokens
 from nanolapo.methods import load_method
 from nanolapo.methods.base import Method
 
@@ -72,7 +74,7 @@ def test_hard_batches_are_finite_and_state_resumes(name, case):
             rollouts = make_rows(lengths, group_size, correct=correct, finished=finished)
             if name == "adapt-think":
                 for b, row in enumerate(rollouts.rows):
-                    row.forced, row.response_ids[0] = True, 1 + b % 2
+                    row.given, row.response_ids[0] = GivenTokens((1 + b % 2,), math.log(0.5)), 1 + b % 2
             method.sampling(visit)
             for row in method.edit_rollouts(rollouts):
                 row.correct = False

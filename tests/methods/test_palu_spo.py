@@ -159,8 +159,8 @@ def test_spo_broken_rows_are_not_counted():
 def test_spo_first_samples():
     """N0 = 8, n0 = 8, six right: a = 8 * 6.5 / 9, b = 8 * 2.5 / 9. Only before step 0, and only if asked for."""
     assert first_counts(6, 8, 0.875) == pytest.approx((8 * 6.5 / 9, 8 * 2.5 / 9))
-    assert spo().monitor(0) is None
-    method = spo(first_samples=8)
+    assert spo(first_samples=0).monitor(0) is None
+    method = spo()  # as published
     assert method.monitor(1) is None
     plan = method.monitor(0)
     assert plan.problem_indices == tuple(range(6)) and plan.group_size == 8

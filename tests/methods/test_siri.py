@@ -48,12 +48,13 @@ def test_stair():
     ]  # fmt: skip
 
 
-def test_stair_cosine_is_flat_for_a_quarter_at_both_ends_with_half_a_cosine_between():
+def test_stair_cosine_is_flat_around_both_ends_with_half_a_cosine_between():
+    """By the paper's angles, phi = 2 pi t / 640: Lmax below pi / 4 and from 7 pi / 4 on, Lmin from 3 pi / 4 to 5 pi / 4."""
     method = make(shape="stair-cosine")
-    assert caps(method, list(range(0, 161, 20)), 1920) == [16384] * 9
-    assert caps(method, list(range(320, 481, 20)), 1920) == [8192] * 9
+    assert caps(method, list(range(0, 81, 20)) + list(range(560, 641, 20)), 1920) == [16384] * 10
+    assert caps(method, list(range(240, 401, 20)), 1920) == [8192] * 9
     for t in range(0, 161, 16):
-        down, up = caps(method, [160 + t, 480 + t], 1920)
+        down, up = caps(method, [80 + t, 400 + t], 1920)
         swing = 4096 * math.cos(math.pi * t / 160)
         assert down == pytest.approx(12288 + swing, abs=1) and up == pytest.approx(12288 - swing, abs=1)
 

@@ -33,7 +33,7 @@ from engine_helpers import (
     score,
     tiny_model,
 )
-from test_first_token import check_given_first_tokens
+from test_given import check_given_tokens
 from transformers import PreTrainedModel
 
 from nanolapo.data.problems import Problem
@@ -426,5 +426,5 @@ def test_without_vllm_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPa
         import_vllm()
 
 
-def test_the_engine_need_not_know_of_given_first_tokens(tied) -> None:
-    check_given_first_tokens(*tied)
+def test_the_engine_need_not_know_of_given_tokens(tied) -> None:
+    check_given_tokens(*tied)
