@@ -32,7 +32,7 @@ def results(name: str) -> dict[str, Any]:
     return dict(json.loads((DOCS / "results" / f"{name}.json").read_text(encoding="utf-8")))
 
 
-@pytest.mark.parametrize("name", ["compare", "compare_too_long", "field"])
+@pytest.mark.parametrize("name", ["compare", "compare_too_long", "field", "losses"])
 def test_a_comparison_is_that_of_its_json(name: str) -> None:
     found = results(name)
     assert all(len(row.get("seeds") or found["seeds"]) >= 3 for row in found["rows"])
