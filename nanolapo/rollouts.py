@@ -34,7 +34,9 @@ class Rollout:
     budget: float = math.nan  # the target length given with the prompt; nan, not 0, if there was none
     place: int = 0  # the place of its prompt among the prompts of the step
     broken: bool = False  # cannot be trained on (see make_rollouts): it is masked out and counted
-    given: GivenTokens | None = None  # its first tokens were given, not drawn; their sampler_logprobs are of the choice
+    given: GivenTokens | None = (
+        None  # its first tokens were given, not drawn; their sampler_logprobs are of the lot, or 0
+    )
     unmatched: bool = False  # sampled at another temperature than the trainer scores at: left out of the mismatch
     text: str = ""  # the decoded response, for the grader and for people
     correct: bool = False  # the grader's verdict, never a shaped reward
@@ -115,7 +117,8 @@ class Rollouts:
     def lengths_B(self) -> np.ndarray:
         """Length of each response = number of sampled tokens, the end token included. Nothing else is called length.
 
-        Prompt, guidance and padding do not count, and text is never encoded again.
+        Given tokens, with which an answer is made to begin, count as well. Prompt, the guidance in it and padding do not,
+        and text is never encoded again.
         """
         return np.array([len(row.response_ids) for row in self.rows], dtype=np.int64)
 

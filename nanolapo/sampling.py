@@ -66,19 +66,20 @@ def sample_and_grade(
     with watch("grade"):
         parts = session.ranks.gather(mine)
     rollouts = join(parts[:: session.config.rollout.tensor_parallel])  # ranks of one engine sampled the same
-    session.sampled_tokens += int(rollouts.lengths_B.sum())  # as sampled: a method may shorten answers later
+    drawn_B = rollouts.lengths_B - [row.num_given for row in rollouts.rows]
+    session.sampled_tokens += int(drawn_B.sum())  # as sampled: a method may shorten answers later
     return rollouts
 
 
 def sample_and_measure(session: Session, plan: MonitorPlan, draw: Mapping[int, Problem], watch: Stopwatch) -> Measured:
-    """Sample and grade as `sample_and_grade` does, but bring only lengths and verdicts together: 24 bytes an answer."""
+    """Sample and grade as `sample_and_grade` does, but bring only lengths and verdicts together: 32 bytes an answer."""
     mine = graded_share(session, plan, draw, watch)
-    columns = np.array([(row.place, len(row.response_ids), row.correct) for row in mine.rows], dtype=np.int64)
+    columns = [(row.place, len(row.response_ids), row.num_given, row.correct) for row in mine.rows]
     with watch("grade"):
-        parts = session.ranks.gather(columns.reshape(-1, 3))
-    all_B3 = np.concatenate(parts[:: session.config.rollout.tensor_parallel])
-    places_B, lengths_B, correct_B = all_B3[np.argsort(all_B3[:, 0], kind="stable")].T
-    session.sampled_tokens += int(lengths_B.sum())
+        parts = session.ranks.gather(np.array(columns, dtype=np.int64).reshape(-1, 4))
+    all_B4 = np.concatenate(parts[:: session.config.rollout.tensor_parallel])
+    places_B, lengths_B, given_B, correct_B = all_B4[np.argsort(all_B4[:, 0], kind="stable")].T
+    session.sampled_tokens += int((lengths_B - given_B).sum())
     problems = tuple(draw[place] for place in places_B[:: plan.group_size].tolist())
     return Measured(problems, plan.group_size, lengths_B, correct_B.astype(bool))
 

@@ -117,6 +117,7 @@ def the_prompt(v: View) -> Section:
         [
             shorten(v.s.data.prompter.render(v.problem.question, guidance), MOST_TEXT),
             f"{len(ids)} token ids with their text: {shown}",
+            *(["The words in the thought are given tokens of the answer."] if guidance.inside_is_answer else []),
         ],
     )
 
@@ -127,13 +128,14 @@ def the_answers(v: View) -> Section:
     for i, (budget, length, finished, text) in enumerate(zip(*columns, strict=True)):
         seed, asked = v.trace.requests[v.problem.id, i].seed, "-" if np.isnan(budget) else num(budget)
         rows.append([str(i + 1), str(seed), asked, str(length), "yes" if finished else "cut", shorten(text, MOST_TEXT)])
-    limit = v.trace.requests[v.problem.id, 0].max_new_tokens
+    given = v.rollouts.rows[0].num_given
+    limit = v.trace.requests[v.problem.id, 0].max_new_tokens + given
     return Section(
         f"{len(rows)} answers are sampled",
         "sampling.py: sample; rollouts.py: row_seed, lengths_B",
         [
             f"Temperature {num(v.s.config.rollout.temperature)}, at most {limit} tokens. L counts the sampled tokens, the "
-            "end token included.",
+            f"end token included{f', and {given} given ones before them' if given else ''}.",
             Table(["answer", "seed", "length asked for", "L", "ended", "text"], rows, words=["ended", "text"]),
         ],
     )

@@ -13,9 +13,9 @@ from nanolapo.explain.trace import Pass
 from nanolapo.methods.lapo import Discovery, Lapo
 from nanolapo.microbatches import make_microbatch
 from nanolapo.rollouts import Rollouts, make_rollouts
-from nanolapo.samplers.sampler import Decoding, generate_all
+from nanolapo.samplers.sampler import Decoding
 from nanolapo.session import Session
-from nanolapo.update import Tally, loss_inputs, tally_mismatch
+from nanolapo.update import Tally, first_tokens, loss_inputs, tally_mismatch
 
 DRIFTED = 4  # tokens of an answer that are shown for their ratio, besides the first and the last
 
@@ -94,16 +94,16 @@ def the_update(v: View) -> Section:
 def the_sync(v: View) -> Section:
     (stale, logprobs_B), (fresh, _) = compare(v.s, v.rollouts), compare(v.s, sample_again(v))
     before = v.trace.metrics["mismatch"]
-    pairs = zip(v.rollouts.sampler_logprobs, logprobs_B, strict=True)
+    pairs = zip(v.rollouts.rows, logprobs_B, strict=True)
     rows = [
-        [str(i + 1), f"{v.advantages[i]:+.6g}", num(before.sum()), num(after)]
-        for i, (before, after) in enumerate(pairs)
+        [str(i + 1), f"{v.advantages[i]:+.6g}", num(row.sampler_logprobs[row.num_given :].sum()), num(after)]
+        for i, (row, after) in enumerate(pairs)
     ]
     return Section(
         "The sampler gets the new weights",
         "policy.py: sampler_weights; the sampler's load_weights; update.py: tally_mismatch",
         [
-            "log p of each whole answer, as sampled and under the new weights:",
+            "log p of each whole answer (without given tokens), as sampled and under the new weights:",
             Table(["answer", "A", "before", "after"], rows),
             f"Mismatch, the mean of |log p trainer - log p sampler|: {num(before)} before the update, over all answers of "
             f"the step; {num(stale)} between the new weights and the old ones that sampled these answers; {num(fresh)} "
@@ -114,19 +114,19 @@ def the_sync(v: View) -> Section:
 
 @torch.no_grad()
 def compare(s: Session, rollouts: Rollouts) -> tuple[float, Tensor]:
-    """(mismatch as the trainer measures it, its log-prob of each whole answer [B]), under the weights of now."""
+    """(mismatch as the trainer measures it, log-prob of the drawn part of each answer [B]), under the weights of now."""
     tally = Tally()
     micro = make_microbatch(rollouts, range(len(rollouts)), s.policy.device)
     inputs = loss_inputs(s.policy, rollouts, torch.zeros(len(rollouts)), micro, None)
     tally_mismatch(tally, inputs)
-    return float(tally.sums["mismatch"] / tally.counts["mismatch"]), inputs.logprobs_BT.sum(dim=1)
+    drawn_BT = ~first_tokens([row.num_given for row in rollouts.rows], inputs.mask_BT)
+    return float(tally.sums["mismatch"] / tally.counts["mismatch"]), (inputs.logprobs_BT * drawn_BT).sum(dim=1)
 
 
 def sample_again(v: View) -> Rollouts:
     """The same requests once more, from the weights that the sampler holds now. Not part of the step."""
     requests = [v.trace.requests[v.problem.id, i] for i in range(len(v.rows))]
-    decoding = Decoding(v.s.config.rollout.temperature)
-    samples = generate_all(v.s.sampler, requests, decoding, None, lambda number, sample: None)
+    samples = v.s.sampler.generate(requests, Decoding(v.s.config.rollout.temperature))
     return make_rollouts(requests, samples, len(requests), v.s.policy.vocab_size)
 
 

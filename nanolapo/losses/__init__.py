@@ -4,7 +4,7 @@
 `Loss` and one line here. With one update per rollout every ratio is 1, and all losses give the same policy
 gradient up to the divisor.
 
-Where they come from: GRPO, Dr. GRPO and KL-Cov from the authors' code; CISPO and GSPO from verl and TRL; LUSPO from TRL
+Where they come from: Dr. GRPO and KL-Cov from the authors' code; GRPO, CISPO and GSPO from verl and TRL; LUSPO from TRL
 (its paper was not read). UNVERIFIED are R2VPO (third-party codes), MinPRO (its objective from a survey) and DHPO (its
 abstract).
 """

@@ -153,7 +153,7 @@ class LossInputs:
 
     logprobs_BT: Tensor  # of the policy being trained, with gradient
     old_logprobs_BT: Tensor  # of the policy at the start of this step
-    sampler_logprobs_BT: Tensor  # as recorded while sampling
+    sampler_logprobs_BT: Tensor  # as recorded while sampling; of given tokens without a lot the old ones
     ref_logprobs_BT: Tensor | None  # of the stage's first model; None when loss.kl_coef is 0
     entropy_BT: Tensor | None  # of the policy at the start of this step; only when the loss sets needs_entropy
     advantages_BT: Tensor

@@ -26,9 +26,10 @@ class KlCovOptions:
 def high_covariance(logprobs: Sequence[np.ndarray], advantages: Tensor, keep_B: np.ndarray, share: float) -> Tensor:
     """Choose the `share` of tokens with the largest (A - mean A) (log p - mean log p), bool [B, T].
 
-    logprobs: [T_b] per row, of the policy that sampled; advantages [B] or [B, T]; means and choice run over all tokens of
-    the rows in keep_B, at least one token is chosen. Of equal values the earlier one wins. verl chooses again in
-    every micro-batch, from the current log-probs; this choice is made once, so no split of the batch can change it.
+    logprobs: [T_b] per row, of the policy that sampled, nan where it did not; advantages [B] or [B, T]; means and choice
+    run over all tokens of the rows in keep_B, at least one token is chosen. Of equal values the earlier one wins. verl
+    chooses again in every micro-batch, from the current log-probs; this choice is made once, so no split of the batch can
+    change it.
     """
     width = max((len(row) for row in logprobs), default=0)
     values_BT = np.full((len(logprobs), width), np.nan)  # nan: no token there
@@ -59,7 +60,10 @@ class KlCov(Loss):
     chosen_BT: Tensor  # of this step, all rows
 
     def prepare(self, rollouts: Rollouts, advantages: Tensor, keep_B: np.ndarray) -> None:
-        self.chosen_BT = high_covariance(rollouts.sampler_logprobs, advantages, keep_B, self.options.share)
+        logprobs = [row.sampler_logprobs.copy() for row in rollouts.rows]
+        for row, mine in zip(rollouts.rows, logprobs, strict=True):
+            mine[: row.num_given] = np.nan  # no policy drew these
+        self.chosen_BT = high_covariance(logprobs, advantages, keep_B, self.options.share)
 
     def policy_term(self, x: LossInputs) -> tuple[Tensor, Tensor]:
         chosen_BT = to_device(self.chosen_BT[x.rows, : x.mask_BT.shape[1]], x.mask_BT.device)

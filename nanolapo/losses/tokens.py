@@ -33,8 +33,8 @@ class Cispo(Loss):
 
 
 class Minpro(Loss):
-    """MinPRO (arXiv 2601.22718; UNVERIFIED, two third-party accounts): -sg(clip(m r)) A log p, with the smallest ratio m of
-    the tokens before, which stands in for the product of them all. No token loses its gradient. Ours: m is 1 at the first.
+    """MinPRO (arXiv 2601.22718; UNVERIFIED, its objective from a survey): -sg(clip(m r)) A log p, with the smallest ratio m
+    of the tokens before, which stands in for the product of all. No token loses its gradient. Ours: m is 1 at the first.
     """
 
     aggregations = ("token_mean",)

@@ -34,7 +34,7 @@ from nanolapo.rollouts import Measured, Rollout, Rollouts
 @dataclass(frozen=True)
 class Options:
     target: float = 0.5  # nats per token
-    high: float = 1.2  # temperature of the extra samples while the entropy is below the target ...
+    high: float = 1.2  # temperature of the extra samples while the entropy is at most the target ...
     low: float = 0.8  # ... and above it
     prompts: float = 0.25  # share of the step's prompts that is sampled again
     threshold: float = 0.05  # group advantage above which an extra answer is kept

@@ -8,7 +8,7 @@ Length costs nothing, except where all answers of a group are right and one is f
               nothing to teach pushes the overlong beginning down and the other answers a little up
     groups    whose rewards are all equal are dropped
     sampling  floor(prompts_per_step * clip((1 + std(p)) / mean(p), 1.2, 5.0)) prompts in one round, 1.5 times at first; p:
-              the shares of other groups in the last 20 steps. The first prompts_per_step of these are trained on
+              the shares of groups that differ in the last 20 steps. The first prompts_per_step of these are trained on
     loss      KL-Cov, sequence mean (configs/methods/dot.yaml)
 
 With the unbiased std no answer lies more than (G - 1) / sqrt(G) of them above the mean: 2.47 for G = 8, 3.75 for 16. The

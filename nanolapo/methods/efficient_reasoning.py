@@ -3,15 +3,16 @@ r"""Efficient reasoning: a right answer pays for its length relative to the grou
 Source: Arora and Zanette, "Training Language Models to Reason Efficiently", arXiv 2502.04463; code
 Zanette-Labs/efficient-reasoning (code read, paper not).
 
-    R = c * (1 - a * sigmoid((L - mean(L+)) / (std(L+) + 1e-7)))         L+: lengths of the group's right answers
+    R = c * (1 - a * sigmoid((L - mean(L+)) / std(L+)))         L+: lengths of the group's right answers
 
 a is 0.1 in its script. The deviation is that of the population.
 
     A = (A' - mean(A')) / std(A') over all tokens of the step, A'_i = R_i - mean of the others' R (RLOO)
 
-No group's deviation divides A', so a decides how much length counts. (With it a group that is right throughout would be
-pushed to be short as hard as another is pushed to be right, whatever a is.) The mean of the whole group, which is taken
-here, differs by a factor that cancels. Deviation: their KL term (k1, 0.001) is a part of the reward, here of the loss.
+No group's deviation divides A' (loss.normalize_std does not count), so a decides how much length counts. With it a group
+that is right throughout would be pushed to be short as hard as another is pushed to be right, whatever a is. The mean of
+the whole group, which is taken here, differs by a factor that cancels. Deviation: their KL term (k1, 0.001) is a part of
+the reward, here of the loss.
 
 Edge cases: no right answer: rewards 0, and the advantage that the subtracted mean leaves. One right answer, or all of one
 length: z = 0, so each pays a / 2.
@@ -61,4 +62,5 @@ class EfficientReasoning(Method):
         return as_parts(rollouts, total)
 
     def advantage(self, rollouts: Rollouts, rewards_PG: Tensor) -> Tensor:
-        return batch_advantages(rewards_PG, torch.from_numpy(rollouts.by_group(rollouts.lengths_B))).flatten()
+        tokens_PG = rollouts.by_group(rollouts.lengths_B * ~rollouts.broken_B)
+        return batch_advantages(rewards_PG, torch.from_numpy(tokens_PG)).flatten()

@@ -6,7 +6,7 @@ code read.
 The group is split evenly over the budgets b = 512, 1024, 2048, 2560 (published on DeepScaleR-1.5B-Preview; scaled with
 the base's mean length), each stated in the thought: "I will answer the question within {b} tokens." (paper; the code says
 "with": option `wording`). As in the code the sentence is given, but belongs to the answer: it counts in the length and is
-trained. So the model learns which budget to state, and needs none at test time.
+trained, so the model learns which budget to prefer. (A_intra is never positive: what all sentences share is pushed down.)
 
     right, L <= b    f2(b) = beta * cos(pi * b / (2 L_max))                          beta = 4
     right, L > b     f1 = beta * cos(pi * L / (2 L_max)) - alpha * |L - b|           alpha = 1 / L_max

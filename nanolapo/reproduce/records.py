@@ -154,6 +154,9 @@ def record_what_is_done(recipe: Recipe, pipeline: Pipeline, folder: Path, seeds:
     """Write the missing records of evaluations that are done: they are of a run that was killed, or that had another folder
     of records. Returns the steps that are left to run."""
     left = []
+    for step in (f"seed{seed}/scores/base" for seed in seeds):  # there may be a record, of another machine's base
+        if pipeline.is_done(step):
+            record_finished(recipe, pipeline, folder, step)
     for step in without_record(recipe, pipeline, folder, seeds):
         if pipeline.is_done(step):
             record_finished(recipe, pipeline, folder, step)

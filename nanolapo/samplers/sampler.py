@@ -73,7 +73,8 @@ def generate_all(
     """Call sampler.generate, and see to the answers whose first tokens are given.
 
     For the engine these are the end of the prompt, so no engine has to know of them. Afterwards they are put in front of
-    the answer, with the log-prob of their choice: they count in the length and in max_new_tokens, and are trained.
+    the answer, with the log-prob of the lot, or 0 without one. They count in the length and in max_new_tokens, and are
+    trained.
     """
     samples: dict[int, Sample] = {}
 

@@ -49,7 +49,7 @@ def rewards_of(method: Aepo, rollouts: Rollouts) -> torch.Tensor:
 def test_temperature_goes_against_the_entropy():
     """A quarter of the step's own prompts, as many answers each; high below the target, low above; nothing at step 0."""
     assert aepo(entropy=None).monitor(0) is None
-    for entropy, temperature in [(0.3, 1.2), (0.499, 1.2), (0.51, 0.8), (3.0, 0.8)]:
+    for entropy, temperature in [(0.3, 1.2), (0.5, 1.2), (0.51, 0.8), (3.0, 0.8)]:
         plan = aepo(entropy=entropy).monitor(7)
         assert plan.temperature == temperature
         assert plan.problem_indices == (batch_indices(20, 7, 4, 5)[0],)

@@ -338,6 +338,15 @@ def test_one_method_more_leaves_the_others_in_place_and_one_that_fails_is_named(
     assert "every method has its records already" in capsys.readouterr().out  # nothing was trained
     assert {row["model"] for row in found["rows"]} == {"base", "accuracy-only", "grpo"}
 
+    [base] = read(tmp_path / "kept", "base")  # as if it were of another machine: then ours, which is done, gets a line
+    line = file_of(tmp_path / "kept", "base").read_text().replace(base.base, "of another machine")
+    file_of(tmp_path / "kept", "base").write_text(line)
+    found = run("out", "--methods", "grpo")
+    assert [one.base for one in read(tmp_path / "kept", "base")] == ["of another machine", base.base]
+    assert {row["model"] for row in found["rows"]} == {"base", "accuracy-only", "grpo"} and found["missing"] == {}
+    file_of(tmp_path / "kept", "base").write_text(line.replace("of another machine", base.base))
+    capsys.readouterr()
+
     run_recipe(recipe / "compare.yaml", tmp_path / "dry", "--dry-run", "--methods", "grpo spo", "--seeds", "3",
                "--records", str(tmp_path / "kept"))  # fmt: skip
     out = capsys.readouterr().out

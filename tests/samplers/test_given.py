@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,12 +21,15 @@ from nanolapo.config import UserError
 from nanolapo.data.prompts import GivenTokens, Guidance, Prompter, exact_guidance
 from nanolapo.demo.pretrain import make_tokenizer
 from nanolapo.methods.base import Method
+from nanolapo.methods.hbpo import Hbpo
+from nanolapo.metrics import Stopwatch
 from nanolapo.microbatches import make_microbatch
 from nanolapo.policy import Policy
 from nanolapo.ranks import Ranks
 from nanolapo.rollouts import Rollouts, make_rollouts
 from nanolapo.samplers.sampler import Decoding, Request, Sample, for_engine, generate_all
 from nanolapo.samplers.torch_sampler import TorchSampler
+from nanolapo.sampling import sample_and_grade, sample_and_measure
 from nanolapo.update import Tally, loss_inputs, old_logprobs, plan_batches, tally_mismatch
 
 HALF = math.log(0.5)
@@ -94,6 +99,8 @@ def test_the_entropy_is_that_of_drawn_tokens():
         sampler_logprobs=[np.array([HALF, -2.0, -3.0]), np.array([-5.0])],
         given=[GivenTokens((1,), HALF), None],
     )
+    assert rollouts.mean_entropy == pytest.approx(10 / 3)
+    fill(rollouts, given=[GivenTokens((1,), None), None])  # also where no lot chose it
     assert rollouts.mean_entropy == pytest.approx(10 / 3)
     fill(rollouts, broken=[False, True], sampler_logprobs=[np.array([HALF]), np.array([-5.0])])
     assert math.isnan(rollouts.mean_entropy)  # nothing was drawn
@@ -172,3 +179,47 @@ def test_words_inside_the_thought_may_belong_to_the_answer():
     ids, given = prompter.ids_and_given("Start at 347.", replace(sentence, inside_is_answer=True))
     assert ids == plain and given is not None and given.logprob is None and [*ids, *given.ids] == whole
     assert make_tokenizer().decode(given.ids) == " I will answer the question with 60 tokens."
+
+
+def test_hbpos_sentence_ends_the_engines_prompt_and_begins_the_answer(tied_model):
+    """From the method to the row: the prompts of a group are equal, the sentence counts in the length, not as sampled."""
+    prompt = {"template": "{question} <think>", "length_multiple": 1}
+    rollout = {"base_tokens": 623, "group_size": 4, "prompts_per_step": 1, "max_new_tokens": 400}
+    config = make_config(tied_model, prompt=prompt, rollout=rollout)
+    prompter, seen, right = Prompter(make_tokenizer(), config.prompt), [], Future[bool]()
+    right.set_result(True)
+
+    def generate(requests, decoding, progress, finished):
+        seen.extend(requests)
+        for number in range(4):
+            finished(number, Sample(np.array([9, 2]), np.full(2, -1.0, np.float32), True))
+
+    session = SimpleNamespace(
+        config=config, method=Hbpo(config), step=0, sampled_tokens=0, policy=SimpleNamespace(vocab_size=10**6),
+        data=SimpleNamespace(prompter=prompter, decode=lambda ids: "text"), sampler=SimpleNamespace(generate=generate),
+        grader=SimpleNamespace(submit=lambda *_: right, errors=0, total=4),
+        ranks=SimpleNamespace(is_main=True, engine=lambda _: (0, 1), gather=lambda part: [part]),
+    )  # fmt: skip
+    rollouts = sample_and_grade(session, session.method.sampling(0), {0: make_problems(1)[0]}, Stopwatch())
+    plain = prompter.ids(make_problems(1)[0].question)
+    for row, asked, budget in zip(rollouts.rows, seen, session.method.budgets, strict=True):
+        given = asked.prompt_ids[len(plain) :]
+        assert row.prompt_ids.tolist() == plain == asked.prompt_ids[: len(plain)] and row.budget == budget
+        assert make_tokenizer().decode(given) == f" I will answer the question within {budget} tokens."
+        assert row.response_ids.tolist() == [*given, 9, 2] and row.num_given == len(given) > 5 and row.num_by_lot == 0
+        assert asked.max_new_tokens == 400 - len(given)
+    assert session.sampled_tokens == 4 * 2
+    measured = sample_and_measure(session, session.method.sampling(0), {0: make_problems(1)[0]}, Stopwatch())
+    assert measured.lengths_B.tolist() == rollouts.lengths_B.tolist() and session.sampled_tokens == 4 * 4
+
+
+def test_kl_cov_chooses_among_drawn_tokens():
+    """Rows of A = 1 and -1, all log-probs -1 but one of -9 and the given ones, whose record of 0 would be the highest."""
+    loss = Method(make_config(loss={"kind": "kl_cov", "options": {"share": 0.2}})).loss
+    rollouts = fill(make_rows([3, 3]), sampler_logprobs=[np.array([0.0, -1.0, -1.0]), np.array([-1.0, -9.0, -1.0])])
+    rollouts.rows[0].given = GivenTokens((7,), None)
+    loss.prepare(rollouts, torch.tensor([1.0, -1.0]), np.ones(2, dtype=bool))
+    assert loss.chosen_BT.tolist() == [[False, False, False], [False, True, False]]
+    rollouts.rows[1].given = GivenTokens((7, 8), None)
+    loss.prepare(rollouts, torch.tensor([1.0, -1.0]), np.ones(2, dtype=bool))
+    assert not loss.chosen_BT[:, 0].any() and not loss.chosen_BT[1, 1]
