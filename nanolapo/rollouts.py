@@ -34,9 +34,7 @@ class Rollout:
     budget: float = math.nan  # the target length given with the prompt; nan, not 0, if there was none
     place: int = 0  # the place of its prompt among the prompts of the step
     broken: bool = False  # cannot be trained on (see make_rollouts): it is masked out and counted
-    given: GivenTokens | None = (
-        None  # its first tokens were given, not drawn; their sampler_logprobs are of the lot, or 0
-    )
+    given: GivenTokens | None = None  # its first tokens were given, not drawn: sampler_logprobs are of the lot, or 0
     unmatched: bool = False  # sampled at another temperature than the trainer scores at: left out of the mismatch
     text: str = ""  # the decoded response, for the grader and for people
     correct: bool = False  # the grader's verdict, never a shaped reward

@@ -72,14 +72,16 @@ def sample_and_grade(
 
 
 def sample_and_measure(session: Session, plan: MonitorPlan, draw: Mapping[int, Problem], watch: Stopwatch) -> Measured:
-    """Sample and grade as `sample_and_grade` does, but bring only lengths and verdicts together: 32 bytes an answer."""
+    """Sample and grade as `sample_and_grade` does, but bring only lengths and verdicts together: 24 bytes an answer."""
     mine = graded_share(session, plan, draw, watch)
-    columns = [(row.place, len(row.response_ids), row.num_given, row.correct) for row in mine.rows]
+    columns = np.array([(row.place, len(row.response_ids), row.correct) for row in mine.rows], dtype=np.int64)
     with watch("grade"):
-        parts = session.ranks.gather(np.array(columns, dtype=np.int64).reshape(-1, 4))
-    all_B4 = np.concatenate(parts[:: session.config.rollout.tensor_parallel])
-    places_B, lengths_B, given_B, correct_B = all_B4[np.argsort(all_B4[:, 0], kind="stable")].T
-    session.sampled_tokens += int((lengths_B - given_B).sum())
+        parts = session.ranks.gather(columns.reshape(-1, 3))
+        num_given = session.ranks.gather(sum(row.num_given for row in mine.rows))
+    every = slice(None, None, session.config.rollout.tensor_parallel)
+    all_B3 = np.concatenate(parts[every])
+    places_B, lengths_B, correct_B = all_B3[np.argsort(all_B3[:, 0], kind="stable")].T
+    session.sampled_tokens += int(lengths_B.sum()) - sum(num_given[every])
     problems = tuple(draw[place] for place in places_B[:: plan.group_size].tolist())
     return Measured(problems, plan.group_size, lengths_B, correct_B.astype(bool))
 

@@ -65,9 +65,9 @@ def length_scores(lengths: np.ndarray) -> np.ndarray:
 def ddca_advantages(lengths: np.ndarray, correct: np.ndarray, o: Options) -> np.ndarray:
     """The formula on one group, float64 [G].
 
-    >>> ddca_advantages(np.array([100.0, 300.0]), np.array([True, True]), Options()).round(4)
+    >>> ddca_advantages(np.array([100.0, 300.0]), np.array([True, True]), Options(beta=1.0)).round(4)
     array([ 0.2311, -0.2311])
-    >>> ddca_advantages(np.array([100.0, 300.0, 50.0, 50.0]), np.array([True, True, False, False]), Options()).round(4)
+    >>> ddca_advantages(np.array([100.0, 300.0, 50.0, 50.0]), np.array([True, True, False, False]), Options(1.0)).round(4)
     array([ 1.1155,  0.8845, -1.    , -1.    ])
     """
     verdict = correct.astype(np.float64)
