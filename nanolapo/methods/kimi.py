@@ -1,14 +1,14 @@
 r"""Kimi k1.5's length reward: within a group, short is good and long is bad, linearly.
 
-Source: Kimi k1.5, arXiv 2501.12599, section 2.3.3, read; weight and treatment of malformed answers from LASER's
-re-implementation (code).
+Source: Kimi k1.5, arXiv 2501.12599, section 2.3.3, read; weight from LASER's re-implementation (code).
 
     lam = 0.5 - (L - min L) / (max L - min L)         over all answers of the group, right or wrong
     R = c + weight * (lam if right, min(0, lam) if wrong)
 
-A badly formed answer (no box, or no end of the thought) has no length term, but its length counts in min and max. The
-weight was not published. LASER's default is 0.4, where right and wrong are 1.5 apart; here they are 1 apart, so it is
-0.4 / 1.5. Training begins without the term, for 10 % of the steps (ours; the number was not published either).
+The weight was not published. LASER's default is 0.4, where right and wrong are 1.5 apart; here they are 1 apart, so it is
+0.4 / 1.5. (LASER's has no length term for a badly formed answer, but -1 for it: without that an unfinished answer would
+be worth more than a wrong one. Ours is the paper's: the term is for all.) Training begins without the term, for 10 % of
+the steps (ours; the number was not published either).
 
 Theirs subtracts the group's mean and does not divide by the deviation; LASER's, and ours, does. So in a group that is right
 throughout the weight has no effect.
@@ -22,9 +22,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nanolapo.config import Config
 from nanolapo.methods.base import Method
-from nanolapo.methods.tools import each_group, speaks_of_thought, well_formed
+from nanolapo.methods.tools import each_group
 from nanolapo.rollouts import Rollouts
 
 
@@ -45,7 +44,6 @@ def kimi_length_reward(lengths: np.ndarray, correct: np.ndarray) -> np.ndarray:
 class Options:
     weight: float = 0.267
     warmup_fraction: float = 0.1  # of the run without the length term
-    think_tags: bool | None = None  # True: an answer must end its thought; None: if the config's prompt names <think>
 
 
 class KimiLength(Method):
@@ -53,13 +51,8 @@ class KimiLength(Method):
 
     Options = Options
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        tags = self.options.think_tags
-        self.think_tags = speaks_of_thought(config) if tags is None else tags
-
     def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:
         warming_up = self.progress < self.options.warmup_fraction
         weight = 0.0 if warming_up else self.options.weight
-        length = each_group(rollouts, kimi_length_reward) * well_formed(rollouts, self.think_tags)
+        length = each_group(rollouts, kimi_length_reward)
         return {"correct": rollouts.correct_B.astype(np.float64), "length": weight * length}

@@ -3,7 +3,7 @@ r"""LASER-D and LASER-DE: LASER's bonus with a target length for each difficulty
 Source: as for laser.py, arXiv 2505.15612; paper text and code were both read. On top of LASER's base score:
 
     LASER-D   + alpha if right and L <= L_A(d)                   d: easy, medium, hard by the group's pass rate
-    LASER-DE  as D, and + alpha if wrong, well formed, L > L_A(d) and not repetitive: a longer search costs nothing
+    LASER-DE  as D, and + alpha if wrong, well formed and L > L_A(d): a longer search costs nothing
 
 L_A(d) is searched every 20 steps, first before step 0, on 500 training problems (at 128 prompts a step) sampled with the
 run's own settings: the smallest of L_T, L_T + I, ... (4096, 1024; scaled as LASER's target, up to our limit) within which
@@ -11,7 +11,8 @@ one right answer of the bucket can be expected, see `adaptive_targets`.
 
 Where paper and code differ: the least number of right answers of a bucket is rounded up, 6, 3, 1 of 8 (paper;
 `floor_counts` gives the code's 5, 2, 1); without a candidate, or a bucket, the limit (code: the longest answer of the
-batch); one difficulty rule everywhere (code: borders one off in monitoring). Only the code has the repetition rule.
+batch); one difficulty rule everywhere (code: borders one off in monitoring). Their code also means to refuse DE's bonus to
+repetitive answers, but looks tokens up as tensors, which are never found again: the rule never acts. Ours has none.
 
 Edge cases: no right answer -> bucket hard, and only DE still gives a length signal. State: L_A of each bucket.
 """
@@ -29,7 +30,7 @@ from nanolapo.config import Config
 from nanolapo.data.problems import Problem
 from nanolapo.methods import laser
 from nanolapo.methods.base import MonitorPlan
-from nanolapo.methods.tools import R1_DISTILL, repetitive, scale
+from nanolapo.methods.tools import R1_DISTILL, scale
 from nanolapo.rollouts import Measured, Rollouts
 
 BUCKETS = ("easy", "medium", "hard")
@@ -73,7 +74,6 @@ class Options(laser.Options):
     monitor_every: int = 20  # N, steps between two searches
     monitor_problems: int | None = None  # None: 500 at 128 prompts a step
     floor_counts: bool = False  # the code's rounding of |C|
-    refuse_repetition: bool = True  # DE: no bonus for a repetitive wrong answer (code; the paper does not mention it)
 
 
 class LaserD(laser.Laser):
@@ -124,7 +124,4 @@ class LaserDE(LaserD):
 
     def bonus(self, rollouts: Rollouts, formed: np.ndarray) -> np.ndarray:
         longer = formed & ~rollouts.correct_B & (rollouts.lengths_B > self.targets(rollouts))
-        if self.options.refuse_repetition:
-            for row in np.nonzero(longer)[0]:
-                longer[row] = not repetitive(rollouts.rows[row].response_ids)
         return super().bonus(rollouts, formed) | longer

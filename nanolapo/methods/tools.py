@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 
 import numpy as np
@@ -70,32 +69,3 @@ def well_formed(rollouts: Rollouts, think_tags: bool) -> np.ndarray:
     return np.array([
         last_boxed(text) is not None and (not think_tags or "</think>" in text) for text in rollouts.texts
     ])  # fmt: skip
-
-
-def repetitive(ids: np.ndarray) -> bool:
-    """LASER's detector (its code): True if some n-gram repeats often and close by, or some 2n-gram repeats at all.
-
-    n is 2 below 30 tokens, 3 below 100, else 4. Often: 3 times (2 below 200 tokens); close: two of them less than a third
-    of the length apart, rounded down. An n-gram of a single repeated token does not count if n is 3 or 4, other n-grams and
-    all 2n-grams do. 8 tokens or fewer are never repetitive. Nothing of this is scaled: it holds for any text.
-
-    >>> near, far = [1, 2, 1, 2, 8, 7, 6, 5, 4], [1, 2, 9, 1, 2, 8, 7, 6, 5, 4]   # less than 3 apart, and not
-    >>> repetitive(np.array(near)), repetitive(np.array(far))
-    (True, False)
-    """
-    total = len(ids)
-    n = 2 if total < 30 else 3 if total < 100 else 4
-    often = 2 if total < 200 else 3
-
-    def places(size: int) -> dict[tuple[int, ...], list[int]]:
-        found: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for i in range(total - size + 1):
-            found[tuple(ids[i : i + size].tolist())].append(i)
-        return found
-
-    if total <= 8:
-        return False
-    if any(len(at) > 1 for at in places(2 * n).values()):
-        return True
-    counted = {gram: at for gram, at in places(n).items() if n == 2 or len(set(gram)) > 1}
-    return any(len(at) >= often and min(np.diff(at)) < total // 3 for at in counted.values())

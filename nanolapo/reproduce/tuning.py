@@ -26,6 +26,7 @@ from nanolapo.config_file import read_yaml
 from nanolapo.reproduce import records
 from nanolapo.reproduce.over_seeds import none_first
 from nanolapo.reproduce.recipe import MOST_SETTINGS, Recipe, words
+from nanolapo.reproduce.records import Record
 from nanolapo.reproduce.reproduce import train_missing
 
 HEAD = "# Written by `python -m nanolapo.reproduce.tuning {}`: the setting of the highest AES, on seed {}.\n"
@@ -48,17 +49,18 @@ def main() -> None:
         recipes.append(there)
     if not recipes[0].file.chosen:
         raise UserError(f"{given.config} has no key `chosen`: it names the file, beside this one, for the choices")
-    found, failed = aes_of_settings(recipes, given.records or folder / "records", given.jobs)
+    found, failed = records_of_settings(recipes, given.records or folder / "records", given.jobs)
     print(f"wrote {write_choices(given.config, recipes[0], found)}")
     if failed:
         raise failed[0]
 
 
-def aes_of_settings(
-    recipes: Sequence[Recipe], folder: Path, jobs: int
-) -> tuple[dict[str, dict[str, float]], list[RunStopped]]:
-    """Train what has no record. Returns method -> setting -> AES, and what failed."""
-    found: dict[str, dict[str, float]] = {}
+Found = dict[str, dict[str, list[Record]]]  # method -> setting -> one record a seed
+
+
+def records_of_settings(recipes: Sequence[Recipe], folder: Path, jobs: int) -> tuple[Found, list[RunStopped]]:
+    """Train what has no record. Returns the records, and what failed."""
+    found: Found = {}
     failed = list[RunStopped]()
     for recipe in recipes:
         seeds, here = list(recipe.file.seeds), folder / recipe.folder.name
@@ -70,18 +72,24 @@ def aes_of_settings(
         for name in recipe.methods:
             mine = records.valid(recipe, pipeline, here, name, seeds)
             if len(mine) == len(seeds):
-                scores = [none_first(one.scores[0]["row"]["aes"]) for one in mine.values()]
-                found.setdefault(name, {})[recipe.chosen[name]] = float(np.mean(scores))
+                found.setdefault(name, {})[recipe.chosen[name]] = list(mine.values())
     return found, failed
 
 
-def write_choices(config: Path, recipe: Recipe, found: dict[str, dict[str, float]]) -> Path:
+def mean_aes(seeds: Sequence[Record]) -> float:
+    return float(np.mean([none_first(one.scores[0]["row"]["aes"]) for one in seeds]))
+
+
+def write_choices(config: Path, recipe: Recipe, found: Found) -> Path:
     """Put the choices of the methods whose settings are all there beside those of earlier calls."""
     path = config.parent / recipe.file.chosen
     chosen = read_yaml(path) if path.exists() else {}
     for name, settings in recipe.file.settings.items():
-        scores = found.get(name, {})
-        if list(scores) == list(settings):
+        mine = found.get(name, {})
+        scores = {setting: mean_aes(seeds) for setting, seeds in mine.items()}
+        if records.several_bases(mine):  # the AES of two bases cannot be compared
+            print(f"{name}: no new choice: its settings started from several base models; delete the older records")
+        elif list(scores) == list(settings):
             best = max(scores, key=lambda setting: scores[setting])  # the first of equal ones
             shown = {setting: round(score, 4) if np.isfinite(score) else None for setting, score in scores.items()}
             chosen[name] = {"setting": best, "aes": shown}  # null: the base is never right

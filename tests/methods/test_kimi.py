@@ -34,15 +34,15 @@ def test_equal_lengths_and_a_single_answer_have_no_length_term():
     assert kimi_length_reward(np.array([1.0]), np.array([True])).tolist() == [0]
 
 
-def test_weight_malformed_answers_and_order():
-    """A malformed answer has no term of its own, but its 10 tokens are the minimum that the others are measured by."""
+def test_weight_and_order_for_all_answers_also_malformed_ones():
+    """An answer that is cut and shows no box is the longest of its group, so it must not be worth more than a wrong one."""
     method = make(warmup_fraction=0.0)
-    rollouts = make_rows([10, 20, 30, 50], group_size=4, correct=[True, True, True, False])
-    fill(rollouts, text=[r"\boxed{1}", GOOD, GOOD, GOOD])
+    rollouts = make_rows([10, 20, 40, 50], group_size=4, correct=[True, True, False, False])
+    fill(rollouts, text=[GOOD, GOOD, GOOD, "x"])
     parts = method.reward(rollouts)
-    np.testing.assert_allclose(parts["length"], [0, 0.267 * 0.25, 0, 0.267 * -0.5], atol=1e-12)
+    np.testing.assert_allclose(parts["length"], [0.267 * 0.5, 0.267 * 0.25, 0.267 * -0.25, 0.267 * -0.5])
     total = sum(parts.values())
-    assert total[:3].min() > total[3]
+    assert total[1] > total[2] > total[3]
 
 
 def test_warm_up_is_a_share_of_the_run():

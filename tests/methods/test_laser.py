@@ -6,18 +6,16 @@ Run: python -m pytest tests/methods/test_laser.py
 from __future__ import annotations
 
 import json
-import math
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
-import pytest
 from tiny import fill, make_config, make_problems, make_rows
 
 from nanolapo.methods.base import MonitorPlan
 from nanolapo.methods.laser import Laser
 from nanolapo.methods.laser_adaptive import LaserD, LaserDE, adaptive_targets, difficulty
-from nanolapo.methods.tools import repetitive, speaks_of_thought, well_formed
+from nanolapo.methods.tools import speaks_of_thought, well_formed
 from nanolapo.rollouts import Rollouts
 
 GOOD, NO_BOX, NO_END, OPEN_BOX = r"x </think> \boxed{1}", "x </think> 1", r"x \boxed{1}", r"x </think> \boxed{1"
@@ -177,84 +175,16 @@ def test_state_survives_json_and_gives_the_same_rewards():
 # ------------------------------------------------------------------------------------------------------------ LASER-DE
 
 
-def test_DE_forgives_long_wrong_answers_that_are_well_formed_and_not_repetitive():
-    def rows(count: int) -> Rollouts:
-        rollouts = group([20] * count, [False] * count)
-        fill(rollouts, response_ids=[np.arange(20) for _ in range(count)])  # no n-gram comes back
-        return rollouts
-
-    rollouts = rows(6)
+def test_DE_forgives_long_wrong_answers_that_are_well_formed():
+    rollouts = group([20] * 6, [False] * 6)
     rollouts.rows[1].response_ids = np.arange(10)  # not longer than the target
-    rollouts.rows[2].response_ids = np.tile([1, 2, 3, 4], 5)  # repetitive
+    rollouts.rows[2].response_ids = np.tile([1, 2, 3, 4], 5)  # repetitive: theirs means to refuse it, and never does
     rollouts.rows[3].text = NO_BOX
     rollouts.rows[4].correct = True  # right, but too long
     rollouts.rows[5].correct, rollouts.rows[5].response_ids = True, np.arange(5)
     method = make(LaserDE, group_size=6)
     method.adaptive = dict.fromkeys(method.adaptive, 10)
-    assert sum(method.reward(rollouts).values()).tolist() == [0, -0.5, -0.5, -1, 1, 1.5]
-    method = make(LaserDE, group_size=6, refuse_repetition=False)
-    method.adaptive = dict.fromkeys(method.adaptive, 10)
     assert sum(method.reward(rollouts).values()).tolist() == [0, -0.5, 0, -1, 1, 1.5]
     method = make(LaserD, group_size=6)
     method.adaptive = dict.fromkeys(method.adaptive, 10)
     assert sum(method.reward(rollouts).values()).tolist() == [-0.5, -0.5, -0.5, -1, 1, 1.5]
-
-
-def slow_repetitive(ids: list[int]) -> bool:
-    """METHODS.md's description by comparing all pairs of positions."""
-    total = len(ids)
-    if total <= 8:
-        return False
-    n = 2 if total < 30 else 3 if total < 100 else 4
-    often = 2 if total < 200 else 3
-    for i in range(total - 2 * n + 1):
-        for j in range(i + 1, total - 2 * n + 1):
-            if ids[i : i + 2 * n] == ids[j : j + 2 * n]:
-                return True
-    for i in range(total - n + 1):
-        gram = ids[i : i + n]
-        if len(set(gram)) == 1 and n > 2:
-            continue
-        at = [j for j in range(total - n + 1) if ids[j : j + n] == gram]
-        near = any(b - a < math.floor(total / 3) for a in at for b in at if a < b)
-        if len(at) >= often and near:
-            return True
-    return False
-
-
-def test_repetition_detector_by_hand():
-    fresh = list(range(1000, 1300))
-    assert (
-        not repetitive(np.array([], dtype=np.int64))
-        and not repetitive(np.array([5]))
-        and not repetitive(fresh_ids(300))
-    )
-    assert not repetitive(np.array([7] * 8)) and repetitive(np.array([7] * 9))  # too short to tell; a 4-gram comes back
-    pairs, triples = [5, 5, 1, 5, 5, 2, 3, 4, 6, 7, 8, 9], [7, 7, 7, *fresh[:3], 7, 7, 7, *fresh[3:24]]
-    assert repetitive(np.array(pairs)) and not repetitive(
-        np.array(triples)
-    )  # of one token: pairs count, triples do not
-    assert not repetitive(np.array([1, 2, 9, 1, 2, 8, 7, 6, 5, 4]))  # 3 apart, and a third of ten, rounded down, is 3
-    near, far = [1, 2, *fresh[:1], 1, 2, *fresh[2:10]], [1, 2, *fresh[:9], 1, 2, *fresh[9:12]]
-    assert repetitive(np.array(near)) and not repetitive(np.array(far))  # 3 apart of 13; 11 apart of 16
-    long = [1, 2, 3, 4, *fresh[:20], 1, 2, 3, 4, *fresh[20:]]  # 300+ tokens: a 4-gram twice is not yet often
-    assert not repetitive(np.array(long)) and repetitive(np.array([*long, 1, 2, 3, 4]))
-    double = [*range(8), *fresh, *range(8)]  # an 8-gram twice, however far apart
-    assert repetitive(np.array(double)) and not repetitive(np.array([*range(7), *fresh, *range(7)]))
-
-
-def fresh_ids(count: int) -> np.ndarray:
-    return np.arange(count)
-
-
-@pytest.mark.parametrize(
-    ("total", "alphabet"), [(12, 6), (29, 14), (30, 6), (99, 20), (100, 9), (199, 14), (200, 8), (260, 8)]
-)
-def test_repetition_detector_equals_a_slow_one(total: int, alphabet: int):
-    rng = np.random.default_rng(total)
-    verdicts = []
-    for _ in range(30):
-        ids = rng.integers(0, alphabet, total)
-        verdicts.append(repetitive(ids))
-        assert verdicts[-1] == slow_repetitive(ids.tolist())
-    assert len(set(verdicts)) == 2, "the cases are all alike: they compare nothing"

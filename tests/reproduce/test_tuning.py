@@ -20,7 +20,7 @@ from nanolapo.methods import load_method
 from nanolapo.provenance import provenance
 from nanolapo.reproduce import tuning
 from nanolapo.reproduce.recipe import MOST_SETTINGS, Recipe
-from nanolapo.reproduce.records import read
+from nanolapo.reproduce.records import Record, read
 from nanolapo.reproduce.steps import ROOT
 
 DEMO = ROOT / "configs" / "demo"
@@ -143,16 +143,35 @@ def test_the_best_aes_wins_the_published_one_wins_a_tie_and_others_stay(tmp_path
     recipe = Recipe(path, tmp_path, ["python"])
     found = {
         "grpo": {"published": 0.2, "half": 0.5, "double": 0.5},
-        "laser": {"published": -float("inf"), "half": -float("inf"), "double": -float("inf")},  # a base without an AES
+        "laser": {"published": None, "half": None, "double": None},  # a base without an AES
         "spo": {"published": 1.0},  # the others failed
     }
-    tuning.write_choices(path, recipe, found)
+    tuning.write_choices(path, recipe, {name: results(**scores) for name, scores in found.items()})
     chosen = yaml.safe_load((tmp_path / "chosen.yaml").read_text())
     assert {name: one["setting"] for name, one in chosen.items()} == {
         "grpo": "half", "laser": "published", "spo": "half", "hapo": "published"
     }  # fmt: skip
     assert chosen["grpo"]["aes"] == found["grpo"] and set(chosen["laser"]["aes"].values()) == {None}
     assert "on seed 9" in (tmp_path / "chosen.yaml").read_text()
+
+
+def test_settings_that_started_from_two_bases_are_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same answers have another AES against another base, so the second setting may be the better one."""
+    path = small(tmp_path, {name: {"published": [], "half": []} for name in ("grpo", "laser")})
+    (tmp_path / "chosen.yaml").write_text("laser: {setting: half}\n")
+    mixed = results(published=0.3) | results("another", half=0.2)
+    tuning.write_choices(
+        path, Recipe(path, tmp_path, ["python"]), {"grpo": results(published=0.1, half=0.2), "laser": mixed}
+    )
+    chosen = yaml.safe_load((tmp_path / "chosen.yaml").read_text())
+    assert chosen["grpo"]["setting"] == "half" and chosen["laser"] == {"setting": "half"}
+    assert capsys.readouterr().out.startswith("laser: no new choice: its settings started from several base models")
+
+
+def results(base: str = "one", **scores: float | None) -> dict[str, list[Record]]:
+    return {name: [Record("m", 9, "d", base, name, {}, [{"row": {"aes": aes}}])] for name, aes in scores.items()}
 
 
 @pytest.mark.slow
