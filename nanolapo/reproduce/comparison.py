@@ -127,12 +127,12 @@ def compare_pairs(rows: Sequence[Row], scores: Sequence[Scores]) -> dict[str, An
 # -------------------------------------------------------------------------------------------------------- as Markdown
 
 
-def comparison_table(rows: Sequence[Row]) -> str:
-    """Markdown of one set and temperature."""
+def comparison_table(rows: Sequence[Row], bases: Sequence[str] = ()) -> str:
+    """Markdown of one set and temperature. bases: the methods that started from other base models than most."""
     tuned = any(row.get("setting") for row in rows)
     body = []
     for r in rows:
-        name = r["model"] + " (u)" * r["unverified"]
+        name = r["model"] + " (u)" * r["unverified"] + " †" * (r["model"] in bases)
         thousand = [number(r[k] / 1000 if k in r else None, ".0f") for k in ("sampled_tokens", "trained_tokens")]
         share = f"{r['front_share']:.0%}" if "front_share" in r else "-"
         body.append([
@@ -163,26 +163,26 @@ def comparison_text(
     rows: Sequence[Row],
     pairs: Sequence[Row] = (),
     missing: Mapping[str, str] | None = None,
-    bases: Sequence[int] = (),
+    bases: Sequence[str] = (),
     **_: Any,
 ) -> str:
     """results.md, from what results.json holds: one table per set and temperature, and how to read them.
 
-    missing: "method, seed" -> why it has no result. bases: seeds whose methods did not all start from one base.
+    missing: "method, seed" -> why it has no result. bases: the methods that started from other base models than most.
     """
     parts = []
     for place in dict.fromkeys((r["set"], r["temperature"]) for r in rows):
         mine = [r for r in rows if (r["set"], r["temperature"]) == place]
         parts.append(f"### {place[0]}, temperature {place[1]:g}, {tokens:,} sampled tokens each\n")
-        parts.append(comparison_table(mine) + "\n")
+        parts.append(comparison_table(mine, bases) + "\n")
         parts += [pairs_text(one) for one in pairs if (one["set"], one["temperature"]) == place]
         if mine[0].get("by_level"):
             parts += ["Accuracy % / tokens by level:\n", table(*level_cells(mine)) + "\n"]
     if missing:
         parts.append("**Not in the table:** " + "; ".join(f"{name}: {why}" for name, why in missing.items()) + "\n")
     if bases:
-        parts.append(f"Seeds {', '.join(map(str, bases))}: not all methods started from the same base model, for they were "
-                     "run on different machines or commits. Each is measured against its own.\n")  # fmt: skip
+        parts.append("† from other base models than most, made on another machine or commit. Each row is measured against "
+                     "its own: equal answers have a higher AES where the bases are longer or worse.\n")  # fmt: skip
     parts.append(NOTES)
     return "\n".join(parts)
 

@@ -7,7 +7,8 @@ be deleted, methods can be added on another day, and a method that fails takes n
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -165,11 +166,14 @@ def record_what_is_done(recipe: Recipe, pipeline: Pipeline, folder: Path, seeds:
     return left
 
 
-def several_bases(found: dict[str, list[Record]]) -> list[int]:
-    """Seeds whose methods did not all start from one base model: they were run on different machines or commits."""
-    bases = {(one.seed, one.base) for method, mine in found.items() for one in mine if method != "base"}
-    seeds = [seed for seed, _ in bases]
-    return sorted({seed for seed in seeds if seeds.count(seed) > 1})
+def of_other_bases(found: Mapping[str, Sequence[Record]]) -> list[str]:
+    """The methods with a seed that started from another base model than most methods of that seed: it was made on
+    another machine or commit."""
+    counts = Counter((one.seed, one.base) for method, mine in found.items() if method != "base" for one in mine)
+    common: dict[int, str] = {}
+    for (seed, base), _ in counts.most_common():
+        common.setdefault(seed, base)
+    return [method for method, mine in found.items() if any(common.get(one.seed, one.base) != one.base for one in mine)]
 
 
 def why_missing(recipe: Recipe, pipeline: Pipeline, folder: Path, method: str, seed: int) -> str:

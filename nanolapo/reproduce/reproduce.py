@@ -159,7 +159,7 @@ def write_methods(
     if "base" not in there:
         return []
     made = compare_methods(there, bases, unverified(recipe.scored)) | {"tokens": recipe.tokens, "missing": missing}
-    made["bases"] = records.several_bases(there)
+    made["bases"] = records.of_other_bases(there)
     paths = write_comparison(recipe.folder, made)
     print(paths[0].read_text(encoding="utf-8"))
     return [*paths, *write_comparison_figures(recipe.folder, made["rows"], made["fronts"])]

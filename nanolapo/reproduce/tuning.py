@@ -87,7 +87,7 @@ def write_choices(config: Path, recipe: Recipe, found: Found) -> Path:
     for name, settings in recipe.file.settings.items():
         mine = found.get(name, {})
         scores = {setting: mean_aes(seeds) for setting, seeds in mine.items()}
-        if records.several_bases(mine):  # the AES of two bases cannot be compared
+        if records.of_other_bases(mine):  # the AES of two bases cannot be compared
             print(f"{name}: no new choice: its settings started from several base models; delete the older records")
         elif list(scores) == list(settings):
             best = max(scores, key=lambda setting: scores[setting])  # the first of equal ones

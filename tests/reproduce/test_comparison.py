@@ -21,7 +21,7 @@ from nanolapo.report.ranking import ranking_figure
 from nanolapo.report.tradeoff import COLOURS, methods_figure
 from nanolapo.reproduce.comparison import compare_methods, comparison_table, comparison_text
 from nanolapo.reproduce.recipe import Recipe
-from nanolapo.reproduce.records import Record, costs, file_of, read, several_bases, shorter, write
+from nanolapo.reproduce.records import Record, costs, file_of, of_other_bases, read, shorter, write
 from nanolapo.reproduce.reproduce import write_methods
 
 BASE = ([2, 2, 2, 2], [100, 100, 100, 100])
@@ -121,8 +121,19 @@ def test_each_seed_is_measured_against_its_own_base() -> None:
     found = compare_methods(there, bases, set())
     low, high = row_of(found, "m")["aes_interval"]
     assert (low + high) / 2 == pytest.approx(0.5)  # half of 200, half of 100
-    assert several_bases(there) == [0]
-    assert "Seeds 0: not all methods started from the same base" in comparison_text(tokens=1, bases=[0], **found)
+
+
+def test_who_started_from_another_base_than_most_is_marked() -> None:
+    """Also where a method has more seeds than others, and where only its last seed is of another machine."""
+    mine = {"base": records("base", BASE, BASE), "m": records("m", BASE, BASE), "n": records("n", BASE)}
+    assert of_other_bases(mine) == []
+    mine["late"] = [record("late", 0, *BASE), record("late", 1, *BASE, base="c")]
+    mine["p"] = [record("p", 1, *BASE, base="b")]
+    assert of_other_bases(mine | {"o": records("o", BASE, BASE)}) == ["late"]
+    found = compare_methods(mine, [*mine["base"], record("base", 1, *BASE, base="c")], {"late"})
+    text = comparison_text(tokens=1, bases=["late"], **found)
+    assert "late (u) †" in text and text.count("†") == 2 and "† from other base models than most" in text
+    assert "†" not in comparison_text(tokens=1, bases=[], **found)
 
 
 @pytest.mark.parametrize("method", ["base", "good"])
