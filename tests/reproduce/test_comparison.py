@@ -130,6 +130,7 @@ def test_who_started_from_another_base_than_most_is_marked() -> None:
     mine["late"] = [record("late", 0, *BASE), record("late", 1, *BASE, base="c")]
     mine["p"] = [record("p", 1, *BASE, base="b")]
     assert of_other_bases(mine | {"o": records("o", BASE, BASE)}) == ["late"]
+    assert of_other_bases({"base": [record("base", 0, *BASE, base="c")], "m": records("m", BASE)}) == ["base"]
     found = compare_methods(mine, [*mine["base"], record("base", 1, *BASE, base="c")], {"late"})
     text = comparison_text(tokens=1, bases=["late"], **found)
     assert "late (u) †" in text and text.count("†") == 2 and "† from other base models than most" in text
