@@ -49,9 +49,8 @@ class Trace:
 
     guidance: dict[Place, Guidance] = field(default_factory=dict)
     requests: dict[Place, Request] = field(default_factory=dict)
-    targets: dict[str, float | None] = field(
-        default_factory=dict
-    )  # LAPO's M(q) of known problems, when rewards were due
+    # LAPO's M(q) of known problems, when rewards were due
+    targets: dict[str, float | None] = field(default_factory=dict)
     centers: dict[str, float] = field(default_factory=dict)  # n of Eq. 7, stage 2
     parts: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)  # problem -> name -> [G]
     passes: list[Pass] = field(default_factory=list)

@@ -145,9 +145,8 @@ def _ranges(one: Members, other: Members) -> Members:
         return one
     rays = [match for match in found if match and match.re is RAY]
     ends, starts = ([number(ray[3]) for ray in rays if (ray[2] in ("<", r"\le")) is wanted] for wanted in (True, False))
-    if any(
-        end is None or start is None or end > start for end in ends for start in starts
-    ):  # "x>2 and x<5" is no union
+    # "x>2 and x<5" is no union
+    if any(end is None or start is None or end > start for end in ends for start in starts):
         return one
     return Members("", _split(one.items[0].replace(r"\cup", "∪"), "∪"))
 

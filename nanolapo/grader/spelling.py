@@ -148,9 +148,8 @@ def _drop_ending(ordinal: re.Match[str]) -> str:
 # ---- lists, LaTeX and the blanks ----
 
 PARTS = {"half": 2, "third": 3, "quarter": 4}
-AND_A_PART = re.compile(
-    r"(?<![\w.\\^{}])(\d+)\s+and\s+(?:a|one)[\s-]+(" + "|".join(PARTS) + r")(?![a-zA-Z])"
-)  # 3 and a half
+# 3 and a half
+AND_A_PART = re.compile(r"(?<![\w.\\^{}])(\d+)\s+and\s+(?:a|one)[\s-]+(" + "|".join(PARTS) + r")(?![a-zA-Z])")
 IN_TEXT = r"(?:\\text\s*\{\s*)?"
 SHAPES = _rules(
     (

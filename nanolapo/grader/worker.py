@@ -119,9 +119,8 @@ PRIMED = re.compile(r"[A-Za-z)}]'+")
 
 def algebra(answer: str, reference: str) -> bool:
     """True if these two formulas are equal: the leaf of `answers.equal`."""
-    if sorted(PRIMED.findall(answer)) != sorted(
-        PRIMED.findall(reference)
-    ):  # math-verify drops primes: f'(x) is not f(x)
+    # math-verify drops primes: f'(x) is not f(x)
+    if sorted(PRIMED.findall(answer)) != sorted(PRIMED.findall(reference)):
         return False
     is_real = not re.search(r"\\det|matrix", answer + reference) and not IMAGINARY_UNIT.search(answer + " " + reference)
     try:

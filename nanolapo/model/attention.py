@@ -133,9 +133,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: in
 def use_shared_prompts(model: PreTrainedModel) -> None:
     """Switch the model to `shared_prompt_attention`. Raises NotImplementedError if the model says that its layers also mix
     tokens in another way. trial.py tries what models do not say."""
-    kinds = set(
-        getattr(model.config.get_text_config(), "layer_types", None) or ()
-    )  # not every kind of model lists them
+    # Not every kind of model lists them
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
     common = model._supports_attention_backend and not model._is_stateful
     if not common or kinds - {"full_attention", "sliding_attention"}:
         raise NotImplementedError("its layers do not mix tokens by attention only, in transformers' common form")

@@ -108,9 +108,8 @@ def logits_gradient(
         entropy_N, grad_entropy_N = of_entropy
         of_logp_NC = grad_logprobs_N[:, None] + grad_entropy_N[:, None] * (logp_NC + entropy_N[:, None])
         grad_NC = -logp_NC.exp_() * of_logp_NC
-    if (
-        torch.compiler.is_compiling()
-    ):  # a comparison is part of the one pass; a scatter would write float32 and read it again
+    # A comparison is part of the one pass; a scatter would write float32 and read it again
+    if torch.compiler.is_compiling():
         at_target_NC = torch.arange(C, device=grad_NC.device) == index_N[:, None]
         grad_NC = grad_NC + torch.where(at_target_NC, grad_logprobs_N[:, None], 0.0)
     else:

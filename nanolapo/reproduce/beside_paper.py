@@ -74,9 +74,8 @@ def compare(number: int, base: str, ours: Sequence[Row], names: Mapping[str, str
     for row in rows:
         against = next(other for other in rows if other.name == row.against)
         for name in sets:
-            column = (
-                name if name in shared or not ours else printed.sets[-1]
-            )  # a miniature: the average, or the only set
+            # A miniature: the average, or the only set
+            column = name if name in shared or not ours else printed.sets[-1]
             mine, reference = (found.get((names.get(who.name, ""), name)) for who in (row, against))
             line: Row = {"model": row.name, "ours": names.get(row.name), "against": row.against, "set": name}
             line |= {"paper_set": column} | _ours(mine, reference) | _theirs(row.scores[column], against.scores[column])

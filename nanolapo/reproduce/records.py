@@ -33,9 +33,7 @@ class Record:
     setting: str  # its name in the recipe's settings; empty: the run as the recipe has it
     costs: dict[str, float]
     scores: list[dict[str, Any]]
-    commit: str = (
-        ""  # of the code. A line stays valid when the code changes, so delete those of a method that was mended
-    )
+    commit: str = ""  # of the code. A line stays valid when that changes: delete those of a method that was mended
 
 
 def file_of(folder: Path, method: str) -> Path:

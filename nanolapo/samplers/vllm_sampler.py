@@ -85,9 +85,8 @@ class VLLMSampler:
         self.can_sleep, self.records_logprobs = trains and not on_cpu, trains
         self.state = READY  # see `_whole`
         self.owns_group = not dist.is_initialized()
-        if (
-            self.owns_group
-        ):  # vLLM needs a group. One that it starts for itself listens on every interface (seen in 0.24)
+        # vLLM needs a group. One that it starts for itself listens on every interface (seen in 0.24)
+        if self.owns_group:
             stay_on_loopback()
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
