@@ -8,6 +8,7 @@ import argparse
 import errno
 import json
 import os
+import select
 import sys
 import time
 import traceback
@@ -45,13 +46,15 @@ ECHO_DELAY_S = 60
 
 def run(main: Callable[[], None], keeps_progress: bool = True) -> None:
     """Call a script's main. A UserError or an unwritable disk ends it with one line and exit code 2, RunStopped with one
-    line and 3, Ctrl-C with one line and 130. Any other error keeps its traceback.
+    line and 3, Ctrl-C with one line and 130. Where nobody reads the output any more, as after `| head`, it ends without a
+    word and with 141, as other programs do. Any other error keeps its traceback.
 
     keeps_progress: True if the script resumes after an interruption, False if it starts again."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         main()
+        sys.stdout.flush()  # now, while a reader that is gone can still be told from another error
     except UserError as error:
         end(f"error: {error}", 2)
     except RunStopped as error:
@@ -60,12 +63,24 @@ def run(main: Callable[[], None], keeps_progress: bool = True) -> None:
         left = "goes on from what was saved" if keeps_progress else "starts again: nothing was saved"
         end(f"interrupted; the same command {left}", 130)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and output_is_unread():
+            sys.exit(141)
         if isinstance(error, OSError) and error.errno in DISK:
             where = f"{error.filename}: " if error.filename else ""
             end(f"error: {where}{error.strerror}; mend that and run the same command again", 2)
         last = traceback.extract_tb(error.__traceback__)[-1].filename
         tell_torchrun(traceback.format_exc(), is_echo="torch/distributed" in last)
         raise
+
+
+def output_is_unread() -> bool:
+    """Whether the reader of stdout is gone. Then the rest goes nowhere, or Python would complain again at its end."""
+    gone = select.poll()
+    gone.register(sys.stdout.fileno(), 0)  # asks for no event, and is told of a closed pipe all the same
+    if gone.poll(0):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def end(line: str, code: int) -> NoReturn:

@@ -97,6 +97,26 @@ def test_a_disk_too_full_to_tell_torchrun(tmp_path, monkeypatch, capsys) -> None
     assert not list(Path(tmp_path).iterdir())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("lines", [1, 100_000])  # what fits into the buffer is written at the end only
+def test_a_reader_that_is_gone_ends_the_script_without_a_word(lines, unbuffered) -> None:
+    program = f"from nanolapo import cli\ncli.run(lambda: [print('step', i) for i in range({lines})])"
+    command = [sys.executable, "-c", program]
+    environ = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environ) as writer:
+        assert writer.stdout is not None and writer.stderr is not None
+        writer.stdout.close()
+        assert (writer.stderr.read(), writer.wait(timeout=60)) == (b"", 141)
+
+
+@pytest.mark.slow
+def test_another_broken_pipe_keeps_its_traceback() -> None:
+    program = "from nanolapo import cli\ndef main():\n    raise BrokenPipeError('of a worker')\ncli.run(main)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.endswith("BrokenPipeError: of a worker\n")
+
+
 # ---- what a launcher sets ----
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
