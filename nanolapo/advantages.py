@@ -12,16 +12,16 @@ MIN_SPREAD = 1e-6  # rewards closer together than this carry no signal; float no
 
 
 def group_statistics(rewards_PG: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased standard deviation of every group, float64 [P, 1] each. Statistics never cross a group."""
+    """Return mean and unbiased standard deviation of every group, float64 [P, 1] each. Statistics never cross a group."""
     rewards = rewards_PG.double()  # 8 numbers a group: double costs nothing and removes round-off from the mean
     return rewards.mean(dim=1, keepdim=True), rewards.std(dim=1, keepdim=True)
 
 
-def group_advantages(rewards_PG: Tensor, normalize_std: bool = True, eps: float = 1e-9) -> Tensor:
-    """Standard GRPO advantage (arXiv 2402.03300): (R - mean(R)) / (std(R) + eps) within each group, unbiased std.
+def group_advantages(rewards_PG: Tensor, normalize_std: bool = True) -> Tensor:
+    """Standard GRPO advantage (arXiv 2402.03300): (R - mean(R)) / (std(R) + 1e-9) within each group, unbiased std.
 
-    A group whose rewards agree to within 1e-6 gets exactly zero, and so does a single
-    rollout (G = 1 has nothing to compare with). `normalize_std=False` is Dr. GRPO's R - mean(R).
+    A group whose rewards agree to within 1e-6 gets exactly zero, and so does a single rollout (G = 1 has nothing to compare
+    with). `normalize_std=False` is Dr. GRPO's R - mean(R).
 
     >>> group_advantages(torch.tensor([[1.0, 0.0], [0.35, 0.35]]))
     tensor([[ 0.7071, -0.7071],
@@ -34,7 +34,7 @@ def group_advantages(rewards_PG: Tensor, normalize_std: bool = True, eps: float 
     mean_P1, std_P1 = group_statistics(rewards)
     centred = rewards - mean_P1
     if normalize_std:
-        centred = centred / (std_P1 + eps)
+        centred = centred / (std_P1 + 1e-9)
     spread = rewards.amax(dim=1, keepdim=True) - rewards.amin(dim=1, keepdim=True)
     return torch.where(spread < MIN_SPREAD, torch.zeros_like(centred), centred).to(rewards_PG.dtype)
 

@@ -6,6 +6,7 @@ tells answers apart. Both are watched at every step. The first stops the run; th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,14 +14,8 @@ from nanolapo.config import Config, RunStopped
 
 NEARLY_ALL = 0.9  # of the answers, or of the groups: the rest does not make a run that learns
 FIRST_LIMIT = 0.2  # at step 0 in bf16: 0.01 to 0.05 is normal, a stale tied head gives 0.4 to 1.5
-PATIENCE = {
-    "truncated": 3,
-    "flat": 5,
-    "empty": 3,
-    "looping": 3,
-    "copies": 5,
-    "dropped": 1,
-}  # steps in a row before a warning
+# Steps in a row before a warning
+PATIENCE = {"truncated": 3, "flat": 5, "empty": 3, "looping": 3, "copies": 5, "dropped": 1, "broken": 1}
 
 
 class MismatchError(RunStopped):
@@ -37,7 +32,11 @@ class Alarms:
 
     def check_mismatch(self, step: int, mean_mismatch: float) -> None:
         """Rule zero: d = mean |logp_trainer - logp_sampler| must stay near its first value. Raises MismatchError."""
-        r = self.config.rollout
+        if math.isnan(mean_mismatch):
+            raise MismatchError(
+                f"step {step}: the trainer's log-probs are not finite: resume with a lower learning rate"
+            )
+        r, first = self.config.rollout, self.base_mismatch
         if self.base_mismatch is None:
             self.base_mismatch = mean_mismatch
             # A sampler that is wrong from the start must not become its own measure. In float32 even 0.1 is wrong: a mask
@@ -48,9 +47,9 @@ class Alarms:
             limit = max(self.base_mismatch * r.mismatch_factor, r.mismatch_floor)
         if not mean_mismatch <= limit:
             raise MismatchError(
-                f"step {step}: sampler and trainer disagree, mean |dlogp| = {mean_mismatch:.4g} against "
-                f"{self.base_mismatch:.4g} at step 0 (limit {limit:.4g}): the sampler does not hold the trained weights, "
-                "or samples another distribution"
+                f"step {step}: sampler and trainer disagree, mean |dlogp| = {mean_mismatch:.4g}"
+                f"{'' if first is None else f' against {first:.4g} at first'} (limit {limit:.4g}): the sampler does not "
+                "hold the trained weights, or samples another distribution"
             )
 
     def check_learning(self, step: int, metrics: dict[str, float], examples: Sequence[str]) -> list[str]:
@@ -62,6 +61,7 @@ class Alarms:
             "looping": metrics["repetition"] > 0.8,
             "copies": metrics["unique_per_group"] <= 2 - NEARLY_ALL and self.config.rollout.group_size > 1,
             "dropped": metrics.get("kept_groups") == 0,
+            "broken": metrics["broken"] > 0.5,
         }
         limit = self.config.rollout.max_new_tokens
         texts = {
@@ -77,6 +77,8 @@ class Alarms:
             "its seeds; no group can teach anything",
             "dropped": "the method has kept no group to train on (dynamic sampling: in none of its rounds), so nothing "
             "was learned: problems too hard or too easy, or too few rounds",
+            "broken": "more than half of the answers had a log-prob that is not finite, or a token beyond the vocabulary; "
+            "these are not trained on: the sampler's weights are damaged, so start the run again from its checkpoint",
         }
         warnings = []
         for name, present in symptoms.items():

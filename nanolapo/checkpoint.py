@@ -49,6 +49,7 @@ def save_checkpoint(
             on_host = to_host(tensors, keep=is_main)  # one file's worth of host memory at a time
             if is_main:
                 save_file(on_host, temporary / f"{name}.safetensors")
+            policy.ranks.wait()  # for the disk; the next tensors are gathered in a group that gives up after ten minutes
         if not is_main:
             return
         sizes = {file.name: file.stat().st_size for file in temporary.iterdir()}

@@ -43,23 +43,22 @@ T = TypeVar("T", int, float)
 Positive = Annotated[T, Must(lambda x: x > 0, "must be positive")]
 NotNegative = Annotated[T, Must(lambda x: x >= 0, "must not be negative")]
 Share = Annotated[float, Must(lambda x: 0 <= x <= 1, "must lie between 0 and 1")]
+Betas = Annotated[tuple[float, float], Must(lambda x: min(x) >= 0 and max(x) < 1, "must lie from 0 to below 1")]
 Bounds = Annotated[tuple[float, float], Must(lambda x: 0 <= x[0] < x[1], "must satisfy 0 <= low < high")]
-Mastered = Annotated[
-    tuple[float, float],
-    Must(lambda x: x[0] > 0 and 0 < x[1] < 1, "must be an entropy above 0 and a probability below 1"),
-]
+ABOVE_BELOW = Must(lambda x: x[0] > 0 and 0 < x[1] < 1, "must be an entropy above 0 and a probability below 1")
+Mastered = Annotated[tuple[float, float], ABOVE_BELOW]
 
 
 @dataclass(frozen=True)
 class RunConfig:
     name: str = "run"  # the run directory is dir/name
     dir: str = "runs"
-    seed: int = 0  # every random number of a run derives from (seed, step, position)
-    threads: int = 0  # CPU threads for torch; 0 leaves torch's choice
+    seed: NotNegative[int] = 0  # every random number of a run derives from (seed, step, position)
+    threads: NotNegative[int] = 0  # CPU threads for torch; 0 leaves torch's choice
     checkpoint_every: Positive[int] = 10  # steps; the last step is always saved
     keep_checkpoints: Positive[int] = 2
     print_every: int = 5  # steps between the printed good and bad rollout; 0 never
-    log_rollouts: int = 64  # rollouts of each step kept with their text in rollouts.jsonl
+    log_rollouts: NotNegative[int] = 64  # rollouts of each step kept with their text in rollouts.jsonl
     export_every: NotNegative[int] = 0  # write models/step-NNNNNN after each so many steps; 0: only the final model
 
 
@@ -137,10 +136,10 @@ class RolloutConfig:
     top_p: float = 1.0  # anything below 1 would make the trainer's ratios wrong and is refused
     dtype: Literal["", "float32", "bfloat16"] = ""  # of the sampler's weights; empty: model.dtype
     max_rows: Positive[int] = 256  # sequences decoded at once
-    gpu_memory_utilization: float = 0.45  # vLLM's share of the GPU while it is awake
+    gpu_memory_utilization: Share = 0.45  # vLLM's share of the GPU while it is awake
     tensor_parallel: Positive[int] = 1  # this many neighbouring ranks share one vLLM engine's weights
-    mismatch_factor: float = 5.0  # stop when mean |dlogp| exceeds this times its step-0 value ...
-    mismatch_floor: float = 0.02  # ... and this
+    mismatch_factor: Positive[float] = 5.0  # stop when mean |dlogp| exceeds this times its step-0 value ...
+    mismatch_floor: NotNegative[float] = 0.02  # ... and this
 
     @property
     def longest_row(self) -> int:
@@ -155,12 +154,12 @@ class TrainConfig:
     inner_epochs: Positive[int] = 1  # passes over the rollouts of a step
     microbatch_tokens: Positive[int] = 16384  # per forward/backward on one rank, a group's shared prompt counts once
     learning_rate: Positive[float] = 1e-6
-    final_lr_fraction: float = 0.1  # cosine decay ends here
-    warmup_fraction: float = 0.03
-    adam_betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
+    final_lr_fraction: Share = 0.1  # cosine decay ends here
+    warmup_fraction: Share = 0.03
+    adam_betas: Betas = (0.9, 0.95)
+    weight_decay: NotNegative[float] = 0.0
     grad_clip: Positive[float] = 1.0
-    sampled_tokens: int = 0  # stop early once this many tokens were sampled (fair comparisons); 0: off
+    sampled_tokens: NotNegative[int] = 0  # stop early once this many tokens were sampled (fair comparisons); 0: off
     max_bad_steps: Positive[int] = 3  # this many non-finite optimizer steps in a row abort the run
 
 
@@ -175,7 +174,7 @@ class LossConfig:
     clip_high: NotNegative[float] = 0.2  # larger than clip_low: DAPO's clip-higher
     # grpo: where A < 0 the loss stops at this ratio; 0: off (verl 3, DAPO's recipe 10)
     dual_clip: Annotated[float, Must(lambda x: x == 0 or x > 1, "must be a ratio above 1; 0 turns it off")] = 0.0
-    kl_coef: float = 1e-4  # 0: no reference model is loaded
+    kl_coef: NotNegative[float] = 1e-4  # 0: no reference model is loaded
     kl_kind: Literal["k1", "k2", "k3"] = "k3"
     tis_cap: NotNegative[float] = 0.0  # truncated importance sampling against the sampler's log-probs; 0: off
     # [low, high]: rows whose product of p_trainer / p_sampler lies outside are masked, the others weighed by it
@@ -195,8 +194,8 @@ class LossConfig:
 @dataclass(frozen=True)
 class LapoConfig:
     fidelity: Literal["recommended", "paper", "code"] = "recommended"  # see methods/lapo.py
-    alpha: float = 0.7  # Eq. 4
-    beta: float | None = None  # Eq. 6; None: 0.8 (paper: 0.7)
+    alpha: NotNegative[float] = 0.7  # Eq. 4
+    beta: NotNegative[float] | None = None  # Eq. 6; None: 0.8 (paper: 0.7)
     decay: Positive[float] | None = None  # width of f(d), tokens; None: 100 * rollout.base_tokens / 6229
     sigma: Positive[float] | None = None  # Eq. 7, tokens; None: 120 * rollout.base_tokens / 6229
     percentiles: tuple[float, float] = (30.0, 70.0)  # Eq. 2
@@ -291,10 +290,10 @@ class Config:
 
     def arithmetic(self, world_size: int) -> str:
         """Return the batch arithmetic of one step in words, to check before a long run."""
-        r, t = self.rollout, self.train
+        r, t, engines = self.rollout, self.train, world_size // self.rollout.tensor_parallel
         return (
             f"{r.prompts_per_step} prompts x {r.group_size} = {self.rollouts_per_step} rollouts a step "
-            f"({r.prompts_per_step // world_size} prompts on each of {world_size} ranks), "
+            f"({r.prompts_per_step // engines} prompts on each of {engines} samplers), "
             f"/ {t.batch_size or self.rollouts_per_step} = {self.optimizer_steps_per_step // t.inner_epochs} optimizer "
             f"steps x {t.inner_epochs} inner epochs, micro-batches of at most {t.microbatch_tokens} tokens"
         )

@@ -149,8 +149,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     return config
 
 
-def validate(config: Config, world_size: int = 1) -> None:
-    """Check every value as if it came from a file (the config may be made in Python), then those that must fit together."""
+def validate(config: Config, world_size: int = 0) -> None:
+    """Check every value as if it came from a file (the config may be made in Python), then those that must fit together.
+
+    world_size: the number of ranks; 0 while a file is read, when it is not known yet.
+    """
     build(Config, dataclasses.asdict(config), "")
     r = config.rollout
     if r.top_p != 1.0:
@@ -158,11 +161,11 @@ def validate(config: Config, world_size: int = 1) -> None:
             f"rollout.top_p={r.top_p}: the trainer's ratios use the full vocabulary, so samples cut by top-p would be "
             "weighted wrongly; set rollout.top_p=1.0 (evaluate.top_p may be lower)"
         )
-    if r.tensor_parallel > 1 and r.engine == "torch":
+    if r.tensor_parallel > 1 and r.engine != "vllm":
         raise UserError("rollout.tensor_parallel needs rollout.engine=vllm; the torch sampler keeps whole copies")
     if world_size % r.tensor_parallel:
         raise UserError(f"rollout.tensor_parallel={r.tensor_parallel} does not divide the {world_size} ranks")
-    engines = world_size // r.tensor_parallel
+    engines = max(1, world_size // r.tensor_parallel)
     if r.prompts_per_step % engines:
         raise UserError(
             f"rollout.prompts_per_step={r.prompts_per_step} does not divide over {engines} samplers; each owns whole "
@@ -216,7 +219,7 @@ def reference(match: re.Match[str], values: dict[str, Any], within: tuple[str, .
         return str(fill_references(given[key], values, (*within, match.group(0))))
     default = getattr(getattr(Config(), section, None), key, None)
     if default is None:
-        raise UserError(f"{match.group(0)}: there is no such config key")
+        raise UserError(f"{match.group(0)}: there is no such config key, or it has no value; write the value out")
     return str(default)
 
 

@@ -18,11 +18,8 @@ import numpy as np
 
 from nanolapo.config import UserError
 
-STATISTICS: dict[str, Callable[[np.ndarray], np.floating]] = {
-    "median": np.median,
-    "mean": np.mean,
-    "minimum": np.min,
-}  # paper, Table 3
+# Paper, Table 3
+STATISTICS: dict[str, Callable[[np.ndarray], np.floating]] = {"median": np.median, "mean": np.mean, "minimum": np.min}
 
 
 def typical_range(

@@ -75,7 +75,7 @@ def record(session: Session, sampled: Rollouts, metrics: dict[str, float], watch
             session.log.show_examples(step, sampled)
         for warning in warnings:
             print(warning, flush=True)
-    if metrics["compared_tokens"]:  # 0 if only rows of a monitor pass were trained on
+    if metrics["compared_tokens"]:  # 0 if no row that could be compared was trained on
         session.alarms.check_mismatch(step, metrics["mismatch"])
 
 

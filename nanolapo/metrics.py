@@ -69,12 +69,13 @@ def batched(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def repetition(ids: np.ndarray, n: int = 4) -> float:
-    """Share of n-grams that occurred before in the same answer; near 1 means the model is stuck in a loop.
+def repetition(ids: np.ndarray) -> float:
+    """Return the share of 4-grams that occurred before in the same answer; near 1 means the model is stuck in a loop.
 
     >>> repetition(np.array([1, 2, 1, 2, 1, 2, 1, 2])), repetition(np.array([1, 2, 3, 4, 5]))
     (0.6, 0.0)
     """
+    n = 4
     if len(ids) < n:
         return 0.0
     windows = np.lib.stride_tricks.sliding_window_view(ids.astype(np.int32), n)  # four times as fast as tuples of ids

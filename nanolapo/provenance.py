@@ -1,4 +1,4 @@
-"""Records which code a run was made with: the commit, the changes that were not committed, the versions of the packages.
+"""Tells what a run was made with: the commit, the changes that were not committed, the packages, the weights.
 
 Git is asked but not needed. Without git, outside a checkout, or where git refuses, a run directory lacks code.diff.
 """
@@ -6,6 +6,7 @@ Git is asked but not needed. Without git, outside a checkout, or where git refus
 from __future__ import annotations
 
 import subprocess
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -66,3 +67,14 @@ def what_next(run_dir: Path, root: Path = ROOT) -> str:
     changed = now and path.exists() and path.read_bytes() != now
     when = "this checkout has changed since (see its code.diff):" if changed else "after a change of code or config"
     return f"{when} take another run.name, or delete {run_dir}"
+
+
+def model_identity(path: str) -> str:
+    """The hub name, or a hash of a local folder's weights, so that a retrained model is sampled again."""
+    files = sorted(Path(path).glob("*.safetensors"))
+    digest = sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(2**24):
+                digest.update(block)
+    return digest.hexdigest() if files else path

@@ -31,12 +31,19 @@ from nanolapo.config import RunStopped, UserError
 T = TypeVar("T")
 # What launchers set, in the order in which accelerate looks.
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 VARIABLES = {*SIZES, *RANKS, "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 START = "start several processes with torchrun, which sets all of them, or unset these variables for a single one"
 PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
 TENSOR_PATIENCE = timedelta(minutes=10)
 PATIENCE = timedelta(hours=24)  # 32k-token answers, a slow disk
+
+
+def on_one_machine(environ: Mapping[str, str]) -> bool:
+    """Return whether all processes run on this machine, by what their launcher has set."""
+    size, local = (next((environ[name] for name in names if name in environ), "1") for names in (SIZES, LOCAL_SIZES))
+    return size == local
 
 
 def stay_on_loopback() -> None:
@@ -59,7 +66,7 @@ class Ranks:
     def __init__(self) -> None:
         end_with_launcher()
         check_launcher(os.environ, torch.cuda.is_available())
-        if os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", "1"):
+        if on_one_machine(os.environ):
             stay_on_loopback()
         self.state = PartialState(cpu=not torch.cuda.is_available(), timeout=TENSOR_PATIENCE)
         self.index: int = self.state.process_index

@@ -29,6 +29,7 @@ from nanolapo.methods.base import Method
 from nanolapo.metrics import RunLog
 from nanolapo.policy import Policy
 from nanolapo.preflight import Preflight, after_loading, before_training
+from nanolapo.provenance import model_identity
 from nanolapo.ranks import Ranks
 from nanolapo.samplers.choose import make_sampler
 from nanolapo.samplers.sampler import Sampler
@@ -77,7 +78,8 @@ def open_session(config: Config, method: Method) -> Iterator[Session]:
             print("\n".join([*data.report, arithmetic]), flush=True)
         checked = ranks.from_main(lambda: before_training(config, data, method))
         policy, alarms = Policy(config, ranks.device, ranks), Alarms(config)
-        fingerprint = fingerprint_of(config, method, data)
+        weights = ranks.from_main(lambda: model_identity(config.model.path))
+        fingerprint = fingerprint_of(config, method, data) | {"model.path, the weights there": weights}
         # What each rank has read by itself: the tokenizer's folder, and what method.start reads, such as a length map.
         state = {f"method, {key}": digest([json.dumps(value)]) for key, value in method.state_dict().items()}
         ranks.agree(fingerprint | state, "every rank must read the same files: put them on a disk that all nodes share")
@@ -129,7 +131,7 @@ def progress(config: Config, steps_done: int, sampled_tokens: int) -> float:
 class StopRequest:
     """The first Ctrl-C stops the run after this step; the second stops it at once.
 
-    SIGTERM only ever counts as the first: launchers send it in addition to the terminal's Ctrl-C.
+    SIGTERM only ever counts as the first: some launchers send it in addition to the terminal's Ctrl-C.
     """
 
     def __init__(self) -> None:

@@ -99,7 +99,8 @@ def update_policy(
         norms.append(policy.step())  # gradients are summed over ranks here, so a NaN on one is seen by all
 
     if not norms:  # nothing to learn from, but sampler and trainer are compared at every step
-        micro = make_microbatch(rollouts, range(rollouts.group_size), policy.device)
+        usable = [b for b, row in enumerate(rollouts.rows) if not (row.broken or row.unmatched)]
+        micro = make_microbatch(rollouts, usable[: rollouts.group_size] or range(rollouts.group_size), policy.device)
         with torch.no_grad():
             inputs = loss_inputs(policy, rollouts, advantages, micro, None)
         if ranks.is_main:  # all ranks compare the same rows
@@ -177,7 +178,7 @@ def loss_inputs(
     width, entropies = micro.mask_BT.shape[1], rollouts.old_entropies
     old_BT = logprobs_BT.detach() if old is None else micro.pad([old[row] for row in micro.rows])
     sampler_BT = micro.pad([rollouts.rows[row].sampler_logprobs for row in micro.rows])
-    # No policy drew given tokens. Whatever scored them: if they were chosen by lot, that has the old log-prob
+    # No policy drew given tokens. If a lot chose them, its log-prob is the old one; if not, the sampler's is set to the old
     given_BT = first_tokens([rollouts.rows[row].num_given for row in micro.rows], micro.mask_BT)
     by_lot_BT = first_tokens([rollouts.rows[row].num_by_lot for row in micro.rows], micro.mask_BT)
     mine = to_device(advantages[micro.rows].float(), policy.device)

@@ -42,7 +42,7 @@ def test_A0_rule_zero_stops_the_run():
     alarms = Alarms(make_config())
     for value in (0.02, 0.09, 0.05, 0.1):
         alarms.check_mismatch(3, value)
-    with pytest.raises(MismatchError, match="step 4.*0.11 against 0.02 at step 0 .limit 0.1.") as error:
+    with pytest.raises(MismatchError, match="step 4.*0.11 against 0.02 at first .limit 0.1.") as error:
         alarms.check_mismatch(4, 0.11)
     assert isinstance(error.value, RunStopped)
 
@@ -54,9 +54,9 @@ def test_A0_exact_samplers_have_a_floor_and_nan_always_stops():
     for value in (0.021, math.nan, math.inf):
         with pytest.raises(MismatchError):
             alarms.check_mismatch(2, value)
-    with pytest.raises(MismatchError):
+    with pytest.raises(MismatchError, match="step 0: the trainer's log-probs are not finite"):
         Alarms(make_config()).check_mismatch(0, math.nan)
-    with pytest.raises(RunStopped, match="limit 0.02"):  # wrong from the start: its own first value is no excuse
+    with pytest.raises(RunStopped, match=r"= 0\.19 \(limit 0\.02\)"):  # its own first value is no excuse
         Alarms(make_config()).check_mismatch(0, 0.19)
 
 
@@ -209,3 +209,11 @@ def test_E9_numbers_of_collapse_are_logged_at_every_step():
     assert metrics["unique_per_group"] == 1.5 and metrics["no_signal"] == 0.5
     assert metrics["entropy"] == pytest.approx((1 * 1 + 8 * 2 + 3 * 3) / 12)
     assert metrics["reward_spread"] == 1 and metrics["accuracy"] == 0.75 and metrics["length_correct"] == 7 / 3
+
+
+def test_a_sampler_that_returns_broken_rows_is_told_at_once():
+    rollouts = make_rows([3, 30, 8, 9, 3, 3, 3, 3], group_size=4)
+    fill(rollouts, broken=[True] * 4 + [False] * 4)
+    assert not any("not finite" in warning for warnings in watch(rollouts, 6) for warning in warnings)  # just half
+    fill(rollouts, broken=[True] * 5 + [False] * 3)
+    assert any("the sampler's weights are damaged" in warning for warning in watch(rollouts, 1)[0])

@@ -166,7 +166,17 @@ def test_A7_top_p_below_one_is_refused_with_the_reason(write):
         (["model.dtype=float16"], "not one of 'float32', 'bfloat16'"),
         (["rollout.engine=vlm"], "did you mean 'vllm'?"),
         (["rollout.engine=torch", "rollout.tensor_parallel=2"], "rollout.tensor_parallel needs rollout.engine=vllm"),
-        (["rollout.engine=vllm", "rollout.tensor_parallel=3"], "tensor_parallel=3 does not divide the 1 ranks"),
+        (["rollout.engine=auto", "rollout.tensor_parallel=2"], "rollout.tensor_parallel needs rollout.engine=vllm"),
+        (["run.seed=-1"], "run.seed=-1 must not be negative"),
+        (["train.warmup_fraction=10"], "train.warmup_fraction=10.0 must lie between 0 and 1"),
+        (["train.final_lr_fraction=-1"], "train.final_lr_fraction=-1.0 must lie between 0 and 1"),
+        (["train.adam_betas=[0.9, 1.5]"], "must lie from 0 to below 1"),
+        (["train.weight_decay=-1"], "train.weight_decay=-1.0 must not be negative"),
+        (["train.sampled_tokens=-5"], "train.sampled_tokens=-5 must not be negative"),
+        (["loss.kl_coef=-0.1"], "loss.kl_coef=-0.1 must not be negative"),
+        (["rollout.gpu_memory_utilization=45"], "rollout.gpu_memory_utilization=45.0 must lie between 0 and 1"),
+        (["rollout.mismatch_factor=0"], "rollout.mismatch_factor=0.0 must be positive"),
+        (["lapo.beta=-0.8"], "lapo.beta=-0.8 must not be negative"),
     ],
 )
 def test_impossible_values_name_key_and_remedy(write, overrides, expected):
@@ -215,6 +225,16 @@ def test_a_share_of_layers_may_be_yes_or_no():
         build(Config, {"model": {"compile": 1}}, "")
 
 
+def test_tensor_parallel_is_checked_when_the_ranks_are_known(write):
+    """A file is read before that: one rank is not yet a fault."""
+    path = write("{train: {batch_size: 0}, rollout: {engine: vllm, prompts_per_step: 6}}")
+    config = load_config(path, ["rollout.tensor_parallel=2"])
+    validate(config, 4)
+    for ranks, words in ((1, "does not divide the 1 ranks"), (3, "the 3 ranks"), (8, "over 4 samplers")):
+        with pytest.raises(UserError, match=words):
+            validate(config, ranks)
+
+
 def test_B4_prompts_that_do_not_divide_over_the_ranks():
     """A rank owns whole groups."""
     config = make_config(rollout={"prompts_per_step": 6})
@@ -228,8 +248,10 @@ def test_batch_arithmetic_is_said_in_words():
     config = make_config(rollout={"prompts_per_step": 8, "group_size": 4}, train={"batch_size": 16, "inner_epochs": 2})
     assert (config.rollouts_per_step, config.optimizer_steps_per_step) == (32, 4)
     text = config.arithmetic(2)
-    assert "8 prompts x 4 = 32 rollouts a step (4 prompts on each of 2 ranks)" in text
+    assert "8 prompts x 4 = 32 rollouts a step (4 prompts on each of 2 samplers)" in text
     assert "/ 16 = 2 optimizer steps x 2 inner epochs" in text
+    shared = make_config(rollout={"prompts_per_step": 4, "engine": "vllm", "tensor_parallel": 2})
+    assert "(1 prompts on each of 4 samplers)" in shared.arithmetic(8)
 
 
 # ------------------------------------------------------------------------------------------------------ layers

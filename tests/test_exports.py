@@ -18,6 +18,7 @@ from nanolapo.config import Config, UserError
 from nanolapo.config_file import validate
 from nanolapo.demo.pretrain import DemoConfig, make_model, make_tokenizer
 from nanolapo.methods.base import Method
+from nanolapo.model import folder
 from nanolapo.model.folder import save_model
 
 
@@ -86,3 +87,22 @@ def test_a_crash_in_an_export_leaves_no_gap(base, tmp_path, monkeypatch):
     assert written == ["step-000002", "step-000004", "step-000004", "model"]
     again = run(base, tmp_path, every=2)  # a finished run writes its final model again, and nothing else
     assert written[4:] == ["model"] and names(again) == names(config)
+
+
+def test_a_kill_while_an_older_model_is_removed_leaves_a_whole_one(tmp_path, monkeypatch):
+    """A finished run that is started again writes its model again, and a second stage may be reading it."""
+
+    def killed(folder, ignore_errors=False):
+        if folder.exists():
+            next(iter(folder.iterdir())).unlink()
+            raise KeyboardInterrupt
+
+    for name in ("model", "model.tmp"):
+        (tmp_path / name).mkdir()
+        for file in ("config.json", "model.safetensors"):
+            (tmp_path / name / file).write_text(name)
+    monkeypatch.setattr(folder.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        folder.publish(tmp_path / "model.tmp", tmp_path / "model")
+    there = {path.name: path.read_text() for path in (tmp_path / "model").iterdir()}
+    assert there == {"config.json": "model.tmp", "model.safetensors": "model.tmp"}

@@ -184,9 +184,13 @@ def test_what_an_older_version_did_not_write_is_no_change():
 
 @pytest.mark.slow
 def test_a_run_that_is_resumed_with_another_setting(tmp_path, capsys):
-    torch.manual_seed(0)
+    def make_base(seed: int) -> None:
+        torch.manual_seed(seed)
+        model = make_model(tokenizer, DemoConfig(hidden_size=32, layers=1))
+        save_model(model, torch.float32, tokenizer, tmp_path / "base")
+
     tokenizer = make_tokenizer()
-    save_model(make_model(tokenizer, DemoConfig(hidden_size=32, layers=1)), torch.float32, tokenizer, tmp_path / "base")
+    make_base(0)
     config = make_config(
         tmp_path / "base",
         run={"dir": str(tmp_path), "name": "r", "print_every": 0},
@@ -205,3 +209,6 @@ def test_a_run_that_is_resumed_with_another_setting(tmp_path, capsys):
     loop.train(longer, Method(longer))
     said = capsys.readouterr().out
     assert "train.steps=2 from here on; it was 1" in said and "at step 1" in said and "step 2" in said
+    make_base(1)  # other weights in the same folder
+    with pytest.raises(UserError, match="step-000002 was written with model.path, the weights there="):
+        loop.train(with_key(longer, "train.steps", 3), Method(longer))

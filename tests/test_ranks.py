@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from nanolapo import cli
 from nanolapo.config import RunStopped, UserError
-from nanolapo.ranks import check_launcher
+from nanolapo.ranks import check_launcher, on_one_machine
 
 RANK = """
 from nanolapo.ranks import end_with_launcher
@@ -177,6 +177,22 @@ def test_on_gpus_each_process_needs_its_local_rank() -> None:
 def test_a_whole_set_or_none_is_let_through(environ) -> None:
     for has_gpu in (False, True):
         check_launcher(environ, has_gpu)
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, True),
+        ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}, True),
+        ({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "16", "OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, False),  # mpirun over two nodes
+        ({"PMI_SIZE": "2", "MPI_LOCALNRANKS": "1"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, False),  # how many are here is not said
+    ],
+)
+def test_only_processes_of_one_machine_may_stay_on_loopback(environ, expected) -> None:
+    assert on_one_machine(environ) is expected
 
 
 @pytest.mark.slow

@@ -108,6 +108,14 @@ def test_B14_everything_masked_skips_the_step(tied_model, old_logprobs):
     assert same_tensors(snapshot(policy), before)
 
 
+def test_a_step_without_a_signal_compares_rows_that_can_be_compared(tied_model):
+    """Rule zero also holds where the first group is broken."""
+    rollouts = make_rows([3, 30, 8, 9])
+    fill(rollouts, broken=[True, True, False, False])
+    logged = update(Policy(make_config(tied_model), CPU), rollouts, [0.0] * 4)
+    assert (logged["updates"], logged["compared_tokens"]) == (0, 17) and np.isfinite(logged["mismatch"])
+
+
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_B15_empty_answers(tied_model, aggregation):
     """[] has no token to train; [EOS] has one. Alone, beside real answers, and with nothing else in the batch."""

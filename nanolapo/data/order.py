@@ -13,8 +13,9 @@ import numpy as np
 def batch_indices(num_problems: int, step: int, prompts_per_step: int, seed: int) -> list[int]:
     """Return the problems of one step, as indices. It is a pure function, so any rank or resumed run finds the same.
 
-    Every epoch is a seeded permutation of all problems and may end inside a batch. Problems that the
-    open batch already holds are moved behind its end in the next permutation, so no batch has a problem twice.
+    Every epoch is a seeded permutation of all problems and may end inside a batch. Problems that the open batch already
+    holds are moved behind its end in the next permutation, so no batch has a problem twice, unless there are fewer problems
+    than prompts in a step.
 
     >>> [batch_indices(5, step, prompts_per_step=2, seed=0) for step in range(5)]
     [[0, 1], [4, 3], [2, 0], [1, 2], [3, 4]]

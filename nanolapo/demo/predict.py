@@ -3,8 +3,8 @@
 The policy is a softmax over the three manners, once for the sums of level 0 and once for the others. It starts from the
 base's mixture. A gradient moves both what the two softmaxes share and the one of the sum's own kind. Manners have the
 lengths of demo/pretrain.py and are right as often as the gate measured. Rewards and advantages are the method's own
-code; there is no model, so a prediction takes seconds. Methods that state a length or watch problems with a monitor are
-refused.
+code; there is no model, so a prediction takes seconds. Methods that state a length, change answers or watch problems with
+a monitor are refused. Groups that a method would drop are trained on.
 
     python -m nanolapo.demo.predict configs/demo/stage1.yaml [method=configs/methods/kimi-k1.5.yaml]
     python -m nanolapo.demo.predict configs/demo/stage1.yaml demo.mixture=too-long rollout.base_tokens=155
@@ -63,10 +63,11 @@ def draw_rollouts(
 def predict(config: Config, method: Method, problems: list[Problem]) -> np.ndarray:
     """Shares of the manners after training, [K, M]. Raises UserError for a method that this cannot predict."""
     rng = np.random.default_rng(config.run.seed)
-    if method.guidance(problems[0], 0, 0) != NO_GUIDANCE or method.possible_monitor(0) is not None:
-        raise UserError(f"method.name={method.config.method.name}: it states lengths or has a monitor, and neither is "
-                        "predicted; run it")  # fmt: skip
     method.start(problems)
+    edits = type(method).edit_rollouts is not Method.edit_rollouts
+    if edits or method.guidance(problems[0], 0, 0) != NO_GUIDANCE or method.possible_monitor(0) is not None:
+        raise UserError(f"method.name={method.config.method.name}: it states lengths, changes answers or has a monitor, "
+                        "and none of that is predicted; run it")  # fmt: skip
     shared_M, own_KM = np.zeros(len(MANNERS)), np.log(np.array(MIXTURES[config.demo.mixture]))
     for step in range(STEPS):
         method.progress = step / STEPS

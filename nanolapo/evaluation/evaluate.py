@@ -32,7 +32,6 @@ from nanolapo.evaluation.passes import (
 from nanolapo.evaluation.scores import (
     Answer,
     add_aes,
-    model_identity,
     per_problem,
     read_answers,
     sample_file,
@@ -43,6 +42,7 @@ from nanolapo.fingerprint import digest
 from nanolapo.grader import Grader, check_errors
 from nanolapo.methods.tools import stated
 from nanolapo.metrics import append, write_config
+from nanolapo.provenance import model_identity
 from nanolapo.ranks import Ranks
 from nanolapo.rollouts import row_seed
 from nanolapo.samplers.choose import make_sampler

@@ -67,11 +67,6 @@ def read_answers(path: Path) -> list[Answer]:
     return answers
 
 
-def pass_at_1(answers: Sequence[Answer]) -> float:
-    """Mean over problems of the share of right samples."""
-    return float(np.mean(list(per_problem(answers, correctness).values())))
-
-
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     """Unbiased pass@k for one problem: 1 - C(n - c, k) / C(n, k).
 
@@ -104,14 +99,14 @@ def per_problem(answers: Sequence[Answer], value: Callable[[Answer], float]) -> 
     return {problem: float(np.mean(values)) for problem, values in group_by_problem(answers, value).items()}
 
 
-def bootstrap_interval(values: Sequence[float], resamples: int, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(values: Sequence[float], resamples: int) -> tuple[float, float]:
     """95 % interval of the mean, by resampling problems, because the samples of one problem are not independent."""
-    return interval_of_average([values], resamples, seed)
+    return interval_of_average([values], resamples)
 
 
-def interval_of_average(sets: Sequence[Sequence[float]], resamples: int, seed: int = 0) -> tuple[float, float]:
+def interval_of_average(sets: Sequence[Sequence[float]], resamples: int) -> tuple[float, float]:
     """95 % interval of the unweighted average over problem sets. Problems are resampled within their set."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     averages_R = np.zeros(resamples)
     for values in sets:
         array = np.asarray(values, dtype=np.float64)
@@ -258,14 +253,3 @@ def sample_file(folder: Path, model: str, source: str, temperature: float, setti
     model, source = (re.sub(r"[^\w .=+-]", "_", name) for name in (model, source))  # org/name is no folder here
     digest = sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
     return folder / f"{model}--{source}--T{temperature:g}--{digest}.jsonl"
-
-
-def model_identity(path: str) -> str:
-    """The hub name, or a hash of a local folder's weights, so that a retrained model is sampled again."""
-    files = sorted(Path(path).glob("*.safetensors"))
-    digest = sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(2**24):
-                digest.update(block)
-    return digest.hexdigest() if files else path

@@ -56,7 +56,6 @@ class Trace:
     passes: list[Pass] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)  # of each optimizer step, before clipping
     weights_before: dict[str, Tensor] = field(default_factory=dict)
-    weights_after: dict[str, Tensor] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)  # the line of metrics.jsonl
 
     rollouts: Rollouts = field(init=False)  # trained on; the method was asked for their advantages

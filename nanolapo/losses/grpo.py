@@ -157,7 +157,7 @@ class LossInputs:
     ref_logprobs_BT: Tensor | None  # of the stage's first model; None when loss.kl_coef is 0
     entropy_BT: Tensor | None  # of the policy at the start of this step; only when the loss sets needs_entropy
     advantages_BT: Tensor
-    mask_BT: Tensor  # 1 for sampled tokens, by position (the end token included)
+    mask_BT: Tensor  # 1 for the answer's tokens, given ones too, by position (the end token included)
     rows: list[int]  # row numbers in `rollouts`
     rollouts: Rollouts
 

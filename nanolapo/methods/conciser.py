@@ -12,7 +12,7 @@ Groups are filtered by this reward, not by accuracy, or the all-right groups, wh
 such a group the advantage is divided by the group's std (loss.normalize_std), so `weight` and L_max change what is logged,
 not what is learned. Two reviews speak of an entropy bonus in its GRPO; there is none here.
 
-Edge: an all-right group of equal lengths has no signal and is dropped. No state: the stage is a function of the step.
+Edge: an all-right group of equal lengths has no signal and is dropped. No state: the run's progress decides the stage.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ Source: Kimi k1.5, arXiv 2501.12599, section 2.3.3, read; weight from LASER's re
 The weight was not published. LASER's default is 0.4, where right and wrong are 1.5 apart; here they are 1 apart, so it is
 0.4 / 1.5. (LASER's has no length term for a badly formed answer, but -1 for it: without that an unfinished answer would
 be worth more than a wrong one. Ours is the paper's: the term is for all.) Training begins without the term, for 10 % of
-the steps (ours; the number was not published either).
+the run (ours; the number was not published either).
 
 Theirs subtracts the group's mean and does not divide by the deviation; LASER's, and ours, does. So in a group that is right
 throughout the weight has no effect.

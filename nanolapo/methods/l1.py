@@ -7,8 +7,8 @@ Source: Aggarwal & Welleck, arXiv 2503.04697; code cmu-l3/l1. Paper text and cod
 
 n is drawn uniformly from [100, 4000], once per problem as in the paper, or at every visit (`redraw`); if prompts state
 only multiples (prompt.length_multiple), n is rounded to one. Tokens scale with the base's mean length (published on
-DeepScaleR-1.5B-Preview), and alpha, a price per token, with its inverse; no budget is above our own limit. The sentence
-stands at the end of the question; the rest of the prompt is the recipe's own.
+DeepScaleR-1.5B-Preview), and alpha, a price per token, with its inverse; no budget is above our own limit, but for its
+rounding. The sentence stands at the end of the question; the rest of the prompt is the recipe's own.
 
 Edge cases: no right answer -> the group is still ranked by length error. Nothing is clipped, so a right answer far
 from its length can score below a wrong one on target. A prompt without a budget has no length term. No state.

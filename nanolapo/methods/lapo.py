@@ -115,7 +115,7 @@ def internalization_reward(
 def stated_length(target: float | None, limit: int, multiple: int = 1, rounded: bool = True) -> int:
     """Return n, the tokens that a stage-2 prompt states: M(q), or the generation limit for an unsolved problem (Eq. 3).
 
-    It is the nearest multiple of `multiple`, or (not rounded) the next one below. Where that is 0 it is 1.
+    It is the nearest multiple of `multiple`, or (not rounded) the next one below. It is at least one multiple.
 
     >>> stated_length(1300.7, limit=4096), stated_length(1300.7, limit=4096, rounded=False), stated_length(None, limit=4096)
     (1301, 1300, 4096)
@@ -124,7 +124,7 @@ def stated_length(target: float | None, limit: int, multiple: int = 1, rounded: 
     """
     tokens = limit if target is None else target
     n = round(tokens / multiple) if rounded else int(tokens / multiple)
-    return max(1, n * multiple)
+    return max(multiple, n * multiple)
 
 
 class Lapo(Method):

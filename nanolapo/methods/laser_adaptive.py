@@ -6,8 +6,8 @@ Source: as for laser.py, arXiv 2505.15612; paper text and code were both read. O
     LASER-DE  as D, and + alpha if wrong, well formed and L > L_A(d): a longer search costs nothing
 
 L_A(d) is searched every 20 steps, first before step 0, on 500 training problems (at 128 prompts a step) sampled with the
-run's own settings: the smallest of L_T, L_T + I, ... (4096, 1024; scaled as LASER's target, up to our limit) within which
-one right answer of the bucket can be expected, see `adaptive_targets`.
+run's own settings: the smallest of L_T, L_T + I, ... (4096, 1024; scaled as LASER's target, up to our limit; where I is
+larger: L_T, I, 2 I, ...) within which one right answer of the bucket can be expected, see `adaptive_targets`.
 
 Where paper and code differ: the least number of right answers of a bucket is rounded up, 6, 3, 1 of 8 (paper;
 `floor_counts` gives the code's 5, 2, 1); without a candidate, or a bucket, the limit (code: the longest answer of the
@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from nanolapo.config import Config
+from nanolapo.config import Config, Positive
 from nanolapo.data.problems import Problem
 from nanolapo.methods import laser
 from nanolapo.methods.base import MonitorPlan
@@ -71,7 +71,7 @@ def adaptive_targets(
 @dataclass(frozen=True)
 class Options(laser.Options):
     interval: int | None = None  # I, tokens between candidates; None: 1024, scaled
-    monitor_every: int = 20  # N, steps between two searches
+    monitor_every: Positive[int] = 20  # N, steps between two searches
     monitor_problems: int | None = None  # None: 500 at 128 prompts a step
     floor_counts: bool = False  # the code's rounding of |C|
 

@@ -90,7 +90,7 @@ class Palu(Method):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return {"budgets": dict(sorted(self.budgets.items()))}
+        return {"budgets": dict(self.budgets)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.budgets = dict(state["budgets"])

@@ -62,8 +62,8 @@ def kept_steps(confidences: np.ndarray, correct: bool, share: float = 0.3) -> np
     """
     n = len(confidences)
     part = share if correct else 1.0 - share
-    # 0.1 * 30 is 3.0000000000000004; without the small number ceil would give 4.
     least_confident = np.zeros(n, dtype=bool)
+    # 0.1 * 30 is 3.0000000000000004; without the small number ceil would give 4.
     least_confident[np.argsort(confidences, kind="stable")[: math.ceil(n * part - 1e-9)]] = True
     return ~least_confident if correct else least_confident
 

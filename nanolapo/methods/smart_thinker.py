@@ -14,6 +14,7 @@ advantage >= 0 (the longest exactly 0) and wrong ones <= 0. Groups that are all 
 not compressed by this method.
 
 Deviation from the code: where v1 = v2 it has min L and max L swapped; here the model's own consequence is used.
+Where v2 > v1 it takes min L, and so do we; the ratio has no maximum between the ends then, and may be larger at max L.
 
 Edge cases: none or all right -> Lam = 0. One right answer: v2 = 0, so l* = m2, its length. v1 = v2 and m1 = m2: the
 lengths say nothing, l* = max L (ours).

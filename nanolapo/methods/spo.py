@@ -41,15 +41,15 @@ class Options:
     first_samples: int = 8  # n0, answers to every problem before step 0; 0: none
 
 
-def whiten(values: Tensor, eps: float = 1e-8) -> Tensor:
-    """(x - mean) / (std + eps), unbiased std; all zero where nothing differs.
+def whiten(values: Tensor) -> Tensor:
+    """(x - mean) / (std + 1e-8), unbiased std; all zero where nothing differs.
 
     >>> whiten(torch.tensor([0.5, -0.5]))
     tensor([ 0.7071, -0.7071])
     """
     if len(values) < 2 or values.max() - values.min() < MIN_SPREAD:
         return torch.zeros_like(values)
-    return (values - values.mean()) / (values.std() + eps)
+    return (values - values.mean()) / (values.std() + 1e-8)
 
 
 def first_counts(num_right: int, num_samples: int, rho: float) -> tuple[float, float]:

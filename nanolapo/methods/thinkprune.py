@@ -7,15 +7,14 @@ the sentence.
 
 These limits scale with our base's mean as on DeepScaleR-1.5B-Preview, whose mean answer has 6229 tokens: 0.64, 0.48 and
 0.32 of it, never above rollout.max_new_tokens. LAPO's table has ThinkPrune-4k on that base. The released scripts have
-R1-Distill (8086 tokens), where 4000 is 0.49: method.options.limits. Earlier versions took shares of rollout.max_new_tokens.
-Where that is far above the base's answers, a limit that binds in the paper cut nothing.
+R1-Distill (8086 tokens), where 4000 is 0.49: method.options.limits.
 
 Deviations: the stages follow each other within one run, so the optimizer and the reference model go on; theirs restart.
 They pick the model of a stage by validation (step 180 of the first); here stages take equal parts of the run (ours; option
 `first_steps`). Our sentence ends the question, theirs the system prompt.
 
 Edge: if all answers of a group exceed the limit, all rewards are 0 and teach nothing, a known weakness early in a stage.
-No state: the stage is a function of the step.
+No state: the run's progress decides the stage.
 """
 
 from __future__ import annotations

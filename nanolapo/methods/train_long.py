@@ -7,8 +7,9 @@ Source: Hammoud et al., arXiv 2508.08940. Paper text read.
     R_len = L / B up to B, 1 - (L - B) / B up to 2B, 0 beyond; for wrong answers as well
 
 The prompt ends in "IMPORTANT: You should use exactly {B} tokens in your response." B0 was published for a base that answers
-GSM8K in 258 tokens on average (Qwen-2.5-7B). So it scales with our base's mean length, up to our limit. `final_budget` is
-the paper's general form, gamma = (S_f / S_0)^(1/n). Its linear schedule and flat-band reward (ablations) are left out.
+GSM8K in 258 tokens on average (Qwen-2.5-7B). So it scales with our base's mean length, up to our limit (but for the
+rounding). `final_budget` is the paper's general form, gamma = (S_f / S_0)^(1/n). Its linear schedule and flat-band
+reward (ablations) are left out.
 Its objective has a KL term without a number; the recipe's is taken.
 
 The paper studies the weights (l_c, l_l) = (0.3, 0.6) and (0.6, 0.3); the default is the second, in which no wrong

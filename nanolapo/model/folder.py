@@ -185,7 +185,7 @@ def save_model(
 
 
 def publish(temporary: Path, folder: Path) -> None:
-    """Give a folder that is complete its final name, in place of an older one. A kill leaves one of the two, whole.
+    """Give a folder that is complete its final name, in place of an older one. A kill never leaves half of one there.
 
     Its files get the mode that the umask asks for. safetensors writes 0600, which nobody else could read.
     """
@@ -197,9 +197,13 @@ def publish(temporary: Path, folder: Path) -> None:
         path.chmod(mode)
         sync(path)
     sync(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
+    older = folder.with_name(f"{folder.name}.old.tmp")
+    shutil.rmtree(older, ignore_errors=True)  # of a killed process
+    if folder.exists():
+        folder.rename(older)  # a kill must not leave half of it under its final name
     temporary.rename(folder)
     sync(folder.parent)
+    shutil.rmtree(older, ignore_errors=True)
 
 
 def write_folder(

@@ -20,8 +20,8 @@ class HeadLogprobs(torch.autograd.Function):
     """Log-prob of one target per token under softmax(head's logits), and the entropy, by blocks of the vocabulary.
 
     Take one token with logits z = W h / temperature, p = softmax(z), target y and entropy H = log Z - p.z. With respect to
-    z, the gradient of the log-prob is g (1[y] - p), and that of the entropy is -g p (log p + H). So the backward pass
-    computes the logits again, block by block, and autograd keeps nothing of size [N, V]. The blocks cut the vocabulary,
+    z, the gradient of the log-prob is g (1[y] - p). (The entropy has none: no loss uses it.) So the backward pass computes
+    the logits again, block by block, and autograd keeps nothing of size [N, V]. The blocks cut the vocabulary,
     not the tokens, so the gradient of each row of W is added once.
     """
 
@@ -30,7 +30,7 @@ class HeadLogprobs(torch.autograd.Function):
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, temperature: float,
         with_entropy: bool, head: LogprobHead,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        ctx.temperature, ctx.with_entropy, ctx.head = temperature, with_entropy, head
+        ctx.temperature, ctx.head = temperature, head
         log_z_N = torch.full_like(targets_N, -torch.inf, dtype=torch.float32)
         chosen_N = torch.zeros_like(log_z_N)
         mean_N = torch.zeros_like(log_z_N) if with_entropy else None
@@ -38,13 +38,13 @@ class HeadLogprobs(torch.autograd.Function):
         for block, logits_NC in blocks(hidden_ND, weight_VD, bias_V):
             log_z_N, chosen_N, mean_N = add(logits_NC, targets_N - block.start, temperature, log_z_N, chosen_N, mean_N)
         entropy_N = log_z_N[:0] if mean_N is None else log_z_N - mean_N
-        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, log_z_N, entropy_N)
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, log_z_N)
+        ctx.mark_non_differentiable(entropy_N)
         return chosen_N - log_z_N, entropy_N
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_ND, weight_VD, bias_V, targets_N, log_z_N, entropy_N = ctx.saved_tensors
-        of_entropy = (entropy_N, gradients[1]) if ctx.with_entropy else None
+        hidden_ND, weight_VD, bias_V, targets_N, log_z_N = ctx.saved_tensors
         grad_hidden_ND = torch.zeros_like(hidden_ND, dtype=torch.float32)
         grad_weight_VD = None  # a frozen head (LoRA) gets none
         if ctx.needs_input_grad[1]:
@@ -53,7 +53,7 @@ class HeadLogprobs(torch.autograd.Function):
         grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
         _, gradient = ctx.head.of_block(len(hidden_ND))
         for block, logits_NC in blocks(hidden_ND, weight_VD, bias_V):
-            grad_NC = gradient(logits_NC, targets_N - block.start, ctx.temperature, log_z_N, gradients[0], of_entropy)
+            grad_NC = gradient(logits_NC, targets_N - block.start, ctx.temperature, log_z_N, gradients[0])
             grad_hidden_ND += grad_NC @ weight_VD[block]
             if grad_weight_VD is not None:
                 grad_weight_VD[block] += grad_NC.T @ hidden_ND
@@ -96,18 +96,12 @@ def add_block(
 
 
 def logits_gradient(
-    logits_NC: Tensor, index_N: Tensor, temperature: float, log_z_N: Tensor, grad_logprobs_N: Tensor,
-    of_entropy: tuple[Tensor, Tensor] | None,
-) -> Tensor:  # fmt: skip
-    """Return the gradient of a block's logits, in their dtype. `of_entropy`: entropies and their gradients, both [N]."""
+    logits_NC: Tensor, index_N: Tensor, temperature: float, log_z_N: Tensor, grad_logprobs_N: Tensor
+) -> Tensor:
+    """Return the gradient of a block's logits, in their dtype."""
     dtype, C = logits_NC.dtype, logits_NC.shape[1]
     logp_NC = tempered(logits_NC, temperature).sub_(log_z_N[:, None])
-    if of_entropy is None:
-        grad_NC = logp_NC.exp_().mul_(-grad_logprobs_N[:, None])
-    else:
-        entropy_N, grad_entropy_N = of_entropy
-        of_logp_NC = grad_logprobs_N[:, None] + grad_entropy_N[:, None] * (logp_NC + entropy_N[:, None])
-        grad_NC = -logp_NC.exp_() * of_logp_NC
+    grad_NC = logp_NC.exp_().mul_(-grad_logprobs_N[:, None])
     # A comparison is part of the one pass; a scatter would write float32 and read it again
     if torch.compiler.is_compiling():
         at_target_NC = torch.arange(C, device=grad_NC.device) == index_N[:, None]

@@ -191,10 +191,9 @@ def disk(config: Config, shape: Shape, e: Expected, steps: int) -> dict[str, flo
     trained = shape.lora_params(config.model.lora_rank) or shape.num_params
     rows = min(config.run.log_rollouts, config.rollouts_per_step)
     logs = steps * (LOG_PER_STEP + rows * (LOG_PER_ROW + LOG_PER_TOKEN * e.answer))
+    kept = config.run.keep_checkpoints
     return {
-        f"checkpoints ({config.run.keep_checkpoints} and one being written)": 12e-9
-        * trained
-        * (config.run.keep_checkpoints + 1),
+        f"checkpoints ({kept} and one being written)": 12e-9 * trained * (kept + 1),
         "model": bytes_of(config.model.dtype) * shape.num_params / 1e9,
         "logs": logs / 1e9,
     }

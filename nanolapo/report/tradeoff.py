@@ -89,10 +89,8 @@ def tradeoff(axis: Axes, rows: Sequence[Row], colours: dict[str, str]) -> None:
 def cross(axis: Axes, r: Row, colour: str, size: float = 4, width: float = 0.7) -> tuple[list[float], list[float]]:
     """Draw a point with its two intervals. Returns the ends of both; of a missing one the place of the point."""
     x, y = r["tokens"], 100 * r["accuracy"]
-    across, up = (
-        list(r.get("tokens_interval") or [x]),
-        [100 * bound for bound in r.get("accuracy_interval") or [y / 100]],
-    )
+    across = list(r.get("tokens_interval") or [x])
+    up = [100 * bound for bound in r.get("accuracy_interval") or [y / 100]]
     axis.plot(x, y, "o", markersize=size, color=colour, fillstyle="none" if r["guidance"] else "full")
     axis.plot(across, [y] * len(across), linewidth=width, color=colour)
     axis.plot([x] * len(up), up, linewidth=width, color=colour)

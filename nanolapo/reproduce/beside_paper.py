@@ -187,9 +187,7 @@ def write_tables(comparisons: Sequence[Comparison], folder: Path) -> list[Path]:
     """Write tables.md, tables.tex and tables.json from the same rows. The first ends with the paper's own disagreements."""
     found = disagreements()
     own = "### Where the paper's own numbers do not agree\n\n" + "\n".join(f"- {line}" for line in found) + "\n"
-    plain = [
-        {"table": c.number, "title": c.title, "notes": list(c.notes), "rows": c.rows} for c in comparisons
-    ]  # fmt: skip
+    plain = [{"table": c.number, "title": c.title, "notes": list(c.notes), "rows": c.rows} for c in comparisons]
     texts = {
         "tables.md": "\n".join([*map(markdown, comparisons), own]),
         "tables.tex": "\n\n".join(map(latex, comparisons)) + "\n",

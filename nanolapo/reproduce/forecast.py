@@ -60,7 +60,7 @@ def step_cost(command: Sequence[str], base: str, paper_base: str, machine: str) 
 
     command: script, config file, overrides.
     """
-    script = command[0].rsplit("/", 1)[-1]
+    script = command[0].rsplit("/", 1)[-1] if command else ""  # a base's has no launcher, which was cut off
     if script not in ("train_stage1.py", "train_stage2.py", "evaluate.py"):
         return None
     config = load_config(command[1], list(command[2:]))

@@ -249,7 +249,8 @@ class Recipe:
         return Pipeline([step for seed in seeds for step in self.steps(seed)], self.folder)
 
     def digest(self, pipeline: Pipeline, step: str) -> str:
-        """What the outcome of a step depends on, but for the folder in which it is made."""
+        """Return a digest of the configs of a step and of all that it needs, but for the folder. It does not see the code,
+        the packages, the number of ranks and the base's weights (a record has these apart)."""
         folder = json.dumps(str(self.folder))[1:-1]
         configs = [pipeline.steps[name].config.replace(folder, "") for name in pipeline.closure([step])]
         return sha256("\0".join(configs).encode()).hexdigest()[:16]

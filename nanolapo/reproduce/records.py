@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from nanolapo.config import UserError
-from nanolapo.evaluation.scores import Answer, correctness, length, model_identity, per_problem, read_answers
+from nanolapo.evaluation.scores import Answer, correctness, length, per_problem, read_answers
 from nanolapo.fingerprint import digest
+from nanolapo.locks import locked
+from nanolapo.provenance import model_identity
 from nanolapo.report.files import read_config, read_metrics
 from nanolapo.reproduce.pipeline import Pipeline
 from nanolapo.reproduce.recipe import Recipe
@@ -28,7 +30,7 @@ class Record:
 
     method: str
     seed: int
-    digest: str  # of everything that the result depends on (Recipe.digest)
+    digest: str  # of all configs that the result depends on (Recipe.digest)
     base: str  # the base model's identity: another machine may make another base from the same config
     setting: str  # its name in the recipe's settings; empty: the run as the recipe has it
     costs: dict[str, float]
@@ -60,12 +62,12 @@ def write(folder: Path, record: Record) -> None:
     def replaced(old: Record) -> bool:
         return old.seed == record.seed and (record.method != "base" or old.base == record.base)
 
-    kept = [*(old for old in read(folder, record.method) if not replaced(old)), record]
-    lines = [json.dumps(asdict(one), separators=(",", ":")) for one in sorted(kept, key=lambda one: one.seed)]
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = file_of(folder, record.method).with_suffix(".tmp")
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    temporary.replace(file_of(folder, record.method))
+    with locked(folder / ".lock", f"{folder}: another command is writing here; waiting for it", wait=True):
+        kept = [*(old for old in read(folder, record.method) if not replaced(old)), record]
+        lines = [json.dumps(asdict(one), separators=(",", ":")) for one in sorted(kept, key=lambda one: one.seed)]
+        temporary = file_of(folder, record.method).with_suffix(".tmp")
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        temporary.replace(file_of(folder, record.method))
 
 
 def record_of(recipe: Recipe, pipeline: Pipeline, seed: int, method: str) -> Record:
@@ -108,10 +110,10 @@ def shorter(values: Any) -> list[float]:
 
 def costs(run_dirs: Sequence[Path]) -> dict[str, float]:
     """Sampled and trained tokens, steps and seconds of training, without start-up: the sum over a method's phases."""
-    phases = [phase for folder in run_dirs if (phase := read_metrics(folder))]
-    lines = [line for phase in phases for line in phase]
-    if not lines:
+    phases = [read_metrics(folder) for folder in run_dirs]
+    if not phases or not all(phases):  # a lost metrics.jsonl: a part of the costs would look like all of them
         return {}
+    lines = [line for phase in phases for line in phase]
     return {
         "sampled_tokens": sum(phase[-1]["sampled_tokens"] for phase in phases),
         "trained_tokens": sum(line.get("trained_tokens") or 0 for line in lines),

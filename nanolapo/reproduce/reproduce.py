@@ -1,7 +1,7 @@
 """Runs a recipe: makes the base model, trains, evaluates, and writes the tables and figures.
 
     python -m nanolapo.reproduce.reproduce configs/demo/reproduce.yaml [--step table2] [--seeds 0,1] [--jobs 2] [--dry-run]
-    python -m nanolapo.reproduce.reproduce configs/demo/compare.yaml [--methods lapo,laser-de] [--seeds 0,1] [--jobs 2]
+    python -m nanolapo.reproduce.reproduce configs/demo/compare.yaml [--methods lapo-d,laser-de] [--seeds 0,1] [--jobs 2]
 
 A reproduce.yaml makes every table and figure of the paper, in runs/reproduce/RECIPE (`make reproduce`). A compare.yaml
 trains every method from the same base, in runs/compare/RECIPE, and leaves results.md, results.json and figures (`make
@@ -124,9 +124,7 @@ def write_outputs(recipe: Recipe, seeds: Sequence[int]) -> list[Path]:
     others.
     """
     pipeline = recipe.pipeline(seeds)
-    done = {
-        name: [seed for seed in seeds if pipeline.is_done(f"seed{seed}/{name}")] for name in recipe.evaluations
-    }  # fmt: skip
+    done = {name: [seed for seed in seeds if pipeline.is_done(f"seed{seed}/{name}")] for name in recipe.evaluations}
     done = {name: found for name, found in done.items() if found}
     return write_paper(recipe, done, recipe.folder / f"seed{seeds[0]}")
 
@@ -144,16 +142,17 @@ def write_methods(
     from nanolapo.report.plots import write_comparison_figures
 
     bases = records.valid_bases(recipe, pipeline, folder)
-    identities, found = {(one.seed, one.base) for one in bases}, {}
+    identities, valid, found = {(one.seed, one.base) for one in bases}, {}, {}
     for name in ("base", *recipe.scored):
-        mine = records.valid(recipe, pipeline, folder, name, every_seed)
-        found[name] = {seed: one for seed, one in mine.items() if (seed, one.base) in identities}
+        valid[name] = records.valid(recipe, pipeline, folder, name, every_seed)
+        found[name] = {seed: one for seed, one in valid[name].items() if (seed, one.base) in identities}
     missing = {}
     for name in recipe.scored:
-        expected = {*found[name], *(seeds if name in recipe.methods else ())}
+        recorded = {one.seed for one in records.read(folder, name)} if valid[name] else set()
+        expected = recorded | {*(seeds if name in recipe.methods else ())}
         for seed in sorted(expected - set(found[name])):
             missing[f"{name}, seed {seed}"] = records.why_missing(recipe, pipeline, folder, name, seed)
-    if of_other_config := [name for name in recipe.scored if name not in recipe.methods and not found[name]]:
+    if of_other_config := [name for name in recipe.scored if name not in recipe.methods and not valid[name]]:
         missing[", ".join(of_other_config)] = "all results are of another config"
     there = {name: list(by_seed.values()) for name, by_seed in found.items() if by_seed}
     if "base" not in there:
@@ -176,10 +175,8 @@ def write_paper(recipe: Recipe, done: dict[str, list[int]], first_seed: Path) ->
     from nanolapo.report.html import write_report
     from nanolapo.report.plots import write_figures
 
-    rows = {
-        name: [r for r in mean_rows(results(recipe, name, seeds)) if r["temperature"] == PAPER_TEMPERATURE]
-        for name, seeds in done.items()
-    }
+    of_paper = {name: mean_rows(results(recipe, name, seeds)) for name, seeds in done.items()}
+    rows = {name: [r for r in found if r["temperature"] == PAPER_TEMPERATURE] for name, found in of_paper.items()}
     comparisons = []
     for table in recipe.tables.values():
         there = [name for name in table.evaluations if rows.get(name)]

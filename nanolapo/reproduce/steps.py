@@ -13,8 +13,8 @@ from typing import Any
 
 from nanolapo.config import Config, SourceConfig
 from nanolapo.config_file import load_config
-from nanolapo.evaluation.scores import model_identity
 from nanolapo.losses import load_loss
+from nanolapo.provenance import model_identity
 from nanolapo.reproduce.pipeline import Step
 
 ROOT = Path(__file__).parents[2]  # where the scripts are
@@ -98,7 +98,7 @@ def changed(value: Any, default: Any) -> Any:
 def hashes_of_files(config: Config, base: str) -> str:
     """Hashes, as JSON, of the local problems and models that the config names and no step makes; "" without any. So a file
     that was edited in place counts as another input. base: the model of a base step, which may lie outside run.dir."""
-    sources = {source.path for source in (*config.data.sources, *config.data.exclude) if source.path.endswith(".jsonl")}
+    sources = {source.path for source in (*config.data.sources, *config.data.exclude)}
     models = {config.model.path, *(entry.partition("=")[2] for entry in config.evaluate.models)}
     made_here = Path(config.run.dir)
     hashes = {path: file_hash(path) for path in sources if Path(path).is_file()}

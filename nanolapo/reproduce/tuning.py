@@ -63,6 +63,8 @@ def records_of_settings(recipes: Sequence[Recipe], folder: Path, jobs: int) -> t
     found: Found = {}
     failed = list[RunStopped]()
     for recipe in recipes:
+        if not recipe.methods:  # none has so many settings: no base is needed
+            continue
         seeds, here = list(recipe.file.seeds), folder / recipe.folder.name
         pipeline = recipe.pipeline(seeds)
         try:
@@ -83,7 +85,8 @@ def mean_aes(seeds: Sequence[Record]) -> float:
 def write_choices(config: Path, recipe: Recipe, found: Found) -> Path:
     """Put the choices of the methods whose settings are all there beside those of earlier calls."""
     path = config.parent / recipe.file.chosen
-    chosen = read_yaml(path) if path.exists() else {}
+    before = read_yaml(path) if path.exists() else {}
+    chosen = {name: choice for name, choice in before.items() if name in recipe.file.settings}
     for name, settings in recipe.file.settings.items():
         mine = found.get(name, {})
         scores = {setting: mean_aes(seeds) for setting, seeds in mine.items()}

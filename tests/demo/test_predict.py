@@ -51,7 +51,7 @@ def test_ends_that_follow_from_the_rewards() -> None:
     assert typical[1, 1] > 0.9 and too_long[:, 2].min() > 0.9  # LAPO goes where most right answers are
 
 
-@pytest.mark.parametrize("name", ["l1-exact", "thinkprune-4k", "laser-d"])
+@pytest.mark.parametrize("name", ["l1-exact", "thinkprune-4k", "laser-d", "dot", "aepo", "da-dler"])
 def test_what_it_cannot_predict_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match="states lengths or has a monitor"):
+    with pytest.raises(UserError, match="states lengths, changes answers or has a monitor"):
         shares(f"method={CONFIGS / 'methods' / name}.yaml")

@@ -16,7 +16,14 @@ from nanolapo.advantages import group_advantages
 from nanolapo.config import UserError
 from nanolapo.data.prompts import Guidance
 from nanolapo.lengths import LengthMap
-from nanolapo.methods.lapo import Discovery, Internalization, discovery_reward, internalization_reward
+from nanolapo.methods.lapo import (
+    Discovery,
+    Internalization,
+    discovery_reward,
+    internalization_reward,
+    stated_length,
+)
+from nanolapo.methods.tools import stated
 from nanolapo.rollouts import Rollouts
 
 PAPER = {"max_new_tokens": 4096, "base_tokens": 6229, "group_size": 5, "prompts_per_step": 1}
@@ -256,3 +263,13 @@ def test_stage2_needs_a_map_that_covers_its_problems(tmp_path):
     method = Internalization(config)
     method.start(problems[:1])
     assert method.length_map.target("demo:0") == 10
+
+
+@pytest.mark.parametrize("multiple", [1, 10, 100])
+@pytest.mark.parametrize("rounded", [True, False])
+def test_the_reward_aims_at_the_number_that_the_prompt_prints(multiple, rounded):
+    """Also where M(q) is below half of a multiple: the least that a prompt prints is one multiple."""
+    config = make_config(prompt={"length_multiple": multiple})
+    for target in (0.4, 3.0, 41.0, 149.0, 1330.0):
+        n = stated_length(target, 4096, multiple, rounded)
+        assert n == stated(config, n) and n >= multiple and (n == stated(config, target) or not rounded)

@@ -112,13 +112,14 @@ def test_the_compiled_head_computes_what_the_plain_one_does(
             head, own_ND = LogprobHead(copy.deepcopy(linear).to(dtype), compiled), hidden_ND.clone().requires_grad_()
             with torch._dynamo.config.patch(error_on_recompile=number > 1):
                 logprobs_N, entropy_N = head(own_ND, targets_N, 0.7, with_entropy)
-                total = logprobs_N if entropy_N is None else logprobs_N + 0.5 * entropy_N
-                (total * weights_N).sum().backward()
+                (logprobs_N * weights_N).sum().backward()
+            total = logprobs_N if entropy_N is None else logprobs_N + 0.5 * entropy_N
             results.append([total, own_ND.grad, head.weight.grad, head.bias.grad])
         exact, own_ND = copy.deepcopy(linear).to(dtype).double(), hidden_ND.double().requires_grad_()
         logp_NV = (exact(own_ND) / 0.7).log_softmax(-1)
-        total = logp_NV.gather(-1, targets_N[:, None])[:, 0] - with_entropy * 0.5 * (logp_NV.exp() * logp_NV).sum(-1)
-        (total * weights_N).sum().backward()
+        chosen_N = logp_NV.gather(-1, targets_N[:, None])[:, 0]
+        (chosen_N * weights_N).sum().backward()
+        total = chosen_N - with_entropy * 0.5 * (logp_NV.exp() * logp_NV).sum(-1)
         for plain, fused, want in zip(*results, [total, own_ND.grad, exact.weight.grad, exact.bias.grad], strict=True):
             scale, rtol = float(want.detach().abs().max()), 1e-5 if dtype == torch.float32 else 2e-2
             torch.testing.assert_close(fused.double(), want, rtol=rtol, atol=rtol * scale)

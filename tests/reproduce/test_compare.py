@@ -162,9 +162,10 @@ def problem_file(path: Path, first: int) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_problems_and_models_edited_in_place_are_other_inputs(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_problems_and_models_edited_in_place_are_other_inputs(recipe: Path, tmp_path: Path, ending: str) -> None:
     """The config names the same file, but what is in it has changed: a training on the old one is no longer done."""
-    data, model = tmp_path / "mine.jsonl", tmp_path / "model"
+    data, model = tmp_path / f"mine.{ending}", tmp_path / "model"
     overrides = [f"data.sources=[{{name: mine, path: '{data}'}}]", f"model.path={model}", f"run.dir={tmp_path}/runs"]
 
     def inputs() -> tuple[str, str]:

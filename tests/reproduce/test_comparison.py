@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from nanolapo.config import UserError
 from nanolapo.report.plots import FEW, write_comparison_figures
 from nanolapo.report.ranking import ranking_figure
 from nanolapo.report.tradeoff import COLOURS, methods_figure
+from nanolapo.reproduce import records as records_module
 from nanolapo.reproduce.comparison import compare_methods, comparison_table, comparison_text
 from nanolapo.reproduce.recipe import Recipe
 from nanolapo.reproduce.records import Record, costs, file_of, of_other_bases, read, shorter, write
@@ -110,7 +113,17 @@ def test_a_correction_for_more_pairs_finds_fewer() -> None:
 def test_with_one_seed_nothing_is_tested_and_that_is_said() -> None:
     found = made({name: mine[:1] for name, mine in three_methods().items()})
     assert found["pairs"][0]["pairs"] == 0 and all(row["better_than"] == [] for row in found["rows"])
-    assert "no difference can be tested" in comparison_text(tokens=7, **found)
+    text = comparison_text(tokens=7, **found)
+    assert "no difference can be tested" in text and "| **" not in text  # nobody is shown as the best
+
+
+def test_two_seeds_are_too_few_for_a_test_and_who_was_not_tested_is_not_apart() -> None:
+    assert made(three_methods())["pairs"][0]["pairs"] == 0
+    three = [([2] * 4, [50 + i] * 4) for i in range(3)]
+    new = records("new", ([2] * 4, [60] * 4))
+    found = made({"base": records("base", *[BASE] * 3), "good": records("good", *three), "new": new})
+    assert found["pairs"][0]["pairs"] == 1 and row_of(found, "good")["better_than"] == ["base"]
+    assert {row["model"]: row["like_best"] for row in found["rows"]} == {"good": True, "new": True, "base": False}
 
 
 def test_each_seed_is_measured_against_its_own_base() -> None:
@@ -269,6 +282,20 @@ def test_a_record_takes_the_place_of_its_seed_only(tmp_path: Path) -> None:
         read(tmp_path, "m")
 
 
+def test_two_writers_of_one_file_lose_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two commands with --out folders of their own may share the records. Each reads all lines, then writes all lines."""
+
+    def slow(folder: Path, method: str) -> list[Record]:
+        found = read(folder, method)
+        time.sleep(0.05)
+        return found
+
+    monkeypatch.setattr(records_module, "read", slow)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda seed: write(tmp_path, record("m", seed, *BASE)), range(8)))
+    assert [one.seed for one in read(tmp_path, "m")] == list(range(8))
+
+
 def test_a_base_that_is_never_right_in_some_draws_tells_nothing_by_aes() -> None:
     """AES has no value in a draw of problems in which the base is never right, so its error is unknown."""
     bases = records("base", *[([1] + [0] * 3, [50] * 4)] * 3)
@@ -292,6 +319,7 @@ def test_costs_add_up_over_phases(tmp_path: Path) -> None:
     found = costs([run("a", 10, 20, 30), run("b", 5)])
     assert found == {"sampled_tokens": 35, "trained_tokens": 14, "steps": 4, "seconds": 8}
     assert costs([]) == {}
+    assert costs([tmp_path / "a", tmp_path / "lost"]) == {}  # a part would look like the whole
 
 
 # -------------------------------------------------------------------------------------------------------------- real runs
@@ -391,8 +419,12 @@ def test_the_table_is_there_without_a_base_and_beside_one_of_another_config(reci
     one.scored = ["spo", "grpo", "lapo"]  # these have records, for another number of tokens
     for method in ("grpo", "lapo"):
         write(kept, record(method, 3, *BASE, base="a", digest="old"))
+    one.scored += ["dapo", "laser"]  # not wanted either: one without its base, one of another config on one seed only
+    write(kept, record("laser", 4, *BASE, base="b", digest="old"))
     pipeline = one.pipeline([3, 4])
-    for method, seed, base in (("base", 3, "a"), ("base", 4, "b"), ("spo", 3, "a"), ("spo", 4, "gone")):
+    for method, seed, base in (
+        ("base", 3, "a"), ("base", 4, "b"), ("spo", 3, "a"), ("spo", 4, "gone"), ("dapo", 3, "gone"), ("laser", 3, "a")
+    ):  # fmt: skip
         digest = one.digest(pipeline, f"seed{seed}/scores/{method}")
         write(kept, record(method, seed, *BASE, base=base, digest=digest))
     old = record("base", 3, *BASE, base="of another machine", digest="old")
@@ -401,9 +433,11 @@ def test_the_table_is_there_without_a_base_and_beside_one_of_another_config(reci
     write_methods(one, pipeline, kept, [3, 4], [3, 4])
     found = results(tmp_path)
     assert [(row["model"], row["seeds"], row["temperature"]) for row in found["rows"]] == [
-        ("base", [3, 4], 0.6), ("spo", [3], 0.6)
+        ("base", [3, 4], 0.6), ("spo", [3], 0.6), ("laser", [3], 0.6)
     ]  # fmt: skip
     assert found["missing"] == {
         "spo, seed 4": f"its base has no line in {kept / 'base.jsonl'} any more; put it back",
+        "dapo, seed 3": f"its base has no line in {kept / 'base.jsonl'} any more; put it back",
+        "laser, seed 4": "its result is of another config",
         "grpo, lapo": "all results are of another config",
     }

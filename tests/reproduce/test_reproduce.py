@@ -191,6 +191,9 @@ def test_a_forecast_before_the_base_is_there_lists_the_steps(
         f"| seed0/{step}" for step in ("base", "scores/base", "truncation", "scores/truncation")
     ]
     assert f"{tmp_path}/seed0/base is not there yet; --step base makes it" in out
+    run_recipe(compare, tmp_path, "--dry-run", "--seeds", "0", "--methods", "truncation", "--launcher",
+               "torchrun --nnodes 1 --node_rank 0 --master_addr host --nproc_per_node 2")  # fmt: skip
+    assert capsys.readouterr().out == out  # a base's command has no launcher, which is longer than that command
 
 
 @pytest.mark.parametrize(

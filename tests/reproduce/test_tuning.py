@@ -155,6 +155,24 @@ def test_the_best_aes_wins_the_published_one_wins_a_tie_and_others_stay(tmp_path
     assert "on seed 9" in (tmp_path / "chosen.yaml").read_text()
 
 
+def test_a_method_without_settings_any_more_loses_its_choice(tmp_path: Path) -> None:
+    """Recipe refuses a choice that is no setting, and says: run tuning again."""
+    path = small(tmp_path, {"grpo": {"published": []}})
+    recipe = Recipe(path, tmp_path, ["python"])
+    (tmp_path / "chosen.yaml").write_text("spo: {setting: half}\n")
+    tuning.write_choices(path, recipe, {})
+    assert yaml.safe_load((tmp_path / "chosen.yaml").read_text()) == {"grpo": {"setting": "published"}}
+    assert Recipe(path, tmp_path, ["python"]).chosen == {"grpo": "published"}
+
+
+def test_a_method_with_one_setting_needs_no_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = small(tmp_path, {"grpo": {"published": [], "other": []}, "hapo": {"published": []}})
+    monkeypatch.setattr(sys, "argv", ["tuning", str(path), "--out", str(tmp_path / "out"), "--methods", "hapo"])
+    tuning.main()
+    assert yaml.safe_load((tmp_path / "chosen.yaml").read_text()) == {"hapo": {"setting": "published"}}
+    assert not (tmp_path / "out").exists()
+
+
 def test_settings_that_started_from_two_bases_are_not_compared(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
