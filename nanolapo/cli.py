@@ -50,8 +50,6 @@ def run(main: Callable[[], None], keeps_progress: bool = True) -> None:
     word and with 141, as other programs do. Any other error keeps its traceback.
 
     keeps_progress: True if the script resumes after an interruption, False if it starts again."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         main()
         sys.stdout.flush()  # now, while a reader that is gone can still be told from another error
