@@ -15,7 +15,15 @@ from nanolapo.config import Config, RunStopped
 NEARLY_ALL = 0.9  # of the answers, or of the groups: the rest does not make a run that learns
 FIRST_LIMIT = 0.2  # at step 0 in bf16: 0.01 to 0.05 is normal, a stale tied head gives 0.4 to 1.5
 # Steps in a row before a warning
-PATIENCE = {"truncated": 3, "flat": 5, "empty": 3, "looping": 3, "copies": 5, "dropped": 1, "broken": 1}
+PATIENCE = {
+    "truncated": 3,
+    "flat": 5,
+    "empty": 3,
+    "looping": 3,
+    "copies": 5,
+    "dropped": 1,
+    "broken": 1,
+}
 
 
 class MismatchError(RunStopped):

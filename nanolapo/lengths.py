@@ -19,7 +19,11 @@ import numpy as np
 from nanolapo.config import UserError
 
 # Paper, Table 3
-STATISTICS: dict[str, Callable[[np.ndarray], np.floating]] = {"median": np.median, "mean": np.mean, "minimum": np.min}
+STATISTICS: dict[str, Callable[[np.ndarray], np.floating]] = {
+    "median": np.median,
+    "mean": np.mean,
+    "minimum": np.min,
+}
 
 
 def typical_range(
