@@ -72,7 +72,7 @@ def run(main: Callable[[], None], keeps_progress: bool = True) -> None:
 
 
 def output_is_unread() -> bool:
-    """Whether the reader of stdout is gone. Then the rest goes nowhere, or Python would complain again at its end."""
+    """Return whether the reader of stdout is gone. The rest then goes nowhere, or Python would complain once more."""
     gone = select.poll()
     gone.register(sys.stdout.fileno(), 0)  # asks for no event, and is told of a closed pipe all the same
     if gone.poll(0):

@@ -159,3 +159,12 @@ class LengthMap:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"lapo.length_map={path}: not a length map ({error!r}); stage 1 writes one") from None
         return length_map
+
+
+def to_multiple(length: float, multiple: int) -> int:
+    """Return the length that a prompt prints: the nearest multiple, at least one.
+
+    >>> to_multiple(1330.0, 100), to_multiple(41.0, 100), to_multiple(41.4, 1)
+    (1300, 100, 41)
+    """
+    return max(multiple, round(length / multiple) * multiple)

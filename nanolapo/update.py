@@ -178,7 +178,7 @@ def loss_inputs(
     width, entropies = micro.mask_BT.shape[1], rollouts.old_entropies
     old_BT = logprobs_BT.detach() if old is None else micro.pad([old[row] for row in micro.rows])
     sampler_BT = micro.pad([rollouts.rows[row].sampler_logprobs for row in micro.rows])
-    # No policy drew given tokens. If a lot chose them, its log-prob is the old one; if not, the sampler's is set to the old
+    # No policy drew given tokens. If a lot chose them, the sampler's log-prob stands for the old one, else the old for it
     given_BT = first_tokens([rollouts.rows[row].num_given for row in micro.rows], micro.mask_BT)
     by_lot_BT = first_tokens([rollouts.rows[row].num_by_lot for row in micro.rows], micro.mask_BT)
     mine = to_device(advantages[micro.rows].float(), policy.device)

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2.exceptions import TemplateError
 
 from nanolapo.config import PromptConfig, UserError
+from nanolapo.lengths import to_multiple
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -192,12 +193,8 @@ class Prompter:
 
     def printed(self, guidance: Guidance) -> Guidance:
         """Return the guidance with its lengths as multiples of prompt.length_multiple; the budget stays as it is."""
-        m = self.config.length_multiple
-
-        def nearest(match: re.Match[str]) -> str:
-            return str(max(m, round(int(match[0]) / m) * m))
-
-        outside, inside = (re.sub(r"\d+", nearest, text) for text in (guidance.outside, guidance.inside))
+        m, texts = self.config.length_multiple, (guidance.outside, guidance.inside)
+        outside, inside = (re.sub(r"\d+", lambda length: str(to_multiple(int(length[0]), m)), text) for text in texts)
         return replace(guidance, outside=outside, inside=inside) if m > 1 else guidance
 
     def _raw(self, question: str, guidance: Guidance) -> str:

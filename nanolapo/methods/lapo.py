@@ -25,7 +25,7 @@ import numpy as np
 from nanolapo.config import Config, UserError
 from nanolapo.data.problems import Problem
 from nanolapo.data.prompts import Guidance, exact_guidance, implicit_guidance, outside_guidance, range_guidance
-from nanolapo.lengths import LengthMap, typical_range
+from nanolapo.lengths import LengthMap, to_multiple, typical_range
 from nanolapo.methods.base import Method, SamplingPlan
 from nanolapo.methods.tools import DEEPSCALER, scale
 from nanolapo.rollouts import Rollouts
@@ -123,8 +123,7 @@ def stated_length(target: float | None, limit: int, multiple: int = 1, rounded: 
     1300
     """
     tokens = limit if target is None else target
-    n = round(tokens / multiple) if rounded else int(tokens / multiple)
-    return max(multiple, n * multiple)
+    return to_multiple(tokens, multiple) if rounded else max(multiple, int(tokens / multiple) * multiple)
 
 
 class Lapo(Method):

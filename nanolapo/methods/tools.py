@@ -8,6 +8,7 @@ import numpy as np
 
 from nanolapo.config import Config, UserError
 from nanolapo.grader.boxes import last_boxed
+from nanolapo.lengths import to_multiple
 from nanolapo.rollouts import Rollout, Rollouts
 
 # Mean tokens per answer of the models that numbers were published on (LAPO, Table 1: the mean over its four sets)
@@ -31,8 +32,7 @@ def scale(config: Config, published_base: float, option: str) -> float:
 
 def stated(config: Config, length: float) -> int:
     """Round a budget as the prompt prints it (prompt.length_multiple): a reward for another number could not be learned."""
-    multiple = config.prompt.length_multiple
-    return max(multiple, round(length / multiple) * multiple)
+    return to_multiple(length, config.prompt.length_multiple)
 
 
 def each_group(rollouts: Rollouts, reward: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
