@@ -87,13 +87,13 @@ exercise: install  ## check your solution of exercise N in docs/EXERCISES.md (N=
 check: lint  ## ruff, mypy, and the tests without training, engines and processes: a minute and a half
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
-test: vllm  ## every test that this machine can run, with the real vLLM: eight minutes on two cores (WORKERS=2)
+test: vllm  ## every test that this machine can run, with the real vLLM: 10 to 25 minutes on two cores (WORKERS=2)
 	$(PY) -m pytest -rs --durations=12 -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-faults: vllm  ## break runs in 70 ways and resume them: docs/RELIABILITY.md (COUNT=50 random kills, SEED=0; an hour)
+faults: vllm  ## break runs in 69 ways and resume them: docs/RELIABILITY.md (COUNT=50 random kills, SEED=0; 36 minutes)
 	$(PY) tests/faults/run.py --count $(COUNT) --seed $(SEED)
 
-bench: vllm  ## docs/PERFORMANCE.md's numbers: step against its floors, growth, TRL (MODEL=folder or hub name; half an hour)
+bench: vllm  ## docs/PERFORMANCE.md's numbers: step against its floors, growth, TRL (MODEL=folder or hub name; 45 minutes)
 	$(PIP) -e ".[bench]"
 	$(PY) tests/benchmarks/step.py --model $(MODEL) --engine torch --out runs/bench/step_torch_bfloat16.json
 	$(PY) tests/benchmarks/step.py --model $(MODEL) --engine torch --compile --no-floors --out runs/bench/step_compiled_bfloat16.json

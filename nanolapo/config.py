@@ -86,7 +86,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One set of problems: a hub name, a local file (.jsonl, .json, .csv, .parquet), or the procedural `demo`."""
+    """One set of problems: a hub name, a local file (CONFIGURING has the kinds), or the procedural `demo`."""
 
     name: str  # becomes Problem.source and the first part of every problem id
     path: str

@@ -29,7 +29,7 @@ def run_step(session: Session) -> None:
     method, policy, watch, tokens_before = session.method, session.policy, Stopwatch(), session.sampled_tokens
     method.progress = policy.progress = session.progress
     plan = method.sampling(session.step)
-    monitored = monitor_pass(session, watch)  # a second sampling, for the few methods that watch other prompts
+    monitored = monitor_pass(session, watch)  # an extra sampling, for the few methods that watch other prompts
     rounds: list[Rollouts] = []
     while draw := next_draw(session, plan, rounds):  # one round; dynamic sampling: until enough groups are kept
         rollouts = sample_and_grade(session, plan, draw, watch)  # sample, grade; from here every rank holds all rows
@@ -44,8 +44,8 @@ def run_step(session: Session) -> None:
     check_advantages(advantages, batch.lengths_B, counts_B)
     statistics = method.after_step(sampled)  # M(q) and other state change only after the step's rewards
 
-    session.sampler.sleep()  # it frees its memory for the trainer, that of the weights too
-    with watch("update"):  # loss, backward, optimizer step; without any kept group, batch is all rows and none counts
+    session.sampler.sleep()  # frees its cache and weights for the trainer
+    with watch("update"):  # loss, backward, optimizer step; if no group was kept, batch has all rows and none counts
         trained = update_policy(policy, method, batch, advantages, counts_B, session.ranks)
     with watch("sync"):  # weight sync
         session.sampler.wake()

@@ -153,9 +153,8 @@ class RunLog:
             row = describe(step, rollouts.rows[b])
             named = ", ".join(f"{k} {v:.2f}" for k, v in row["reward"].items())
             budget = "none" if row["budget"] is None else f"{row['budget']:.0f}"
-            print(
-                f"  {label} rollout: {named} | length {row['length']} | budget {budget} | reference answer {row['gold']}"
-            )
+            told = f"length {row['length']} | budget {budget} | reference answer {row['reference_answer']}"
+            print(f"  {label} rollout: {named} | {told}")
             print(f"    Q: {shorten(row['question'])}\n    A: {shorten(row['text'])}", flush=True)
 
     def close(self) -> None:
@@ -164,13 +163,13 @@ class RunLog:
 
 
 def describe(step: int, row: Rollout) -> dict[str, Any]:
-    """Return a rollout as a line of rollouts.jsonl. The key `gold` holds the reference answer."""
+    """Return a rollout as a line of rollouts.jsonl."""
     return {
         "step": step,
         "problem": row.problem.id,
         "level": row.problem.level,
         "question": row.problem.question,
-        "gold": row.problem.answer,
+        "reference_answer": row.problem.answer,
         "text": row.text,
         "correct": row.correct,
         "finished": row.finished,

@@ -34,7 +34,9 @@ class Rollout:
     budget: float = math.nan  # the target length given with the prompt; nan, not 0, if there was none
     place: int = 0  # the place of its prompt among the prompts of the step
     broken: bool = False  # cannot be trained on (see make_rollouts): it is masked out and counted
-    given: GivenTokens | None = None  # its first tokens were given, not drawn: sampler_logprobs are of the lot, or 0
+    given: GivenTokens | None = (
+        None  # first tokens it was given: their sampler_logprobs are those of a random choice, or 0
+    )
     unmatched: bool = False  # sampled at another temperature than the trainer scores at: left out of the mismatch
     text: str = ""  # the decoded response, for the grader and for people
     correct: bool = False  # the grader's verdict, never a shaped reward
@@ -47,7 +49,7 @@ class Rollout:
 
     @property
     def num_by_lot(self) -> int:
-        """Of the given tokens those that were chosen with a known probability: all or none."""
+        """The given tokens if they were chosen at random with a known probability, else 0."""
         return self.num_given if self.given and self.given.logprob is not None else 0
 
 

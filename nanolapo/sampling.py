@@ -1,7 +1,7 @@
 """From a plan to graded rollouts: draw problems, sample this rank's share of them, grade, bring all ranks together.
 
-The step's rounds and a method's monitor pass use the same code. Every rank samples whole groups; ranks meet once per
-round, and afterwards each holds all rows. Every seed is a pure function of its place in the step.
+The step's rounds and a method's monitor pass use the same code. Every rank samples whole groups; at the end of a round each
+holds the rows of all ranks. Every seed is a pure function of its place in the step.
 """
 
 from __future__ import annotations

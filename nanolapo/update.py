@@ -65,16 +65,16 @@ class Tally:
 
 
 def update_policy(
-    policy: Policy, method: Method, rollouts: Rollouts, advantages: Tensor, keep_B: np.ndarray, ranks: Ranks
+    policy: Policy, method: Method, rollouts: Rollouts, advantages: Tensor, counts_B: np.ndarray, ranks: Ranks
 ) -> dict[str, float]:
     """Train on the kept rows of one step and return what to log.
 
-    advantages: [B], or [B, T] per token; keep_B: rows that count; loss and denominators leave out the others.
+    advantages: [B], or [B, T] per token; counts_B: rows that count; loss and denominators leave out the others.
     """
     config = policy.config
-    batches = plan_batches(policy, method.loss, rollouts, advantages, keep_B, ranks)
+    batches = plan_batches(policy, method.loss, rollouts, advantages, counts_B, ranks)
     old = old_logprobs(policy, method.loss, rollouts, batches, ranks)
-    method.loss.prepare(rollouts, advantages, keep_B)
+    method.loss.prepare(rollouts, advantages, counts_B)
     tally, norms, learning_rate, first_update = Tally(), [], policy.learning_rate(), policy.num_steps
 
     for batch in batches * config.train.inner_epochs:
@@ -110,7 +110,7 @@ def update_policy(
 
 
 def plan_batches(
-    policy: Policy, loss: Loss, rollouts: Rollouts, advantages: Tensor, keep_B: np.ndarray, ranks: Ranks
+    policy: Policy, loss: Loss, rollouts: Rollouts, advantages: Tensor, counts_B: np.ndarray, ranks: Ranks
 ) -> list[OptimizerBatch]:
     """Cut the step's rows into optimizer batches, and each into micro-batches.
 
@@ -122,7 +122,7 @@ def plan_batches(
     batches, size = [], config.train.batch_size or len(rollouts)
     for first in range(0, len(rollouts), size):
         rows = np.arange(first, min(first + size, len(rollouts)))
-        kept = rows[keep_B[rows]]
+        kept = rows[counts_B[rows]]
         totals = BatchTotals(int(lengths_B[kept].sum()), len(kept), config.rollout.max_new_tokens)
         active = kept if loss.acts_without_advantage else kept[signal_B[kept]]
         active = active[lengths_B[active] > 0]
@@ -178,7 +178,7 @@ def loss_inputs(
     width, entropies = micro.mask_BT.shape[1], rollouts.old_entropies
     old_BT = logprobs_BT.detach() if old is None else micro.pad([old[row] for row in micro.rows])
     sampler_BT = micro.pad([rollouts.rows[row].sampler_logprobs for row in micro.rows])
-    # No policy drew given tokens. If a lot chose them, the sampler's log-prob stands for the old one, else the old for it
+    # Given tokens were not sampled. If chosen at random, that probability is their old one, else the old is the sampler's
     given_BT = first_tokens([rollouts.rows[row].num_given for row in micro.rows], micro.mask_BT)
     by_lot_BT = first_tokens([rollouts.rows[row].num_by_lot for row in micro.rows], micro.mask_BT)
     mine = to_device(advantages[micro.rows].float(), policy.device)

@@ -117,8 +117,9 @@ def test_nan_and_infinity_become_null(tmp_path):
 def test_rollouts_keep_text_verdict_length_and_every_reward_part(tmp_path):
     write_steps(run_config(tmp_path), 0, 1)
     row = json.loads((tmp_path / "r/rollouts.jsonl").read_text().splitlines()[0])
-    want = {"step": 0, "problem": "demo:0", "question": "question 0", "gold": "0", "text": "text 0", "correct": True,
-            "finished": True, "length": 3, "budget": None, "reward": {"correct": 1.0, "length": 0.5}}  # fmt: skip
+    want = {"step": 0, "problem": "demo:0", "question": "question 0", "reference_answer": "0",
+            "text": "text 0", "correct": True, "finished": True, "length": 3, "budget": None,
+            "reward": {"correct": 1.0, "length": 0.5}}  # fmt: skip
     assert {key: row[key] for key in want} == want
 
 

@@ -78,7 +78,7 @@ class Method:
         return Guidance()
 
     def monitor(self, step: int) -> MonitorPlan | None:
-        """A second sampling before the step's own, with the same weights; None (mostly): no monitor pass in this step."""
+        """An extra sampling before the step's own, with the same weights; None (mostly): no monitor pass in this step."""
         return None
 
     def possible_monitor(self, step: int) -> MonitorPlan | None:

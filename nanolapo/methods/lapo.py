@@ -4,12 +4,10 @@ Discovery (stage 1) rewards right answers whose length is typical of the group's
 length that sufficed for problem q. Internalization (stage 2) states that length in the model's own thought and rewards
 keeping to it. Policy loss and advantage are plain GRPO.
 
-The paper's 100 and 120 tokens (decay, sigma) are scaled from DeepScaleR-1.5B-Preview to our base (rollout.base_tokens). An
-unsolved problem's M(q) is the limit of the run.
+The paper's 100 and 120 tokens (decay, sigma) are scaled from DeepScaleR-1.5B-Preview to our base (rollout.base_tokens).
 
-Where the paper and its code disagree, `lapo.fidelity` chooses; the rows of READINGS are all the differences. Two
-slips of the code are not copied: two rewards per rollout in its last stage-1 file, and a stage-2 length that counts the
-tail of the prompt.
+Where the paper and its code disagree, `lapo.fidelity` chooses; the rows of READINGS are all the differences.
+docs/CONFIGURING.md explains them, and says which slips of the code are not copied.
 """
 
 from __future__ import annotations

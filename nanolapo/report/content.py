@@ -37,8 +37,8 @@ class Problems:
         self.numbers: dict[tuple[str, str | None, str | None, int | None], int] = {}
         self.by_id: dict[str, int] = {}
 
-    def number(self, problem: str, question: str | None, gold: str | None, level: int | None) -> int:
-        found = self.numbers.setdefault((problem, question, gold, level), len(self.numbers))
+    def number(self, problem: str, question: str | None, reference_answer: str | None, level: int | None) -> int:
+        found = self.numbers.setdefault((problem, question, reference_answer, level), len(self.numbers))
         self.by_id.setdefault(problem, found)
         return found
 
@@ -91,7 +91,7 @@ def rollout_columns(runs: Sequence[Run], max_rows: int, texts: Texts, problems: 
                 columns["run"].append(place)
                 columns["step"].append(row["step"])
                 columns["problem"].append(
-                    problems.number(row["problem"], row["question"], row["gold"], row.get("level"))
+                    problems.number(row["problem"], row["question"], row["reference_answer"], row.get("level"))
                 )
                 columns["text"].append(texts.number(row["text"]))
                 columns["length"].append(row["length"])

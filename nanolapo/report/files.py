@@ -20,7 +20,7 @@ Kinds = dict[str, tuple[type, ...]]
 NONE = type(None)
 NUMBER = (int, float, NONE)
 ROLLOUT: Kinds = {
-    "step": (int,), "problem": (str,), "level": (int, NONE), "question": (str,), "gold": (str,), "text": (str,),
+    "step": (int,), "problem": (str,), "level": (int, NONE), "question": (str,), "reference_answer": (str,), "text": (str,),
     "correct": (bool,), "finished": (bool,), "length": (int,), "budget": NUMBER, "reward": (dict,),
 }  # fmt: skip
 SAMPLE: Kinds = {

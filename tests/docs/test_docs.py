@@ -19,11 +19,13 @@ from comparison_records import records
 from tiny import CPU, make_config, make_rows, update
 
 from nanolapo.config import Config
+from nanolapo.config_file import load_config, validate
 from nanolapo.evaluation.scores import Answer, add_aes, score_sets
 from nanolapo.methods.base import Method
 from nanolapo.metrics import RunLog, describe, rollout_metrics
 from nanolapo.policy import Policy
 from nanolapo.reproduce.comparison import compare_methods
+from nanolapo.session import final_model
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "nanolapo"
@@ -368,6 +370,25 @@ def test_make_targets_exist(page):
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
     named = re.findall(r"(?:`|    )make ([a-z][a-z-]*)", page.read_text(encoding="utf-8"))
     assert not set(named) - targets
+
+
+def test_the_example_with_your_own_model_is_a_config_and_its_commands_fit_together(tmp_path):
+    page = (ROOT / "docs/CONFIGURING.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"^```yaml\n(# mine\.yaml\n.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(text.replace("extends: ", f"extends: {ROOT}/"), encoding="utf-8")
+    commands = [line.split("#")[0].split() for line in page.splitlines() if "mine.yaml run.name=" in line]
+    configs = {}
+    for _, script, path, *overrides in commands:
+        config = load_config(tmp_path / path, [word for word in overrides if word != "--dry-run"])
+        validate(config, world_size=1)
+        configs[script, config.run.name] = config
+    assert set(configs) == {
+        ("train_stage1.py", "stage1"), ("train_stage2.py", "stage2"), ("evaluate.py", "evaluate_base")
+    }  # fmt: skip
+    first, second = configs["train_stage1.py", "stage1"], configs["train_stage2.py", "stage2"]
+    assert Path(second.model.path) == final_model(first)
+    assert Path(second.lapo.length_map) == first.run_dir / "length_map.json"
+    assert configs["evaluate.py", "evaluate_base"].evaluate.models == (f"base={first.model.path}",)
 
 
 # -------------------------------------------------------------------------------------------------- the files themselves

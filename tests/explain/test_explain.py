@@ -171,7 +171,9 @@ def test_the_followed_problem_is_in_rollouts_jsonl_with_the_same_numbers(
     for row, graded in zip(rows, table(titled(sections, "graded")), strict=True):
         boxes = re.findall(r"\\boxed\{([^{}]*)(\}?)", row["text"].rpartition("</think>")[2])
         boxed = boxes[-1][0].strip() if boxes and boxes[-1][1] else ""
-        assert graded["taken as its answer"] == (boxed or "(none)") and graded["right answer"] == row["gold"]
+        assert (
+            graded["taken as its answer"] == (boxed or "(none)") and graded["right answer"] == row["reference_answer"]
+        )
     assert titled(sections, "M(q)").body[0].endswith(f"after: {trace_target(rows):g} tokens")
     assert "before: not visited yet" in titled(sections, "M(q)").body[0]
 

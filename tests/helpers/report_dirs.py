@@ -25,8 +25,8 @@ NASTY = (
 
 
 def rollout(step: int = 0, problem: str = "p", **more: object) -> dict:
-    return {"step": step, "problem": problem, "level": 1, "question": f"question {problem}", "gold": "7", "text": "text",
-            "correct": True, "finished": True, "length": 10, "budget": None, "reward": {"correct": 1.0},
+    return {"step": step, "problem": problem, "level": 1, "question": f"question {problem}", "reference_answer": "7",
+            "text": "text", "correct": True, "finished": True, "length": 10, "budget": None, "reward": {"correct": 1.0},
             **more}  # fmt: skip
 
 

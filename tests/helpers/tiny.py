@@ -66,9 +66,9 @@ def update(
     policy: Policy, rollouts: Rollouts, advantages: Sequence[float] | torch.Tensor, keep: Sequence[bool] | None = None
 ) -> dict[str, float]:
     """One call of update_policy with accuracy-only GRPO on one rank."""
-    keep_B = np.ones(len(rollouts), dtype=bool) if keep is None else np.array(keep, dtype=bool)
+    counts_B = np.ones(len(rollouts), dtype=bool) if keep is None else np.array(keep, dtype=bool)
     values = torch.as_tensor(advantages, dtype=torch.float64)
-    return update_policy(policy, Method(policy.config), rollouts, values, keep_B, Ranks())
+    return update_policy(policy, Method(policy.config), rollouts, values, counts_B, Ranks())
 
 
 def weights_of(policy: Policy) -> dict[str, torch.Tensor]:

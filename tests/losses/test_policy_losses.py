@@ -314,8 +314,8 @@ def gradients(
     policy.optimizer.register_step_pre_hook(
         lambda *_: seen.update({n: p.grad.clone() for n, p in policy.model.named_parameters()})
     )
-    keep_B, values = np.ones(len(rollouts), dtype=bool), torch.tensor(advantages, dtype=torch.float64)
-    update_policy(policy, Method(config), rollouts, values, keep_B, ranks or Ranks())  # type: ignore[arg-type]
+    counts_B, values = np.ones(len(rollouts), dtype=bool), torch.tensor(advantages, dtype=torch.float64)
+    update_policy(policy, Method(config), rollouts, values, counts_B, ranks or Ranks())  # type: ignore[arg-type]
     return seen
 
 

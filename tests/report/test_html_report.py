@@ -79,14 +79,14 @@ class Page(HTMLParser):
         columns, parts = self.data["rollouts"]["columns"], self.data["rollouts"]["parts"]
         rows = []
         for i, run in enumerate(columns.get("run", [])):
-            problem, question, gold, level = self.data["problems"][columns["problem"][i]]
+            problem, question, reference_answer, level = self.data["problems"][columns["problem"][i]]
             row = {
                 "run": self.data["rollouts"]["runs"][run],
                 "step": columns["step"][i],
                 "problem": problem,
                 "level": level,
             }
-            row |= {"question": question, "gold": gold, "text": self.texts[columns["text"][i]]}
+            row |= {"question": question, "reference_answer": reference_answer, "text": self.texts[columns["text"][i]]}
             row |= {key: bool(columns[key][i]) for key in ("correct", "finished")}
             row |= {key: columns[key][i] for key in ("length", "budget")}
             rows.append(row | {"reward": dict(zip(parts[run], columns["reward"][i], strict=True))})
@@ -303,7 +303,7 @@ def is_ours(page_: Page) -> bool:
 
 
 def test_nasty_strings_come_out_as_they_went_in(tmp_path):
-    rows = [rollout(i, text, question=f"q {text}", gold=f"g {text}", text=text, reward={text: 1.0})
+    rows = [rollout(i, text, question=f"q {text}", reference_answer=f"g {text}", text=text, reward={text: 1.0})
             for i, text in enumerate(NASTY)]  # fmt: skip
     folder = write_run(tmp_path / "<img src=x onerror=alert(0)> & $x$", rows)
     (folder / "config.yaml").write_text(f"# git: </script>{NASTY[0]}\nrun:\n  name: '{NASTY[1]}'\n")
@@ -312,8 +312,8 @@ def test_nasty_strings_come_out_as_they_went_in(tmp_path):
     assert text.isascii() and is_ours(found)
     got = found.rollouts()
     for row, want in zip(got, rows, strict=True):
-        assert {key: row[key] for key in ("problem", "question", "gold", "text")} == {
-            key: want[key] for key in ("problem", "question", "gold", "text")
+        assert {key: row[key] for key in ("problem", "question", "reference_answer", "text")} == {
+            key: want[key] for key in ("problem", "question", "reference_answer", "text")
         }
         assert {name: value for name, value in row["reward"].items() if value is not None} == want["reward"]
     for _, inside in found.scripts[:-1]:
