@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 from nanolapo.config import Config
 from nanolapo.plan.cost import Forecast
-from nanolapo.plan.footprint import logged_steps
+from nanolapo.report.files import read_metrics
 
 
 def beside_run(config: Config, planned: Forecast) -> list[str]:
     """Compare the steps in metrics.jsonl, medians without the first, with their forecast. Empty before the second step."""
-    steps = logged_steps(config.run_dir)[1:]
+    steps = read_metrics(config.run_dir)[1:]
     if not steps:
         return []
     parts = [

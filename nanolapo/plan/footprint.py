@@ -10,12 +10,12 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from nanolapo.config import Config, UserError
 from nanolapo.model.logprobs import CPU_LOGITS, GPU_LOGITS
 from nanolapo.plan.machines import Machine, Shape
+from nanolapo.report.files import read_metrics
 from nanolapo.samplers.choose import pick_engine
 from nanolapo.samplers.vllm_sampler import cpu_cache
 
@@ -57,7 +57,7 @@ def expect(
             raise UserError(f"{name} {value:g}: give a number of tokens above 0")
     limit, rows = config.rollout.max_new_tokens, config.rollouts_per_step
     mean, trained, source = float(limit), float(rows), "the limit: an upper bound"
-    steps = logged_steps(config.run_dir)
+    steps = read_metrics(config.run_dir)
     if mean_tokens:
         mean, source = min(mean_tokens, limit), "given"
     elif steps:
@@ -70,13 +70,6 @@ def expect(
     if prompt_tokens:
         prompt, prompt_source = prompt_tokens, "given"
     return Expected(mean, prompt, min(limit, LONGEST * mean), rows + extra_rows, trained, source, prompt_source)
-
-
-def logged_steps(folder: Path) -> list[dict[str, float]]:
-    try:
-        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError):  # none yet, or a line that a kill cut short
-        return []
 
 
 def uses_vllm(config: Config, machine: Machine) -> bool:

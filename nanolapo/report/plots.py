@@ -179,15 +179,17 @@ def write_figures(results: dict[str, Any], run_dirs: dict[str, Path], out: Path)
 
 
 @rc_context({"text.parse_math": False})
-def write_comparison_figures(folder: Path, rows: Sequence[Row], fronts: Sequence[Row]) -> list[Path]:
+def write_comparison_figures(
+    folder: Path, rows: Sequence[Row], fronts: Sequence[Row], bases: Sequence[str] = ()
+) -> list[Path]:
     """A comparison of methods (reproduce/comparison.py): a picture for each set and temperature. It has a point for each
-    method, or a line where they are many."""
+    method, or a line where they are many. bases: the methods that started from other base models than most."""
     paths = []
     for front in fronts:
         name, temperature = front["set"], front["temperature"]
         mine = [r for r in rows if (r["set"], r["temperature"]) == (name, temperature)]
         paths.append(folder / f"methods-{re.sub(NOT_IN_NAMES, '_', name)}-T{temperature:g}.png")
-        figure = methods_figure(mine, front) if len(mine) <= FEW else ranking_figure(mine)
+        figure = methods_figure(mine, front) if len(mine) <= FEW else ranking_figure(mine, bases)
         figure.savefig(paths[-1], dpi=160)
     return paths
 

@@ -14,10 +14,10 @@ from nanolapo.report.tradeoff import COLOURS, GREY, INK, front_name
 PANELS = (("aes", 1, "AES"), ("accuracy", 100, "accuracy (%)"), ("tokens", 1, "mean tokens of an answer"))
 
 
-def ranking_figure(rows: Sequence[Row]) -> Figure:
+def ranking_figure(rows: Sequence[Row], bases: Sequence[str] = ()) -> Figure:
     """AES, accuracy and tokens of each row with its intervals; the worst seed is an open circle. The methods that are not
     told apart from the best have a colour. Behind a name: the share of draws in which it is on the Pareto front, if that is
-    one in twenty."""
+    one in twenty, and † if the method is in `bases`: it started from other base models than most."""
     figure = Figure(figsize=(10, 1.3 + 0.2 * len(rows)), layout="constrained")
     axes = figure.subplots(1, len(PANELS), sharey=True)
     axes[-1].set_xscale("log")
@@ -41,7 +41,7 @@ def ranking_figure(rows: Sequence[Row]) -> Figure:
         axis.tick_params(axis="y", length=0)
         axis.set_axisbelow(True)
         axis.grid(axis="y", color="0.92", linewidth=0.7)
-    axes[0].set_yticks(range(len(rows)), [front_name(r) for r in rows], fontsize=9)
+    axes[0].set_yticks(range(len(rows)), [front_name(r) + " †" * (r["model"] in bases) for r in rows], fontsize=9)
     axes[0].set_ylim(len(rows) - 0.5, -0.5)  # the best on top
     for label, colour in zip(axes[0].get_yticklabels(), colours, strict=True):
         label.set_color(colour)
@@ -49,6 +49,6 @@ def ranking_figure(rows: Sequence[Row]) -> Figure:
         f"{rows[0]['set']}, temperature {rows[0]['temperature']:g}. Blue: not told apart from the best by AES. Bars: 95 % "
         "over seeds and problems.\nOpen circle: the worst seed by AES. Front: share of draws in which the method is on the "
         "Pareto front. Dotted: the base"
-    )
+    ) + f"{' †' * ('base' in bases)}. †: from other base models than most" * bool(bases)
     figure.suptitle(printable(title), fontsize=10, x=0.01, ha="left")
     return figure

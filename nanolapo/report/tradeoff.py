@@ -202,4 +202,5 @@ def write_names(axis: Axes, names: Sequence[Name], bars: Sequence[Bar]) -> None:
             text, (x, y), (6 * side, moved), textcoords="offset points", fontsize=size, color=colour,
             ha="right" if side < 0 else "left", va="center",
             arrowprops={"arrowstyle": "-", "color": "0.7", "linewidth": 0.4, "shrinkA": 0, "shrinkB": 0},
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5},  # over lines that cross it
         )  # fmt: skip

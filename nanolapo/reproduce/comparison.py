@@ -26,7 +26,8 @@ pairs. \\* is on the Pareto front of accuracy and tokens; "on the front" is the 
 which a method is. Of one with (u) something is unverified, see its file. Intervals are over seeds and problems; with one
 seed they are over problems only, and with two they hold the truth in about 88 %. Seconds are those of training, without
 start-up. AES is the mean over the seeds, each against its own base. "Worst seed" is the one of the lowest AES, with its
-accuracy / tokens. Adaptivity is the mean tokens above the lowest level minus those at it.
+accuracy / tokens. Adaptivity is the mean tokens above the lowest level minus those at it. Intervals suppose that seeds
+scatter normally: of a method that now and then ends elsewhere altogether, few seeds say too little.
 """
 Place = tuple[str, float]  # a problem set, a temperature
 Found = Mapping[str, Sequence[Record]]  # method -> its seeds
@@ -71,19 +72,25 @@ def scores_at(place: Place, found: Sequence[Record], bases: Mapping[tuple[int, s
     theirs = [score_of(bases[one.seed, one.base], place) for one in found]
     levels = mine[0]["levels"]
     known = [level for level in levels if level is not None]
-    above_Q = np.array([level is not None and level > min(known) for level in levels])
+    levels_Q = np.array([min(known, default=0) if level is None else level for level in levels])
 
     def column(side: Sequence[dict[str, Any]], key: str) -> np.ndarray:
         return np.array([at[key] for at in side], dtype=np.float64)
 
     return Scores(
         tuple(one.seed for one in found), column(mine, "accuracy"), column(mine, "tokens"), column(theirs, "accuracy"),
-        column(theirs, "tokens"), above_Q,
+        column(theirs, "tokens"), levels_Q,
     )  # fmt: skip
 
 
 def score_of(record: Record, place: Place) -> dict[str, Any]:
-    return next(at for at in record.scores if (at["row"]["set"], at["row"]["temperature"]) == place)
+    for at in record.scores:
+        if (at["row"]["set"], at["row"]["temperature"]) == place:
+            return at
+    raise UserError(
+        f"{record.method}, seed {record.seed}: its record has nothing of {place[0]} at temperature {place[1]:g}, but "
+        "that of the base has; delete its line in the records and run it again"
+    )
 
 
 def row_of(place: Place, found: Sequence[Record], scores: Scores) -> Row:
@@ -92,11 +99,25 @@ def row_of(place: Place, found: Sequence[Record], scores: Scores) -> Row:
     for key, estimate in zip(NUMBERS, differences.estimates(scores), strict=True):
         low, high = differences.interval(estimate)
         if not np.isnan(low):
-            row[f"{key}_interval"] = (max(low, 0.0), min(high, 1.0)) if key == "accuracy" else (low, high)
+            row[f"{key}_interval"] = (
+                within_a_share(low, high, len(scores.levels_Q)) if key == "accuracy" else (low, high)
+            )
     row["seeds"], row["setting"] = list(scores.seeds), found[0].setting
     costs = [one.costs for one in found]
     known = set.intersection(*map(set, costs))  # a lost metrics.jsonl leaves none
     return row | {key: float(np.mean([cost[key] for cost in costs])) for key in sorted(known)}
+
+
+def within_a_share(low: float, high: float, problems: int) -> tuple[float, float]:
+    """Bounds of an accuracy. Where every answer was right, or none, nothing varies: up to 3 / problems may still be
+    otherwise, the 95 % bound for what was not seen in so many (the rule of three).
+
+    >>> within_a_share(0.97, 1.01, 100), within_a_share(1.0, 1.0, 100), within_a_share(0.0, 0.0, 100)
+    ((0.97, 1.0), (0.97, 1.0), (0.0, 0.03))
+    """
+    if low == high:
+        low, high = (low, 3 / problems) if low == 0 else (1 - 3 / problems, high) if low == 1 else (low, high)
+    return max(low, 0.0), min(high, 1.0)
 
 
 def compare_pairs(rows: Sequence[Row], scores: Sequence[Scores]) -> dict[str, Any]:
@@ -117,7 +138,7 @@ def compare_pairs(rows: Sequence[Row], scores: Sequence[Scores]) -> dict[str, An
     with_best = [(j, p) for (i, j), p in zip(places, p_of["aes"], strict=True) if i == 0]
     apart = {j for (j, _), real in zip(with_best, differences.holm([p for _, p in with_best]), strict=True) if real}
     for j, row in enumerate(rows):
-        row["like_best"] = bool(with_best) and j not in apart
+        row["like_best"] = bool(with_best) and j not in apart and rows[0]["aes"] is not None
     return {
         "pairs": len(places),
         **{key: sum(real) for key, real in differ.items()},
@@ -183,7 +204,8 @@ def comparison_text(
         parts.append("**Not in the table:** " + "; ".join(f"{name}: {why}" for name, why in missing.items()) + "\n")
     if bases:
         parts.append("† from other base models than most, made on another machine or commit. Each row is measured against "
-                     "its own: equal answers have a higher AES where the bases are longer or worse.\n")  # fmt: skip
+                     "its own: equal answers have a higher AES where the bases are longer or worse. Differences, bold and "
+                     "the front tell most within one set of bases.\n")  # fmt: skip
     parts.append(NOTES)
     return "\n".join(parts)
 

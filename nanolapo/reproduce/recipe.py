@@ -4,7 +4,7 @@ There are two kinds of recipe. A configs/*/reproduce.yaml makes the paper's tabl
 every method of configs/methods is trained from one base until it has sampled that many tokens, in the setting that
 tuning.py chose. Each is evaluated by itself, so that one that fails stops no other. docs/PROTOCOL.md says what is fair.
 
-All configs are read while the steps are made, so a mistake in the last one shows in the first second.
+All configs are read while the steps are made, so a mistake in the last one shows before the first run.
 """
 
 from __future__ import annotations
@@ -251,8 +251,11 @@ class Recipe:
     def digest(self, pipeline: Pipeline, step: str) -> str:
         """Return a digest of the configs of a step and of all that it needs, but for the folder. It does not see the code,
         the packages, the number of ranks and the base's weights (a record has these apart)."""
-        folder = json.dumps(str(self.folder))[1:-1]
-        configs = [pipeline.steps[name].config.replace(folder, "") for name in pipeline.closure([step])]
+        begin = re.escape(
+            json.dumps(str(self.folder / "seed"))[1:-1]
+        )  # of a path, so "demo" is not cut out of other words
+        path = re.compile(rf'(?<=["=]){begin}(?=\d)')
+        configs = [path.sub("/seed", pipeline.steps[name].config) for name in pipeline.closure([step])]
         return sha256("\0".join(configs).encode()).hexdigest()[:16]
 
     def wanted(self, step: str, seeds: Sequence[int]) -> list[str]:

@@ -92,7 +92,8 @@ def place(samples: Path, row: dict[str, Any]) -> dict[str, Any]:
     found: dict[tuple[str, int], Answer] = {}  # a kill may have left an answer twice
     for path in sorted(samples.glob(f"{row['answers']}*.jsonl")):
         found |= {(a.problem, a.index): a for a in read_answers(path)}
-    answers = [found[key] for key in sorted(found)]
+    each = row["samples"] // row["problems"]  # the files also keep those of an evaluation with more
+    answers = [found[key] for key in sorted(found) if key[1] < each]
     accuracy, tokens = per_problem(answers, correctness), per_problem(answers, length)
     levels = {a.problem: a.level for a in answers}
     return {"row": row, "problems": digest(list(levels)), "levels": list(levels.values()),

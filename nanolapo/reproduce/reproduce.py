@@ -145,7 +145,8 @@ def write_methods(
     identities, valid, found = {(one.seed, one.base) for one in bases}, {}, {}
     for name in ("base", *recipe.scored):
         valid[name] = records.valid(recipe, pipeline, folder, name, every_seed)
-        found[name] = {seed: one for seed, one in valid[name].items() if (seed, one.base) in identities}
+        named = [replace(one, setting=recipe.setting_of(name)) for one in valid[name].values()]  # as it is called today
+        found[name] = {one.seed: one for one in named if (one.seed, one.base) in identities}
     missing = {}
     for name in recipe.scored:
         recorded = {one.seed for one in records.read(folder, name)} if valid[name] else set()
@@ -161,7 +162,7 @@ def write_methods(
     made["bases"] = records.of_other_bases(there)
     paths = write_comparison(recipe.folder, made)
     print(paths[0].read_text(encoding="utf-8"))
-    return [*paths, *write_comparison_figures(recipe.folder, made["rows"], made["fronts"])]
+    return [*paths, *write_comparison_figures(recipe.folder, made["rows"], made["fronts"], made["bases"])]
 
 
 def unverified(methods: Sequence[str]) -> set[str]:

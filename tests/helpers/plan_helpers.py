@@ -33,6 +33,7 @@ def on(machine: str, *overrides: str, mean: float | None = 2500) -> Forecast:
 def write_metrics(folder: Path, lengths: list[float], trained: float) -> None:
     folder.mkdir(parents=True)
     rows = [
-        {"length": n, "trained_tokens": trained, "sampled_tokens": 1000 * i} for i, n in enumerate(lengths, start=1)
+        {"step": i - 1, "length": n, "trained_tokens": trained, "sampled_tokens": 1000 * i}
+        for i, n in enumerate(lengths, start=1)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

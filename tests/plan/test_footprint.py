@@ -140,6 +140,8 @@ def test_lengths_are_given_or_measured_or_the_limit(tmp_path: Path) -> None:
     assert (expect(config).answer, expect(config).trained) == (100, 8) and "limit" in expect(config).source
     assert expect(config, 30).answer == 30 and expect(config, 300).answer == 100
     write_metrics(config.run_dir, [40.0, 60.0], trained=200.0)
+    with (config.run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "len')  # a kill in mid-line
     found = expect(config, prompt_tokens=7, extra_rows=2)
     assert (found.answer, found.trained, found.rows, found.prompt) == (50, 4, 10, 7)
     assert found.source == "mean of 2 earlier steps" and expect(config, 30).source == "given"

@@ -55,7 +55,7 @@ def test_the_plan_says_what_its_rates_rest_on() -> None:
 
 def write_steps(config: Config, seconds: list[tuple[float, float]]) -> None:
     config.run_dir.mkdir(parents=True)
-    common = {"length": 5.0, "trained_tokens": 40.0}
+    common = {"step": 0, "length": 5.0, "trained_tokens": 40.0}
     lines = [json.dumps(common | {"seconds/sample": s, "seconds/update": u}) + "\n" for s, u in seconds]
     (config.run_dir / "metrics.jsonl").write_text("".join(lines))
 

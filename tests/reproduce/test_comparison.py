@@ -16,6 +16,7 @@ from comparison_records import record, records
 from matplotlib.image import imread
 from matplotlib.text import Text
 from small_recipe import run_recipe, write_recipe
+from tiny import make_answer
 
 from nanolapo.config import UserError
 from nanolapo.report.plots import FEW, write_comparison_figures
@@ -24,7 +25,7 @@ from nanolapo.report.tradeoff import COLOURS, methods_figure
 from nanolapo.reproduce import records as records_module
 from nanolapo.reproduce.comparison import compare_methods, comparison_table, comparison_text
 from nanolapo.reproduce.recipe import Recipe
-from nanolapo.reproduce.records import Record, costs, file_of, of_other_bases, read, shorter, write
+from nanolapo.reproduce.records import Record, costs, file_of, of_other_bases, place, read, shorter, write
 from nanolapo.reproduce.reproduce import write_methods
 
 BASE = ([2, 2, 2, 2], [100, 100, 100, 100])
@@ -226,6 +227,10 @@ def test_many_methods_are_lines_with_their_numbers_and_the_worst_seed() -> None:
     labels = figure.axes[0].get_yticklabels()
     assert [label.get_text().split(" (")[0] for label in labels] == [row["model"] for row in rows]
     assert labels[0].get_text() == f"{rows[0]['model']} (front {rows[0]['front_share']:.0%})"
+    marked = ranking_figure(rows, [rows[1]["model"], "base"]).axes[0].get_yticklabels()
+    assert [row["model"] for row, label in zip(rows, marked, strict=True) if label.get_text().endswith(" †")] == [
+        row["model"] for row in rows if row["model"] in (rows[1]["model"], "base")
+    ]
     bottom, top = figure.axes[0].get_ylim()
     assert bottom > top  # line 0, the best, is on top
     blue = [row["model"] for row, label in zip(rows, labels, strict=True) if label.get_color() == COLOURS[0]]
@@ -302,6 +307,44 @@ def test_a_base_that_is_never_right_in_some_draws_tells_nothing_by_aes() -> None
     found = made({"base": bases, "good": records("good", *[([2] * 4, [10] * 4)] * 3)})
     assert found["pairs"][0]["aes"] == 0 and row_of(found, "good")["better_than"] == []
     assert "nan" not in comparison_table(found["rows"])
+
+
+def test_without_any_aes_nobody_is_bold() -> None:
+    never = [
+        dataclasses.replace(one, scores=[one.scores[0] | {"accuracy": [0] * 4}]) for one in records("base", *[BASE] * 3)
+    ]
+    mine = records("m", *[BASE] * 3)
+    for one in [*never, *mine]:
+        one.scores[0]["row"]["aes"] = None
+    found = made({"base": never, "m": mine})
+    assert found["pairs"][0]["pairs"] == 1 and not any(row["like_best"] for row in found["rows"])
+
+
+def test_where_no_answer_was_wrong_the_interval_says_how_many_could_be() -> None:
+    found = made(three_methods())
+    assert row_of(found, "base")["accuracy_interval"] == (1 - 3 / 4, 1.0)
+    assert row_of(found, "bad")["accuracy_interval"][1] > row_of(found, "bad")["accuracy"]
+
+
+def test_a_record_without_one_of_the_bases_temperatures_is_named() -> None:
+    found = three_methods()
+    bases = []
+    for one in found["base"]:
+        at_one = one.scores[0] | {"row": one.scores[0]["row"] | {"temperature": 1.0}}
+        bases.append(dataclasses.replace(one, scores=[*one.scores, at_one]))
+    with pytest.raises(
+        UserError, match="bad, seed 0: its record has nothing of s at temperature 1, but that of the base has"
+    ):
+        made(found | {"base": bases})
+
+
+def test_a_record_has_the_answers_that_its_row_counts(tmp_path: Path) -> None:
+    """Two answers a problem were asked for, and the files still hold the four of an earlier evaluation."""
+    answers = [make_answer(f"q{q}", k, 40 if k < 2 else 100, k < 2) for q in range(3) for k in range(4)]
+    lines = [json.dumps(dataclasses.asdict(one)) for one in answers]
+    (tmp_path / "m--s-rank0.jsonl").write_text("\n".join(lines) + "\n")
+    found = place(tmp_path, {"answers": "m--s", "samples": 6, "problems": 3})
+    assert (found["accuracy"], found["tokens"]) == ([1] * 3, [40] * 3)
 
 
 def test_numbers_are_written_short() -> None:
@@ -406,11 +449,13 @@ def test_one_method_more_leaves_the_others_in_place_and_one_that_fails_is_named(
 def test_a_record_of_another_config_counts_as_missing(recipe: Path, tmp_path: Path) -> None:
     """Its digest does not depend on the folder, but on every key of the runs and of the evaluation."""
 
-    def digest(folder: str, tokens: int = 300) -> str:
-        one = Recipe(recipe / "compare.yaml", tmp_path / folder, ["python"], tokens, ["lapo"])
+    def digest(folder: Path, tokens: int = 300) -> str:
+        one = Recipe(recipe / "compare.yaml", folder, ["python"], tokens, ["lapo"])
         return one.digest(one.pipeline([3]), "seed3/scores/lapo")
 
-    assert digest("a") == digest("b, c") != digest("a", 400)
+    assert digest(tmp_path / "a") == digest(tmp_path / "b, c") != digest(tmp_path / "a", 400)
+    for common in ("demo", "seed3", "model", "s", "."):  # words that the configs hold anyway
+        assert digest(Path(common)) == digest(tmp_path / "a")
 
 
 def test_the_table_is_there_without_a_base_and_beside_one_of_another_config(recipe: Path, tmp_path: Path) -> None:
