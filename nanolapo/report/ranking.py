@@ -49,6 +49,7 @@ def ranking_figure(rows: Sequence[Row], bases: Sequence[str] = ()) -> Figure:
         f"{rows[0]['set']}, temperature {rows[0]['temperature']:g}. Blue: not told apart from the best by AES. Bars: 95 % "
         "over seeds and problems.\nOpen circle: the worst seed by AES. Front: share of draws in which the method is on the "
         "Pareto front. Dotted: the base"
-    ) + f"{' †' * ('base' in bases)}. †: from other base models than most" * bool(bases)
+    )
+    title += "\n†: started from other base models than most" * bool(bases)
     figure.suptitle(printable(title), fontsize=10, x=0.01, ha="left")
     return figure
