@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -12,6 +13,7 @@ from nanolapo.config import Config, UserError
 from nanolapo.data.problems import Problem, load_problems
 from nanolapo.data.prompts import Prompter
 from nanolapo.grader import Grader
+from nanolapo.grader.boxes import THOUGHT_TAG
 from nanolapo.model.folder import load_tokenizer
 from nanolapo.ranks import Ranks
 
@@ -26,10 +28,16 @@ class Data:
     report: list[str] = field(default_factory=list)
     longest_prompt: int = 0  # tokens, without guidance
 
+    @cached_property
+    def unread(self) -> list[int]:
+        """The special tokens, which are no text, without the tags of a thought: a box counts only behind the thought."""
+        tokens = self.tokenizer.added_tokens_decoder
+        return [i for i, token in tokens.items() if token.special and not THOUGHT_TAG.search(token.content)]
+
     def decode(self, ids: np.ndarray) -> str:
         """A response as text. Ids beyond the tokenizer (models with a padded vocabulary can sample them) are left out."""
-        known = ids[(ids >= 0) & (ids < len(self.tokenizer))]
-        return str(self.tokenizer.decode(known.tolist(), skip_special_tokens=True))
+        known = ids[(ids >= 0) & (ids < len(self.tokenizer)) & ~np.isin(ids, self.unread)]
+        return str(self.tokenizer.decode(known.tolist(), skip_special_tokens=False))
 
 
 def load_data(config: Config, grader: Grader, ranks: Ranks | None = None) -> Data:
