@@ -29,7 +29,11 @@ WORDS = re.compile(TEXT.pattern + r"|[A-Za-z]{3,}|(?i:no|on|up|am|pm)|\(?[A-Z]\)
 NOT_LABELS = re.compile(
     r"\\(?:frac|sqrt|binom|sum|prod|int|pm|in|cup|cap|log|ln|pi|infty|le|ge|ne)(?![a-zA-Z])|[<>!^/*]"
 )
-LABEL = re.compile(r"(?:[A-Za-z+\-|(),']|\\text\{[^{}]*\}|\\[a-zA-Z]++ ?|\\overline\{[^{}]*\})+")
+LABEL = re.compile(r"(?:[A-Za-z+\-|(),']|\\text\{[^{}]*\}|\\[a-zA-Z]++ ?|\\(?:over[a-z]+|bar|hat|vec)\{[^{}]*\})+")
+FUNCTION = re.compile(  # f^{-1}(x), P(X=2), E[X], \frac{dy}{dx}. But x(x+1)=6 may be an equation that x solves
+    r"(?:[A-Zf-h]|\\Pr|\\(?:text|mathbb|operatorname)\{[^{}]*\})(?:_\{[^{}]*\})?'*(?:\^\{-1\})?"
+    r"(?:\((?:[^()]|\([^()]*\))*\)|\[[^\[\]]*\])|\\frac\{d[a-z]\}\{d[a-z]\}"
+)
 RAY = re.compile(r"([A-Za-z])(<|>|\\[lg]e)([^<>=\\A-Za-z]+)")  # x<1
 RANGE = re.compile(r"[^<>=\\]+(?:<|\\le ?)([A-Za-z])(?:<|\\le)[^<>=\\]+")  # 0<x<1
 ONE_SYMBOL = re.compile(r"\(?(?:\\?[A-Za-z](?:,|(?=\))|$))+\)?|[A-Za-z]\([A-Za-z,]+\)|\\[a-zA-Z]+|\\text\{[^{}]*\}")
@@ -194,7 +198,7 @@ def _same_formula(answer: str, reference: str, leaf: Leaf) -> bool:
         values = [part for part in parts_a if not _is_label(part)] or parts_a[-1:]
         return all(equal(value, reference, leaf) for value in values)
     if len(parts_r) > 1 and len(parts_a) == 1:  # 5 for "x = 5", but 0 = x-1 asks for an equation
-        values = [part for part in parts_r if not ONE_SYMBOL.fullmatch(_bare(part))]
+        values = [part for part in parts_r if not (ONE_SYMBOL.fullmatch(_bare(part)) or FUNCTION.fullmatch(part))]
         named = parts_r[0] not in values or parts_r[-1] not in values
         return named and any(equal(answer, value, leaf) for value in values)
     if len(parts_a) == len(parts_r) == 2:
@@ -236,6 +240,8 @@ def _bare(text: str) -> str:
 
 
 def _is_label(text: str) -> bool:
+    if FUNCTION.fullmatch(text):
+        return True
     text = _bare(text)
     if text.startswith("-"):  # -x = 5 does not say that x is 5
         return False

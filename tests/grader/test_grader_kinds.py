@@ -122,6 +122,15 @@ RIGHT: (x,y)=(2,1) ~ y=1, x=2 | (2,3) ~ m=2, b=3 | x=2, y=1 ~ (y,x)=(1,2) | x=0.
 """
 
 EQUATIONS = r"""
+WRONG: 2 ~ x^2=4 | 4 ~ x^2=4 | 4 ~ x^{-1}=4 | \frac14 ~ x^{-1}=4 | 4 ~ 2x=4 | 2 ~ 2x=4 | 6 ~ x(x+1)=6 | 6 ~ 2(x+1)=6
+WRONG: 1 ~ 2P(A)=1 | 1 ~ P(X=1)P(X=2)=1 | 8 ~ \log_2(8)=3 | 1 ~ \sin(2x)=1 | 5 ~ [X]=5 | 5 ~ -E[X]=5 | 3 ~ \frac{x}{2}=3
+WRONG: f^{-1}(x)=2x ~ f(x)=2x | f(x)=2x ~ f^{-1}(x)=2x | P(X=2)=\frac12 ~ P(X=3)=0.5 | f(x+1)=3 ~ f(2x)=3
+WRONG: f(x)=2x, f^{-1}(x)=x/2 ~ x/2, 2x | \frac12,\frac14 ~ P(X=1)=\frac14, P(X=2)=\frac12 | \frac12 ~ P(X=2)=\frac13
+RIGHT: \frac{x-1}{2} ~ f^{-1}(x)=\frac{x-1}{2} | 3 ~ f^{-1}(2)=3 | \frac12 ~ P(X=2)=1/2 | 5 ~ E[X]=5 | 3 ~ f(2)=3
+RIGHT: 5 ~ \mathbb{E}[X]=5 | 5 ~ \text{Var}(2X)=5 | 5 ~ \operatorname{Var}(X)=5 | \frac16 ~ P(A\cap B)=\frac16
+RIGHT: \frac12 ~ P_1(X>2)=\frac12=0.5 | 3 ~ f(\frac12)=3 | 3 ~ f(1.5)=3 | 3 ~ f'(2)=3 | 2x ~ \frac{dy}{dx}=2x
+RIGHT: 5 ~ \bar{x}=5 | (1,2) ~ \vec{v}=(1,2) | P(X=2)=\frac12 ~ 0.5 | E[X]=5 ~ 5 | f^{-1}(x)=\frac{x-1}{2} ~ \frac{x-1}{2}
+RIGHT: f(x)=2x, f^{-1}(x)=x/2 ~ 2x, x/2 | \frac12,\frac14 ~ P(X=1)=\frac12, P(X=2)=\frac14
 WRONG: 0=x-1 ~ 0 | 3 = x+y ~ 3 | 1=x^2+y^2 ~ x^2+y^2 | 1=x^2+y^2 ~ 1 | x^2+y^2=1 ~ 1 | x^2+y^2=1 ~ x^2+y^2 | 2x=6 ~ 6
 WRONG: 0=x-1 ~ x-1 | 0 = x - 1 ~ x=0 | 6=2x ~ 6 | y=2x+3 ~ y | x=5 ~ x | xy=1 ~ 1 | 1=xy ~ 1
 RIGHT: 0=x-1 ~ x-1=0 | 3 = x+y ~ x+y=3 | 1=x^2+y^2 ~ x^2+y^2=1 | 5=x ~ 5 | x=5 ~ 5 | x=5 ~ 5=x | y=2x+3 ~ 2x+3
