@@ -218,6 +218,23 @@ NO_ANSWER = re.compile(
     r"|#(?:N/A|[A-Z]+[!?]|DIV/0!)"  # of a spreadsheet
     r"|(?i:TB[ADC]|to ?do|to be \w+|fixme|proof|not ?found|see .*|answers? (?:may|will|can)? ?var(?:y|ies))"
 )
+WRAPPING = re.compile(r"\\(?:[hm]box|emph|boldsymbol|(?:text|math)[a-z]*)(?![a-zA-Z])|\\[ ,;:!]|[\s{}$*~]")
+CHOICE = re.compile(r" *(?:(?i:option|choice|answer) *:? *\(?([A-J])(?= *(?:[().:,]|$))|\(?([A-J]) *[).:] )")
+OTHER_CHOICE = re.compile(r"(?<![A-Za-z\\])(?:[A-HJ](?![A-Za-z])|I *[).:])")  # a bare I is a word or a number
+
+
+def chosen_letter(answer: str) -> str | None:
+    r"""The letter of an answer that is one choice with its text, or named as a choice. None if other letters stand in it.
+
+    >>> chosen_letter("B) 3.5"), chosen_letter(r"\textbf{(B)}\ 5"), chosen_letter("Option B"), chosen_letter("B) 5 or C) 6")
+    ('B', 'B', 'B', None)
+    """
+    text = WRAPPING.sub(" ", answer)
+    letter = (match[1] or match[2]) if (match := CHOICE.match(text)) else None
+    others = {found.rstrip(" ).:") for found in OTHER_CHOICE.findall(text)} - {letter}
+    return None if others else letter
+
+
 MAX_WORDS = 7  # more of them are a sentence, which no answer repeats word by word
 
 

@@ -176,6 +176,16 @@ WRONG: 30°C ~ 30°F | 30 \text{ degrees Celsius} ~ 30 \text{ degrees Fahrenheit
 WRONG: 30 ~ -30°C | 30°C ~ 30 pm | 20°C, 30°F ~ 20°C, 30°C | 30 ~ 30 C_2
 """
 
+CHOICES = r"""
+WRONG: B ~ C) 3.5 | B ~ B) 3.5, C) 4 | B ~ B) 3.5 or C | B ~ B or C | B ~ A) 3 B) 5 | B ~ \text{Option B or C} | B ~ B. C
+WRONG: B ~ b) 3.5 | B ~ BC. 5 | B ~ 3.5 | B ~ B.5 | B ~ (B)x | B ~ AB) 5 | 3.5 ~ B) 3.5 | B ~ B + 5 | K ~ K) 5
+WRONG: B ~ \textbf{(C)}\ 5 | B ~ \text{Option C} | B ~ \text{not B) 5} | B ~ \text{Option B is wrong}
+WRONG: B ~ \textbf{(B)}\ 5, \textbf{(I)}\ 6
+RIGHT: B ~ B) | B ~ B. | B ~ B) 3.5 | B ~ B. 3.5 | B ~ (B) 3.5 | B ~ B: 3.5 | B ~ \textbf{(B)}\ 5 | B ~ \text{Option B}
+RIGHT: B ~ \text{(B) }3.5 | \text{(B)} ~ \text{B) 3.5 m} | (B) ~ (B)~3.5 | B ~ \mathrm{B.}\;\frac12 | B ~ B) x=3, y=4
+RIGHT: J ~ \text{Choice (J): 3.5} | B ~ \text{Answer: B} | D ~ (D) I, II and III | B ~ **B) 5** | B ~ \text{(B) 5 (B)}
+"""
+
 SETS = r"""
 WRONG: (3,5] ~ 3,5 | [3,5) ~ 3,5 | [3,5] ~ 3,5 | (-\infty,3] ~ -\infty, 3 | [3,5) ~ 3 \text{ and } 5 | [3,5] ~ \{3,5\}
 WRONG: [3,5) ~ a=3, b=5 | [3,5] ~ 3;5 | [1,2,3] ~ 1,2,3 | (1,2],(3,4] ~ 1,2,3,4 | [3,5] ~ (3,5)
@@ -209,8 +219,9 @@ def accepted(grader: Grader, rows: list[tuple[str, str]]) -> list[tuple[str, str
 
 
 @pytest.mark.parametrize(
-    "table", [GROUPING, MARKS, BLANKS, VALUES, WORDS, LABELS, EQUATIONS, REFUSED, OTHER_WORDS, SETS],
-    ids=["grouping", "marks", "blanks", "values", "words", "labels", "equations", "refused", "other words", "sets"],
+    "table", [GROUPING, MARKS, BLANKS, VALUES, WORDS, LABELS, EQUATIONS, REFUSED, OTHER_WORDS, SETS, CHOICES],
+    ids=["grouping", "marks", "blanks", "values", "words", "labels", "equations", "refused", "other words", "sets",
+         "choices"],
 )  # fmt: skip
 def test_kind(grader: Grader, table: str) -> None:
     right, wrong = pairs(table, "RIGHT"), pairs(table, "WRONG")
