@@ -32,6 +32,7 @@ def _rules(*pairs: tuple[str, str]) -> Rules:
 # ---- what only changes the look ----
 
 LOOK = _rules(
+    (r"\\\\\*?\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\]|(?<!\\)\\cr(?![a-zA-Z])", r"\\\\ "),  # a new row: \\[4pt], \cr
     (r"(?<=\d)(?:,\\!|\{,\})\s*(?=\d{3}(?!\d))", ""),  # 10{,}000 and 10,\!000 are thousands anywhere
     (r"(?<=\d)\\?\$(?=\d)", ","),  # two prices; no mark between two digits may glue them
     (r"(?<!\\)\\[()\[\]]|\\?\$|\\!|\\(?:displaystyle|limits)(?![a-zA-Z])", ""),
@@ -176,6 +177,7 @@ LATEX = _rules(
     (r"(?<=[\d.])\s+(?=[\d.])", ","),  # "3 5" is two numbers, not 35
     (r"^\s*(?:[A-Za-z]\s*\\in|\\approx)(?![a-zA-Z])", ""),
     (r"(\\[a-zA-Z]+)\s+(?=[a-zA-Z])", r"\1" + "\0"),  # \pi r keeps its space
+    (r"\\\\\s*", r"\\\\" + "\0"),  # so does a new row: the algebra reads \\\frac as letters
     (r"\s+", ""),
     (r"\0", " "),
     (r",(?:,)+", ","),

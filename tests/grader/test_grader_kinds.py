@@ -176,6 +176,24 @@ WRONG: 30°C ~ 30°F | 30 \text{ degrees Celsius} ~ 30 \text{ degrees Fahrenheit
 WRONG: 30 ~ -30°C | 30°C ~ 30 pm | 20°C, 30°F ~ 20°C, 30°C | 30 ~ 30 C_2
 """
 
+ROWS = r"""
+RIGHT: \begin{pmatrix}1\\\frac{2}{3}\end{pmatrix} ~ (\begin{array}{c}1\\\frac{2}{3}\end{array})
+RIGHT: \begin{pmatrix}-\frac13\\ \frac23\end{pmatrix} ~ \left(\begin{array}{c}-\frac13\\ \frac23\end{array}\right)
+RIGHT: \begin{pmatrix}1\\\pi\end{pmatrix} ~ (\begin{array}{c}1\\\pi\end{array})
+RIGHT: \begin{pmatrix}1&2\\\sqrt2&4\end{pmatrix} ~ \left[\begin{array}{cc}1&2\\\sqrt2&4\end{array}\right]
+RIGHT: \begin{pmatrix}1\\2\end{pmatrix} ~ \begin{pmatrix}1\\[4pt]2\end{pmatrix}
+RIGHT: \begin{pmatrix}1\\2\end{pmatrix} ~ \begin{pmatrix}1 \\[-0.5 ex] 2\end{pmatrix}
+RIGHT: \begin{pmatrix}1\\2\end{pmatrix} ~ \begin{pmatrix}1\\*[1em]2\end{pmatrix}
+RIGHT: \begin{pmatrix}-\frac13\\\frac23\end{pmatrix} ~ \begin{pmatrix}-1/3\\[2mm]2/3\end{pmatrix}
+RIGHT: \begin{pmatrix}1\\2\end{pmatrix} ~ \begin{pmatrix}1\cr 2\end{pmatrix}
+RIGHT: \begin{pmatrix}1\\2\end{pmatrix} ~ \begin{pmatrix}1\cr2\cr\end{pmatrix}
+WRONG: \begin{pmatrix}1\\\frac{2}{3}\end{pmatrix} ~ (\begin{array}{c}1\\\frac{3}{2}\end{array})
+WRONG: \begin{pmatrix}1\\2\end{pmatrix} ~ \begin{pmatrix}1\\[4pt]3\end{pmatrix}
+WRONG: \begin{pmatrix}12\end{pmatrix} ~ \begin{pmatrix}1\cr2\end{pmatrix}
+WRONG: \begin{pmatrix}1\\2\end{pmatrix} ~ \begin{pmatrix}1\\[2]2\end{pmatrix}
+WRONG: \begin{pmatrix}1\\2\end{pmatrix} ~ \begin{pmatrix}1&2\end{pmatrix}
+"""
+
 CHOICES = r"""
 WRONG: B ~ C) 3.5 | B ~ B) 3.5, C) 4 | B ~ B) 3.5 or C | B ~ B or C | B ~ A) 3 B) 5 | B ~ \text{Option B or C} | B ~ B. C
 WRONG: B ~ b) 3.5 | B ~ BC. 5 | B ~ 3.5 | B ~ B.5 | B ~ (B)x | B ~ AB) 5 | 3.5 ~ B) 3.5 | B ~ B + 5 | K ~ K) 5
@@ -219,9 +237,9 @@ def accepted(grader: Grader, rows: list[tuple[str, str]]) -> list[tuple[str, str
 
 
 @pytest.mark.parametrize(
-    "table", [GROUPING, MARKS, BLANKS, VALUES, WORDS, LABELS, EQUATIONS, REFUSED, OTHER_WORDS, SETS, CHOICES],
+    "table", [GROUPING, MARKS, BLANKS, VALUES, WORDS, LABELS, EQUATIONS, REFUSED, OTHER_WORDS, SETS, CHOICES, ROWS],
     ids=["grouping", "marks", "blanks", "values", "words", "labels", "equations", "refused", "other words", "sets",
-         "choices"],
+         "choices", "rows of a matrix"],
 )  # fmt: skip
 def test_kind(grader: Grader, table: str) -> None:
     right, wrong = pairs(table, "RIGHT"), pairs(table, "WRONG")
