@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from nanolapo.config import Config, UserError
 from nanolapo.data.problems import Problem, load_problems
 from nanolapo.data.prompts import Prompter
-from nanolapo.grader import Grader
+from nanolapo.grader import Grader, plainly_equal
 from nanolapo.grader.boxes import THOUGHT_TAG
 from nanolapo.model.folder import load_tokenizer
 from nanolapo.ranks import Ranks
@@ -41,9 +41,20 @@ class Data:
 
 
 def load_data(config: Config, grader: Grader, ranks: Ranks | None = None) -> Data:
-    """Load the problems whose reference answer can be graded and whose prompt fits; the report counts the rest."""
+    """Load the problems of a training run: each question once, its reference answer can be graded and its prompt fits; the
+    report counts the rest."""
     prompter = Prompter(load_tokenizer(config.model.path), config.prompt)
-    return fit_prompts(config, prompter, *gradable_problems(config, grader, ranks))
+    problems, report = gradable_problems(config, grader, ranks)
+    first: dict[str, Problem] = {}  # question -> its first problem, of whatever source
+    for problem in problems:
+        first.setdefault(problem.question, problem)
+    if len(first) < len(problems):
+        others = sum(not plainly_equal(p.answer, first[p.question].answer) for p in problems)
+        report.append(
+            f"{len(problems) - len(first)} problems left out because an earlier source has their question, {others} of "
+            "them with another answer"
+        )
+    return fit_prompts(config, prompter, list(first.values()), report)
 
 
 def gradable_problems(config: Config, grader: Grader, ranks: Ranks | None = None) -> tuple[list[Problem], list[str]]:
