@@ -14,7 +14,6 @@ from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -237,7 +236,8 @@ def reference_answers(key: str, data: Data) -> str:
         return "".join((last_boxed(text) or "").split())  # a tokenizer may write other blanks
 
     texts = [rf"\boxed{{{p.answer}}}" for p in data.problems[:TRIED]]
-    read = [data.decode(np.array(row)) for row in data.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    ids = [data.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    read = [str(data.tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
     lost = [i for i, text in enumerate(texts) if answer(read[i]) != answer(text)]
     if len(lost) > len(texts) / 2:
         raise UserError(
