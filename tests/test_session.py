@@ -75,6 +75,33 @@ def test_reference_answers_are_checked_once_and_prompts_for_every_model(tmp_path
     assert found[1].prompter.ids("Start") == tokenizer("Start" + " add 1" * 9)["input_ids"]
 
 
+def test_training_keeps_a_question_once_over_all_sources_and_evaluation_in_every_source(tmp_path):
+    """A question in two sources would be trained twice as often, and with two answers where they contradict each other."""
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    sources = []
+    for name, rows in (
+        ("one", {"Start 1": "1", "Start 2": "0.5", "Start 3": r"\frac{1"}),
+        ("two", {"Start 2": r"\frac12", "Start 1": "7", "Start 4": "4"}),
+        ("three", {"Start 3": "3", "Start 1": "1.0"}),
+    ):
+        lines = [json.dumps({"problem": question, "answer": answer}) for question, answer in rows.items()]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        sources.append({"name": name, "path": str(tmp_path / f"{name}.jsonl")})
+    config = make_config(tmp_path / "model", data={"sources": sources})
+    with Grader(workers=1) as grader:
+        trained = load_data(config, grader)
+        (evaluated,) = load_sets(config, [Model("a", str(tmp_path / "model"), config.prompt)], grader)
+    # No answer reaches the first source's row of Start 3, so the third one's is the first that can be trained.
+    assert [(p.source, p.question, p.answer) for p in trained.problems] == [
+        ("one", "Start 1", "1"), ("one", "Start 2", "0.5"), ("two", "Start 4", "4"), ("three", "Start 3", "3"),
+    ]  # fmt: skip
+    assert trained.report[-1] == (
+        "3 problems left out because an earlier source has their question, 1 of them with another answer"
+    )
+    assert [p.source for p in evaluated.problems] == ["one"] * 2 + ["two"] * 3 + ["three"] * 2
+    assert evaluated.report == trained.report[:-1]
+
+
 def test_when_no_problem_is_left_the_message_says_why(tmp_path):
     path = write_problems(tmp_path)
     make_tokenizer().save_pretrained(tmp_path / "model")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -11,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from nanolapo.config import Config, UserError
 from nanolapo.data.problems import Problem, load_problems
 from nanolapo.data.prompts import Prompter
-from nanolapo.grader import Grader
+from nanolapo.grader import Grader, plainly_equal
+from nanolapo.grader.boxes import THOUGHT_TAG
 from nanolapo.model.folder import load_tokenizer
 from nanolapo.ranks import Ranks
 
@@ -26,16 +28,33 @@ class Data:
     report: list[str] = field(default_factory=list)
     longest_prompt: int = 0  # tokens, without guidance
 
+    @cached_property
+    def unread(self) -> list[int]:
+        """The special tokens, which are no text, without the tags of a thought: a box counts only behind the thought."""
+        tokens = self.tokenizer.added_tokens_decoder
+        return [i for i, token in tokens.items() if token.special and not THOUGHT_TAG.search(token.content)]
+
     def decode(self, ids: np.ndarray) -> str:
         """A response as text. Ids beyond the tokenizer (models with a padded vocabulary can sample them) are left out."""
-        known = ids[(ids >= 0) & (ids < len(self.tokenizer))]
-        return str(self.tokenizer.decode(known.tolist(), skip_special_tokens=True))
+        known = ids[(ids >= 0) & (ids < len(self.tokenizer)) & ~np.isin(ids, self.unread)]
+        return str(self.tokenizer.decode(known.tolist(), skip_special_tokens=False))
 
 
 def load_data(config: Config, grader: Grader, ranks: Ranks | None = None) -> Data:
-    """Load the problems whose reference answer can be graded and whose prompt fits; the report counts the rest."""
+    """Load the problems of a training run: each question once, its reference answer can be graded and its prompt fits; the
+    report counts the rest."""
     prompter = Prompter(load_tokenizer(config.model.path), config.prompt)
-    return fit_prompts(config, prompter, *gradable_problems(config, grader, ranks))
+    problems, report = gradable_problems(config, grader, ranks)
+    first: dict[str, Problem] = {}  # question -> its first problem, of whatever source
+    for problem in problems:
+        first.setdefault(problem.question, problem)
+    if len(first) < len(problems):
+        others = sum(not plainly_equal(p.answer, first[p.question].answer) for p in problems)
+        report.append(
+            f"{len(problems) - len(first)} problems left out because an earlier source has their question, {others} of "
+            "them with another answer"
+        )
+    return fit_prompts(config, prompter, list(first.values()), report)
 
 
 def gradable_problems(config: Config, grader: Grader, ranks: Ranks | None = None) -> tuple[list[Problem], list[str]]:

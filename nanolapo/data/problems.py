@@ -106,7 +106,8 @@ def _load_source(source: SourceConfig) -> tuple[list[Problem], list[str]]:
             f"({source.max_bad_fraction:g})"
         )
     if not problems:
-        raise UserError(f"{source_key(source)}.path: {source.path} has no rows; give one that has")
+        reason = f" that can be used ({dropped[0]})" if dropped else ""
+        raise UserError(f"{source_key(source)}.path: {source.path} has no rows{reason}; give one that has")
     chosen = _choose(list(problems.values()), source)
     summary = f"{source.name}: {len(chosen)} problems of {num_rows} rows from {source.path}"
     num_repeated = num_rows - num_bad - len(problems)

@@ -26,13 +26,11 @@ from typing import TYPE_CHECKING, Any
 from jinja2.exceptions import TemplateError
 
 from nanolapo.config import PromptConfig, UserError
+from nanolapo.grader.boxes import THOUGHT_TAG
 from nanolapo.lengths import to_multiple
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# What opens and closes a thought: <think>, </think>, <thinking>, <seed:think>, [THINK], [/THINK], <|begin_of_thought|>, ...
-THOUGHT_TAG = re.compile(r"[<\[]\|?(?P<end>/|end_of_)?(?:[a-z]+[:_])*(?:think|thinking|thought)\|?[>\]]", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

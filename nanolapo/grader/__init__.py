@@ -1,13 +1,15 @@
 r"""Grades answers: boxed answers are compared exactly, or by math-verify in worker processes with deadlines.
 
-What counts. Only the text after the last `</think>` counts. Without one the whole completion does, or nothing with
-`require_think_close`. The answer is the last \boxed{...} in it. An empty or unterminated last box scores 0, and so does
-prose. Boxes with only LaTeX, signs or words such as "or", "and" between them are one list. A list is right only if the
-reference answer has the same values. Conventions: percent signs, degree signs and units are dropped and never rescaled (50%
-is 50, not 0.5), but a word that changes the value is no unit (4:30 pm, 5 million). Integers, decimals and fractions are
-exact (0.333 is not 1/3). The order matters in tuples, and between values with labels and values without (x=2, y=1 is 2, 1),
-but not in lists and sets. The type of brackets matters. A comma between digits is one of thousands only if no blank follows
-it and no bracket makes it a separator. An equation without a label (0 = x-1) asks for an equation. x is not X, yes is Yes.
+What counts. Only the text after the last tag that closes a thought counts (`</think>`, or another one that THOUGHT_TAG in
+boxes.py matches). Without one the whole completion does, or nothing with `require_think_close`. The answer is the last
+\boxed{...} in it. An empty or unterminated last box scores 0, and so does prose. Boxes with only LaTeX, signs or words such
+as "or", "and" between them are one list. A list is right only if the reference answer has the same values. Conventions:
+percent signs, degree signs and units are dropped and never rescaled (50% is 50, not 0.5), but a word that changes the value
+is no unit (4:30 pm, 5 million). Integers, decimals and fractions are exact (0.333 is not 1/3). The order matters in tuples,
+and between values with labels and values without (x=2, y=1 is 2, 1), but not in lists and sets. The type of brackets
+matters. A comma between digits is one of thousands only if no blank follows it and no bracket makes it a separator. An
+equation without a label (0 = x-1) asks for an equation. x is not X, yes is Yes. For
+the letter of a choice, "B) 3.5" is B, but "B) 3.5 or C" is not.
 
 Most answers are settled here, as text and exact numbers (spelling.py, answers.py). The others are asked in worker processes
 (pool.py, worker.py). That works from any thread, and no answer can hang the trainer or fill its memory. An answer that
@@ -18,6 +20,7 @@ executed (worker.py says how this is made sure).
 from __future__ import annotations
 
 import atexit
+import re
 import threading
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
@@ -27,11 +30,12 @@ from nanolapo.config import RunStopped, UserError
 from nanolapo.grader.answers import equal, hostile, is_list, number
 from nanolapo.grader.boxes import boxed_answer, exact_first_boxed, first_boxed
 from nanolapo.grader.pool import Pool, Question
-from nanolapo.grader.spelling import is_reachable, normalise
+from nanolapo.grader.spelling import chosen_letter, is_reachable, normalise
 
 MAX_ERROR_RATE = 0.05  # with more errors than this, over at least MIN_ANSWERS, the verdicts cannot be trusted
 MIN_ANSWERS = 200
 PATIENCE_S = 60.0  # for a comparison that came too late, when it is asked once more and alone
+CHOICE_LETTER = re.compile(r"(?:\\text\{)?\(?[A-J]\)?\}?")
 CANARY = r"\boxed{-7919.0625}"  # no reference answer may accept this
 
 
@@ -56,6 +60,8 @@ def _decide(completion: str, reference: str, require_think_close: bool) -> bool 
     if len(answer) > max(1000, 4 * len(reference)):
         return False
     normal = normalise(reference)
+    if CHOICE_LETTER.fullmatch(normal):
+        answer = chosen_letter(answer) or answer
     question = normalise(answer, is_list(normal)), normal
     if not all(question):
         return False

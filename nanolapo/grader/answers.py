@@ -29,7 +29,11 @@ WORDS = re.compile(TEXT.pattern + r"|[A-Za-z]{3,}|(?i:no|on|up|am|pm)|\(?[A-Z]\)
 NOT_LABELS = re.compile(
     r"\\(?:frac|sqrt|binom|sum|prod|int|pm|in|cup|cap|log|ln|pi|infty|le|ge|ne)(?![a-zA-Z])|[<>!^/*]"
 )
-LABEL = re.compile(r"(?:[A-Za-z+\-|(),']|\\text\{[^{}]*\}|\\[a-zA-Z]++ ?|\\overline\{[^{}]*\})+")
+LABEL = re.compile(r"(?:[A-Za-z+\-|(),']|\\text\{[^{}]*\}|\\[a-zA-Z]++ ?|\\(?:over[a-z]+|bar|hat|vec)\{[^{}]*\})+")
+FUNCTION = re.compile(  # f^{-1}(x), P(X=2), E[X], \frac{dy}{dx}. But x(x+1)=6 may be an equation that x solves
+    r"(?:[A-Zf-h]|\\Pr|\\(?:text|mathbb|operatorname)\{[^{}]*\})(?:_\{[^{}]*\})?'*(?:\^\{-1\})?"
+    r"(?:\((?:[^()]|\([^()]*\))*\)|\[[^\[\]]*\])|\\frac\{d[a-z]\}\{d[a-z]\}"
+)
 RAY = re.compile(r"([A-Za-z])(<|>|\\[lg]e)([^<>=\\A-Za-z]+)")  # x<1
 RANGE = re.compile(r"[^<>=\\]+(?:<|\\le ?)([A-Za-z])(?:<|\\le)[^<>=\\]+")  # 0<x<1
 ONE_SYMBOL = re.compile(r"\(?(?:\\?[A-Za-z](?:,|(?=\))|$))+\)?|[A-Za-z]\([A-Za-z,]+\)|\\[a-zA-Z]+|\\text\{[^{}]*\}")
@@ -157,8 +161,9 @@ def _same_members(a: Members, r: Members, leaf: Leaf) -> bool:
         value = dict(zip(a.labels, a.items, strict=True))
         same = len(a.labels) == len(r.labels) and value.keys() == {*r.labels}
         return same and _in_order([value[label] for label in r.labels], r.items, leaf)
-    if r.has_order or (a.has_order and not a.is_tuple):  # "1, 2" may stand for (1,2), but {1,2} and [1,2] may not
-        return a.kind in ("", r.kind or "()") and _in_order(a.in_order, r.in_order, leaf)
+    if r.has_order or (a.has_order and not a.is_tuple):  # "1, 2" may stand for (1,2), but not for [1,2), nor may {1,2}
+        same = a.kind == (r.kind or "()") or (a.kind == "" and r.kind in ("", "()", "{}"))
+        return same and _in_order(a.in_order, r.in_order, leaf)
     return (not a.is_tuple or (a.kind, r.kind) == ("()", "")) and _any_order(a.items, r.items, leaf)
 
 
@@ -193,7 +198,7 @@ def _same_formula(answer: str, reference: str, leaf: Leaf) -> bool:
         values = [part for part in parts_a if not _is_label(part)] or parts_a[-1:]
         return all(equal(value, reference, leaf) for value in values)
     if len(parts_r) > 1 and len(parts_a) == 1:  # 5 for "x = 5", but 0 = x-1 asks for an equation
-        values = [part for part in parts_r if not ONE_SYMBOL.fullmatch(_bare(part))]
+        values = [part for part in parts_r if not (ONE_SYMBOL.fullmatch(_bare(part)) or FUNCTION.fullmatch(part))]
         named = parts_r[0] not in values or parts_r[-1] not in values
         return named and any(equal(answer, value, leaf) for value in values)
     if len(parts_a) == len(parts_r) == 2:
@@ -235,6 +240,8 @@ def _bare(text: str) -> str:
 
 
 def _is_label(text: str) -> bool:
+    if FUNCTION.fullmatch(text):
+        return True
     text = _bare(text)
     if text.startswith("-"):  # -x = 5 does not say that x is 5
         return False

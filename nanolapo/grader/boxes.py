@@ -1,9 +1,13 @@
-r"""Finds the answer in a completion: the last \boxed{...} after the thinking. __init__.py states the conventions."""
+r"""Finds the answer in a completion: the last \boxed{...} after the thought. __init__.py states the conventions."""
 
 from __future__ import annotations
 
 import re
 
+# What opens and closes a thought: <think>, </think>, <seed:think>, [THINK], [/THINK], <|end_of_thought|>, ◁/think▷, ...
+THOUGHT_TAG = re.compile(
+    r"[<\[◁]\|?(?P<end>/|end_of_)?(?:[a-z]+[:_])*(?:think|thinking|thought)\|?[>\]▷]", re.IGNORECASE
+)
 BOX = re.compile(r"(?<!\\)\\++(?:boxed|fbox)\s*\{")  # ++: a run of backslashes is read once
 BOX_TOKEN = re.compile(BOX.pattern + r"|\\.|[{}]", re.DOTALL)
 UNBRACED = re.compile(r"\\boxed\s+(-?\d+(?:[./]\d+)?)")  # \boxed 2
@@ -65,10 +69,20 @@ def _joined(between: str) -> bool:
     return {*words} <= JOINING or (len(words) <= 8 and (words[-1] in ("and", "or") or bool(ALTERNATIVE & {*words})))
 
 
+def split_thought(text: str) -> tuple[bool, str]:
+    r"""Whether a tag in the text closes a thought, and what follows the last such tag, or all of the text.
+
+    >>> split_thought(r"\boxed{1}? [/THINK] \boxed{2}"), split_thought("<think> 2")
+    ((True, ' \\boxed{2}'), (False, '<think> 2'))
+    """
+    ends = [tag.end() for tag in THOUGHT_TAG.finditer(text) if tag["end"]]
+    return bool(ends), text[ends[-1] :] if ends else text
+
+
 def boxed_answer(completion: str, require_think_close: bool) -> str | None:
     """The boxed answer of a completion. Boxes that belong together become one list with commas."""
-    head, closing, tail = completion.rpartition("</think>")
-    if require_think_close and not closing:
+    closed, tail = split_thought(completion)
+    if require_think_close and not closed:
         return None
     tail = UNBRACED.sub(r"\\boxed{\1}", tail)
     boxes = _boxes(tail)

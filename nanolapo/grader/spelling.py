@@ -32,6 +32,7 @@ def _rules(*pairs: tuple[str, str]) -> Rules:
 # ---- what only changes the look ----
 
 LOOK = _rules(
+    (r"\\\\\*?\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\]|(?<!\\)\\cr(?![a-zA-Z])", r"\\\\ "),  # a new row: \\[4pt], \cr
     (r"(?<=\d)(?:,\\!|\{,\})\s*(?=\d{3}(?!\d))", ""),  # 10{,}000 and 10,\!000 are thousands anywhere
     (r"(?<=\d)\\?\$(?=\d)", ","),  # two prices; no mark between two digits may glue them
     (r"(?<!\\)\\[()\[\]]|\\?\$|\\!|\\(?:displaystyle|limits)(?![a-zA-Z])", ""),
@@ -176,6 +177,7 @@ LATEX = _rules(
     (r"(?<=[\d.])\s+(?=[\d.])", ","),  # "3 5" is two numbers, not 35
     (r"^\s*(?:[A-Za-z]\s*\\in|\\approx)(?![a-zA-Z])", ""),
     (r"(\\[a-zA-Z]+)\s+(?=[a-zA-Z])", r"\1" + "\0"),  # \pi r keeps its space
+    (r"\\\\\s*", r"\\\\" + "\0"),  # so does a new row: the algebra reads \\\frac as letters
     (r"\s+", ""),
     (r"\0", " "),
     (r",(?:,)+", ","),
@@ -218,6 +220,23 @@ NO_ANSWER = re.compile(
     r"|#(?:N/A|[A-Z]+[!?]|DIV/0!)"  # of a spreadsheet
     r"|(?i:TB[ADC]|to ?do|to be \w+|fixme|proof|not ?found|see .*|answers? (?:may|will|can)? ?var(?:y|ies))"
 )
+WRAPPING = re.compile(r"\\(?:[hm]box|emph|boldsymbol|(?:text|math)[a-z]*)(?![a-zA-Z])|\\[ ,;:!]|[\s{}$*~]")
+CHOICE = re.compile(r" *(?:(?i:option|choice|answer) *:? *\(?([A-J])(?= *(?:[().:,]|$))|\(?([A-J]) *[).:] )")
+OTHER_CHOICE = re.compile(r"(?<![A-Za-z\\])(?:[A-HJ](?![A-Za-z])|I *[).:])")  # a bare I is a word or a number
+
+
+def chosen_letter(answer: str) -> str | None:
+    r"""The letter of an answer that is one choice with its text, or named as a choice. None if other letters stand in it.
+
+    >>> chosen_letter("B) 3.5"), chosen_letter(r"\textbf{(B)}\ 5"), chosen_letter("Option B"), chosen_letter("B) 5 or C) 6")
+    ('B', 'B', 'B', None)
+    """
+    text = WRAPPING.sub(" ", answer)
+    letter = (match[1] or match[2]) if (match := CHOICE.match(text)) else None
+    others = {found.rstrip(" ).:") for found in OTHER_CHOICE.findall(text)} - {letter}
+    return None if others else letter
+
+
 MAX_WORDS = 7  # more of them are a sentence, which no answer repeats word by word
 
 

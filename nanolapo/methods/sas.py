@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from nanolapo.data.problems import Problem
+from nanolapo.grader.boxes import THOUGHT_TAG
 from nanolapo.methods.base import Method
 from nanolapo.model.folder import load_tokenizer
 from nanolapo.rollouts import Rollouts
@@ -44,7 +45,7 @@ def split_steps(pieces: Sequence[str], separator: str = "\n\n") -> list[slice]:
     [slice(0, 2, None), slice(2, 3, None)]
     """
     starts = np.cumsum([0, *map(len, pieces)])
-    tag = "".join(pieces).find("</think>")
+    tag = next((tag.start() for tag in THOUGHT_TAG.finditer("".join(pieces)) if tag["end"]), -1)
     begins_tag = int(np.searchsorted(starts, tag, side="right")) - 1  # the token
     end = len(pieces) if tag < 0 else begins_tag
     cuts = [t + 1 for t in range(end) if separator in pieces[t]]

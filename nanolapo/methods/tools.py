@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from nanolapo.config import Config, UserError
-from nanolapo.grader.boxes import last_boxed
+from nanolapo.grader.boxes import last_boxed, split_thought
 from nanolapo.lengths import to_multiple
 from nanolapo.rollouts import Rollout, Rollouts
 
@@ -67,5 +67,5 @@ def speaks_of_thought(config: Config) -> bool:
 def well_formed(rollouts: Rollouts, think_tags: bool) -> np.ndarray:
     """Boolean [B]: the answer shows a closed box and, where thoughts are tagged, ended its thought."""
     return np.array([
-        last_boxed(text) is not None and (not think_tags or "</think>" in text) for text in rollouts.texts
+        last_boxed(text) is not None and (not think_tags or split_thought(text)[0]) for text in rollouts.texts
     ])  # fmt: skip

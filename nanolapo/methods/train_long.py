@@ -29,7 +29,7 @@ import numpy as np
 from nanolapo.config import Config
 from nanolapo.data.problems import Problem
 from nanolapo.data.prompts import Guidance, curriculum_guidance
-from nanolapo.grader.boxes import last_boxed
+from nanolapo.grader.boxes import THOUGHT_TAG, last_boxed, split_thought
 from nanolapo.methods.base import Method, SamplingPlan
 from nanolapo.methods.tools import scale, stated
 from nanolapo.rollouts import Rollouts
@@ -52,8 +52,8 @@ def format_score(text: str, answer_tags: bool) -> float:
     >>> [format_score(text, False) for text in (r"3 + 4. </think> \boxed{7}", r"</think> </think> \boxed{7}", "7")]
     [1.0, 0.5, 0.0]
     """
-    thought, closing, rest = text.rpartition("</think>")
-    closed = closing != "" and "</think>" not in thought and thought.count("<think>") <= 1 and "<think>" not in rest
+    rest = split_thought(text)[1]
+    closed = [tag["end"] is not None for tag in THOUGHT_TAG.finditer(text)] in ([True], [False, True])
     if answer_tags:
         answered = rest.count("<answer>") == rest.count("</answer>") == 1 and rest.find("<answer>") < rest.find(
             "</answer>"

@@ -287,7 +287,11 @@ def test_errors_name_the_key(tmp_path):
         ({"path": "x.jsonl", "count": -1}, r"\.count is -1"),
         ({"path": "x.jsonl", "max_bad_fraction": 1.5}, r"\.max_bad_fraction is 1.5"),
         ({"path": "x.jsonl", "choices": ("one",)}, r"\.choices"),
-        ({"path": str(write_rows(tmp_path / "empty.jsonl", []))}, "has no rows"),
+        ({"path": str(write_rows(tmp_path / "empty.jsonl", []))}, "has no rows; give"),
+        (
+            {"path": str(write_rows(tmp_path / "bad.jsonl", [{"question": "q"}] * 2)), "max_bad_fraction": 1.0},
+            r"data.sources\[set\].path.*has no rows that can be used \(line 1, 2: no field 'problem' \(it has question\)\)",
+        ),
     ]:
         with pytest.raises(UserError, match=words):
             load_problems([SourceConfig(name="set", **settings)])

@@ -17,7 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from benchmark_helpers import FakeRanks, FakeSampler, benchmark, evaluation_config
+from folders import train_byte_bpe
 from tiny import make_answer, make_config
+from transformers import PreTrainedTokenizerFast
 
 from nanolapo import cli
 from nanolapo.config import EvaluateConfig, PromptConfig, RunStopped, UserError
@@ -41,7 +43,7 @@ from nanolapo.evaluation.scores import (
     score_sets,
     summarize,
 )
-from nanolapo.grader import Grader
+from nanolapo.grader import Grader, grade
 from nanolapo.metrics import append
 from nanolapo.model.folder import load_tokenizer
 from nanolapo.provenance import model_identity
@@ -389,3 +391,17 @@ def test_A21_training_and_evaluation_decode_ids_beyond_the_tokenizer_alike():
     data = Data([], Prompter(tokenizer, PromptConfig(template="{question}")), tokenizer)
     ids = np.array([known[0], len(tokenizer) + 7, -1, *known[1:]])
     assert data.decode(ids) == r" A: 3+2=6 4+8=3. </think> \boxed{63}"
+
+
+@pytest.mark.parametrize(("opening", "closing"), [("<think>", "</think>"), ("[THINK]", "[/THINK]")])
+def test_a_thought_ends_where_its_tags_are_special_tokens_too(opening, closing):
+    """Special tokens are no text, but without the tag a box in the thought would be the answer."""
+    core = train_byte_bpe([r"Start at 3. \boxed{4}"], ["<s>", "<|im_end|>", opening, closing])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="<|im_end|>")
+    data = Data([], Prompter(tokenizer, PromptConfig(template="{question}")), tokenizer)
+    text = rf"{opening} Is it \boxed{{4}}? {closing} It is four."
+    ids = np.array(tokenizer(f"<s>{text}<|im_end|>", add_special_tokens=False)["input_ids"])
+    assert closing not in tokenizer.decode(ids, skip_special_tokens=True)
+    assert data.decode(ids) == text and not grade(data.decode(ids), "4")
+    no_tags = ids[~np.isin(ids, tokenizer.convert_tokens_to_ids([opening, closing]))]
+    assert data.decode(no_tags) == tokenizer.decode(no_tags, skip_special_tokens=True)

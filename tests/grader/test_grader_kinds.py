@@ -122,6 +122,15 @@ RIGHT: (x,y)=(2,1) ~ y=1, x=2 | (2,3) ~ m=2, b=3 | x=2, y=1 ~ (y,x)=(1,2) | x=0.
 """
 
 EQUATIONS = r"""
+WRONG: 2 ~ x^2=4 | 4 ~ x^2=4 | 4 ~ x^{-1}=4 | \frac14 ~ x^{-1}=4 | 4 ~ 2x=4 | 2 ~ 2x=4 | 6 ~ x(x+1)=6 | 6 ~ 2(x+1)=6
+WRONG: 1 ~ 2P(A)=1 | 1 ~ P(X=1)P(X=2)=1 | 8 ~ \log_2(8)=3 | 1 ~ \sin(2x)=1 | 5 ~ [X]=5 | 5 ~ -E[X]=5 | 3 ~ \frac{x}{2}=3
+WRONG: f^{-1}(x)=2x ~ f(x)=2x | f(x)=2x ~ f^{-1}(x)=2x | P(X=2)=\frac12 ~ P(X=3)=0.5 | f(x+1)=3 ~ f(2x)=3
+WRONG: f(x)=2x, f^{-1}(x)=x/2 ~ x/2, 2x | \frac12,\frac14 ~ P(X=1)=\frac14, P(X=2)=\frac12 | \frac12 ~ P(X=2)=\frac13
+RIGHT: \frac{x-1}{2} ~ f^{-1}(x)=\frac{x-1}{2} | 3 ~ f^{-1}(2)=3 | \frac12 ~ P(X=2)=1/2 | 5 ~ E[X]=5 | 3 ~ f(2)=3
+RIGHT: 5 ~ \mathbb{E}[X]=5 | 5 ~ \text{Var}(2X)=5 | 5 ~ \operatorname{Var}(X)=5 | \frac16 ~ P(A\cap B)=\frac16
+RIGHT: \frac12 ~ P_1(X>2)=\frac12=0.5 | 3 ~ f(\frac12)=3 | 3 ~ f(1.5)=3 | 3 ~ f'(2)=3 | 2x ~ \frac{dy}{dx}=2x
+RIGHT: 5 ~ \bar{x}=5 | (1,2) ~ \vec{v}=(1,2) | P(X=2)=\frac12 ~ 0.5 | E[X]=5 ~ 5 | f^{-1}(x)=\frac{x-1}{2} ~ \frac{x-1}{2}
+RIGHT: f(x)=2x, f^{-1}(x)=x/2 ~ 2x, x/2 | \frac12,\frac14 ~ P(X=1)=\frac12, P(X=2)=\frac14
 WRONG: 0=x-1 ~ 0 | 3 = x+y ~ 3 | 1=x^2+y^2 ~ x^2+y^2 | 1=x^2+y^2 ~ 1 | x^2+y^2=1 ~ 1 | x^2+y^2=1 ~ x^2+y^2 | 2x=6 ~ 6
 WRONG: 0=x-1 ~ x-1 | 0 = x - 1 ~ x=0 | 6=2x ~ 6 | y=2x+3 ~ y | x=5 ~ x | xy=1 ~ 1 | 1=xy ~ 1
 RIGHT: 0=x-1 ~ x-1=0 | 3 = x+y ~ x+y=3 | 1=x^2+y^2 ~ x^2+y^2=1 | 5=x ~ 5 | x=5 ~ 5 | x=5 ~ 5=x | y=2x+3 ~ 2x+3
@@ -167,7 +176,39 @@ WRONG: 30°C ~ 30°F | 30 \text{ degrees Celsius} ~ 30 \text{ degrees Fahrenheit
 WRONG: 30 ~ -30°C | 30°C ~ 30 pm | 20°C, 30°F ~ 20°C, 30°C | 30 ~ 30 C_2
 """
 
+ROWS = r"""
+RIGHT: \begin{pmatrix}1\\\frac{2}{3}\end{pmatrix} ~ (\begin{array}{c}1\\\frac{2}{3}\end{array})
+RIGHT: \begin{pmatrix}-\frac13\\ \frac23\end{pmatrix} ~ \left(\begin{array}{c}-\frac13\\ \frac23\end{array}\right)
+RIGHT: \begin{pmatrix}1\\\pi\end{pmatrix} ~ (\begin{array}{c}1\\\pi\end{array})
+RIGHT: \begin{pmatrix}1&2\\\sqrt2&4\end{pmatrix} ~ \left[\begin{array}{cc}1&2\\\sqrt2&4\end{array}\right]
+RIGHT: \begin{pmatrix}1\\2\end{pmatrix} ~ \begin{pmatrix}1\\[4pt]2\end{pmatrix}
+RIGHT: \begin{pmatrix}1\\2\end{pmatrix} ~ \begin{pmatrix}1 \\[-0.5 ex] 2\end{pmatrix}
+RIGHT: \begin{pmatrix}1\\2\end{pmatrix} ~ \begin{pmatrix}1\\*[1em]2\end{pmatrix}
+RIGHT: \begin{pmatrix}-\frac13\\\frac23\end{pmatrix} ~ \begin{pmatrix}-1/3\\[2mm]2/3\end{pmatrix}
+RIGHT: \begin{pmatrix}1\\2\end{pmatrix} ~ \begin{pmatrix}1\cr 2\end{pmatrix}
+RIGHT: \begin{pmatrix}1\\2\end{pmatrix} ~ \begin{pmatrix}1\cr2\cr\end{pmatrix}
+WRONG: \begin{pmatrix}1\\\frac{2}{3}\end{pmatrix} ~ (\begin{array}{c}1\\\frac{3}{2}\end{array})
+WRONG: \begin{pmatrix}1\\2\end{pmatrix} ~ \begin{pmatrix}1\\[4pt]3\end{pmatrix}
+WRONG: \begin{pmatrix}12\end{pmatrix} ~ \begin{pmatrix}1\cr2\end{pmatrix}
+WRONG: \begin{pmatrix}1\\2\end{pmatrix} ~ \begin{pmatrix}1\\[2]2\end{pmatrix}
+WRONG: \begin{pmatrix}1\\2\end{pmatrix} ~ \begin{pmatrix}1&2\end{pmatrix}
+"""
+
+CHOICES = r"""
+WRONG: B ~ C) 3.5 | B ~ B) 3.5, C) 4 | B ~ B) 3.5 or C | B ~ B or C | B ~ A) 3 B) 5 | B ~ \text{Option B or C} | B ~ B. C
+WRONG: B ~ b) 3.5 | B ~ BC. 5 | B ~ 3.5 | B ~ B.5 | B ~ (B)x | B ~ AB) 5 | 3.5 ~ B) 3.5 | B ~ B + 5 | K ~ K) 5
+WRONG: B ~ \textbf{(C)}\ 5 | B ~ \text{Option C} | B ~ \text{not B) 5} | B ~ \text{Option B is wrong}
+WRONG: B ~ \textbf{(B)}\ 5, \textbf{(I)}\ 6
+RIGHT: B ~ B) | B ~ B. | B ~ B) 3.5 | B ~ B. 3.5 | B ~ (B) 3.5 | B ~ B: 3.5 | B ~ \textbf{(B)}\ 5 | B ~ \text{Option B}
+RIGHT: B ~ \text{(B) }3.5 | \text{(B)} ~ \text{B) 3.5 m} | (B) ~ (B)~3.5 | B ~ \mathrm{B.}\;\frac12 | B ~ B) x=3, y=4
+RIGHT: J ~ \text{Choice (J): 3.5} | B ~ \text{Answer: B} | D ~ (D) I, II and III | B ~ **B) 5** | B ~ \text{(B) 5 (B)}
+"""
+
 SETS = r"""
+WRONG: (3,5] ~ 3,5 | [3,5) ~ 3,5 | [3,5] ~ 3,5 | (-\infty,3] ~ -\infty, 3 | [3,5) ~ 3 \text{ and } 5 | [3,5] ~ \{3,5\}
+WRONG: [3,5) ~ a=3, b=5 | [3,5] ~ 3;5 | [1,2,3] ~ 1,2,3 | (1,2],(3,4] ~ 1,2,3,4 | [3,5] ~ (3,5)
+RIGHT: (3,5] ~ (3,5] | [3,5) ~ \left[3, 5\right) | (3,5) ~ 3,5 | (3,5) ~ a=3, b=5 | (1,2,3) ~ 1,2,3 | [3,5] ~ 3\le x\le5
+RIGHT: \{3,5\} ~ a=3, b=5 | (1,2],(3,4] ~ (3,4],(1,2]
 RIGHT: \frac12 ~ \frac12, 0.5 | 5 ~ 5, 5 | \{1,2\} ~ \{1,1,2\} | 1, 1, 2 ~ 2, 1, 1 | 2, 3 ~ 3 \text{ or } 2
 WRONG: 1, 1, 2 ~ 1, 2, 2 | 1, 1, 2 ~ 1, 2 | 1, 2 ~ 1, 1 | 1, 2 ~ 2 | 1, 2 ~ 1, 2, 3 | 5 ~ 5, 5, 6 | (5,5) ~ 5
 RIGHT: (-\infty,-1)\cup(1,\infty) ~ x<-1 \text{ or } x>1 | (-\infty,-1]\cup[1,\infty) ~ x \ge 1, x \leq -1
@@ -196,8 +237,9 @@ def accepted(grader: Grader, rows: list[tuple[str, str]]) -> list[tuple[str, str
 
 
 @pytest.mark.parametrize(
-    "table", [GROUPING, MARKS, BLANKS, VALUES, WORDS, LABELS, EQUATIONS, REFUSED, OTHER_WORDS, SETS],
-    ids=["grouping", "marks", "blanks", "values", "words", "labels", "equations", "refused", "other words", "sets"],
+    "table", [GROUPING, MARKS, BLANKS, VALUES, WORDS, LABELS, EQUATIONS, REFUSED, OTHER_WORDS, SETS, CHOICES, ROWS],
+    ids=["grouping", "marks", "blanks", "values", "words", "labels", "equations", "refused", "other words", "sets",
+         "choices", "rows of a matrix"],
 )  # fmt: skip
 def test_kind(grader: Grader, table: str) -> None:
     right, wrong = pairs(table, "RIGHT"), pairs(table, "WRONG")

@@ -143,6 +143,15 @@ def test_C5_only_boxes_after_the_thinking_count() -> None:
     assert not grade(r"a </think> \boxed{5} b </think> It is five.", "5")
 
 
+@pytest.mark.parametrize(
+    "tag", ["</think>", "[/THINK]", "</seed:think>", "</thinking>", "</thought>", "<|end_of_thought|>", "◁/think▷"]
+)
+def test_C5_a_thought_ends_at_a_tag_of_any_kind(tag: str) -> None:
+    assert not grade(rf"x \boxed{{4}} {tag} It is four.", "4")
+    assert grade(rf"x \boxed{{4}} {tag} \boxed{{5}}", "5", require_think_close=True)
+    assert not grade(tag.replace("/", "").replace("end_of", "begin_of") + r" \boxed{5}", "5", require_think_close=True)
+
+
 def test_C6_hedging_is_not_an_answer(grader: Grader) -> None:
     hedges = [
         r"\boxed{3} or \boxed{5}",

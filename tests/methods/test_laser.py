@@ -60,6 +60,7 @@ def test_think_tags_are_asked_for_where_the_prompt_names_them():
     assert sum(make(Laser, think_tags=False).reward(rollouts).values()).tolist() == [1.5, 1.5]
     assert sum(make(Laser).reward(rollouts).values()).tolist() == [1.5, -1.0]
     assert well_formed(rollouts, True).tolist() == [True, False]
+    assert well_formed(group([5], [True], [r"x [/THINK] \boxed{1}"]), True).tolist() == [True]
 
 
 def test_lengths_scale_with_the_base():

@@ -29,6 +29,7 @@ def test_steps_of_a_thought():
     assert ranges(["a", "\n\n", "</think>", "b"]) == [(0, 2)]  # nothing after the last blank line: no empty step
     assert ranges(["\n\n", "\n\n"]) == [(0, 1), (1, 2)]
     assert ranges(["a", "\n", "\n", "b"]) == [(0, 4)]  # a blank line made of two tokens is in neither token's text
+    assert ranges(["a", "\n\n", "b", "[/THINK]", "c", "\n\n"]) == [(0, 2), (2, 3)]  # another tag ends a thought too
     assert ranges(["</think>", "a"]) == [] and ranges([]) == []
     assert ranges(["a", ";", "b"], separator=";") == [(0, 2), (2, 3)]
 

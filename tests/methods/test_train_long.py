@@ -94,6 +94,7 @@ def test_format_halves():
     for text, want in [
         (f"a </think> {box}", 1.0),
         (f"<think> a </think> {box}", 1.0),
+        (f"[THINK] a [/THINK] {box}", 1.0),
         (f"<think> a <think> b </think> {box}", 0.5),  # nested
         (f"a </think> b </think> {box}", 0.5),  # closed twice
         (f"a </think> {box} <think>", 0.5),  # opened again
