@@ -28,6 +28,7 @@ from nanolapo.evaluation import passes
 from nanolapo.evaluation.passes import Model
 from nanolapo.grader import Grader
 from nanolapo.methods.base import Method
+from nanolapo.model import folder
 from nanolapo.model.folder import load_model, load_tokenizer
 from nanolapo.model.precision import seconds_of_product
 from nanolapo.policy import Policy
@@ -245,15 +246,34 @@ def test_an_export_that_is_read_back_otherwise_is_refused(
     good: Path, monkeypatch: pytest.MonkeyPatch, loses: Callable[[Path], None], words: str
 ) -> None:
     """The fault is put into the written folder, which transformers then reads."""
-    right = preflight.write_folder
+    right = preflight.write_whole
 
     def faulty(model: Any, weights: Any, dtype: Any, tokenizer: Any, out: Path) -> None:
         right(model, weights, dtype, tokenizer, out)
         loses(out)
 
-    monkeypatch.setattr(preflight, "write_folder", faulty)
+    monkeypatch.setattr(preflight, "write_whole", faulty)
     with pytest.raises(UserError, match=f"^key: the trained model .*{words}"):
         trial_export("key", load_model(str(good), torch.device("meta")), torch.float32, load_tokenizer(str(good)))
+
+
+def test_the_trial_export_is_published_as_a_run_does_it(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its modes, its flush and its final name: a fault there must not wait for the end of the run."""
+    model, tokenizer = load_model(str(good), torch.device("meta")), load_tokenizer(str(good))
+    modes: dict[str, int] = {}
+    flush = folder.sync
+
+    def flush_and_look(path: Path) -> None:
+        flush(path)
+        modes[path.name] = path.stat().st_mode & 0o777
+
+    monkeypatch.setattr(folder, "sync", flush_and_look)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ messages }}{{ tools }}"}
+    assert trial_export("key", model, torch.float32, tokenizer).endswith("read back the same")
+    assert modes["additional_chat_templates"] & 0o500 == 0o500 and "tool_use.jinja" in modes
+    monkeypatch.setattr(folder.os, "fsync", lambda descriptor: descriptor / 0)
+    with pytest.raises(UserError, match="^key: the trained model could not be saved .*division"):
+        trial_export("key", model, torch.float32, tokenizer)
 
 
 def test_weights_of_another_shape_are_named(good: Path) -> None:

@@ -174,14 +174,25 @@ def save_model(
     state = to_host(named_weights(model, dtype), keep=is_main)
     if not is_main:
         return
+    write_whole(model, state, dtype, tokenizer, folder)
+
+
+def write_whole(
+    model: PreTrainedModel,
+    state: dict[str, Tensor],
+    dtype: torch.dtype,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+) -> None:
+    """Write the folder under a temporary name and publish it. Raises UserError if the disk does not take it."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         write_folder(model, state, dtype, tokenizer, temporary)
+        publish(temporary, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"{folder}: could not be written ({error}); free some disk and run the same command") from None
-    publish(temporary, folder)
 
 
 def publish(temporary: Path, folder: Path) -> None:
@@ -193,17 +204,18 @@ def publish(temporary: Path, folder: Path) -> None:
     probe.touch()
     mode = probe.stat().st_mode & 0o777
     probe.unlink()
-    for path in temporary.iterdir():
-        path.chmod(mode)
+    for path in [*temporary.rglob("*"), temporary]:
+        if path.is_file():  # folders have their mode from the umask already, and need x
+            path.chmod(mode)
         sync(path)
-    sync(temporary)
     older = folder.with_name(f"{folder.name}.old.tmp")
-    shutil.rmtree(older, ignore_errors=True)  # of a killed process
+    if older.exists():  # of a killed process
+        shutil.rmtree(older)
     if folder.exists():
         folder.rename(older)  # a kill must not leave half of it under its final name
     temporary.rename(folder)
     sync(folder.parent)
-    shutil.rmtree(older, ignore_errors=True)
+    shutil.rmtree(older, ignore_errors=True)  # what is still open over a network may stay until the next time
 
 
 def write_folder(
