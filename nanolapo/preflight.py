@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as HfTokenizer
 
 from nanolapo.config import GUIDANCE_ROOM, Config, UserError
@@ -278,7 +278,7 @@ def trial_export(key: str, model: PreTrainedModel, dtype: torch.dtype, tokenizer
         folder = f"{place}/model"
         try:
             write_whole(model, {}, dtype, tokenizer, Path(folder))
-            config, generation = AutoConfig.from_pretrained(folder), GenerationConfig.from_pretrained(folder)
+            config, generation = read_settings(folder, key)
             theirs = AutoTokenizer.from_pretrained(folder)
         except Exception as error:  # these libraries raise anything, and the run would end in it after hours
             reason = f"{key}: the trained model could not be saved ({' '.join(str(error).split())[:300]})"

@@ -92,7 +92,21 @@ def read_settings(path: str, key: str) -> tuple[PreTrainedConfig, GenerationConf
                 f"{key}={path!r}: eos_token_id={ends!r} in {file} is no token id below the model's vocab_size={size} and "
                 "no list of them; mend that key"
             )
+    drop_default_ends(config, generation, path)
     return config, generation
+
+
+def drop_default_ends(config: PreTrainedConfig, generation: GenerationConfig | None, path: str) -> None:
+    """Forget, in place, an end token that config.json does not name, if generation_config.json names one.
+
+    It is the default of the config's class (LlamaConfig: 2) and may be a word of this model. An export would write it down.
+    """
+    raw, _ = PreTrainedConfig.get_config_dict(path)
+    if getattr(generation, "eos_token_id", None) in (None, []):
+        return
+    for part, given in ((config, raw), (config.get_text_config(), raw.get("text_config") or raw)):
+        if "eos_token_id" not in given and hasattr(part, "eos_token_id"):
+            part.eos_token_id = None
 
 
 def load_model(path: str, device: torch.device, key: str = "model.path") -> PreTrainedModel:
@@ -118,6 +132,7 @@ def load_model(path: str, device: torch.device, key: str = "model.path") -> PreT
         raise UserError(f"{key}={path!r}: the files lack {len(info['missing_keys'])} weights of the model, such as "
                         f"{min(info['missing_keys'])}; fetch or save the model again")  # fmt: skip
     disable_dropout(model)
+    drop_default_ends(model.config, model.generation_config, path)
     return model.to(device)
 
 
