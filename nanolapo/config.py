@@ -20,7 +20,6 @@ PAPER_TEMPLATE = (  # the paper's prompt for stage 1 and for inference, one raw 
     "final answer within \\boxed{}. Assistant: <think>"
 )
 
-
 GUIDANCE_ROOM = 64  # tokens kept free for a method's guidance beyond rollout.max_prompt_tokens
 
 
@@ -42,6 +41,8 @@ class Must(NamedTuple):
 T = TypeVar("T", int, float)
 Positive = Annotated[T, Must(lambda x: x > 0, "must be positive")]
 NotNegative = Annotated[T, Must(lambda x: x >= 0, "must not be negative")]
+Seed = Annotated[int, Must(lambda x: 0 <= x < 2**32, "must not be negative, and below 2**32, as NumPy's seeds are")]
+Name = Annotated[str, Must(lambda x: {*(Path(x).parts or "/")}.isdisjoint(("/", "..")), "must be a folder in run.dir")]
 Share = Annotated[float, Must(lambda x: 0 <= x <= 1, "must lie between 0 and 1")]
 Betas = Annotated[tuple[float, float], Must(lambda x: min(x) >= 0 and max(x) < 1, "must lie from 0 to below 1")]
 Bounds = Annotated[tuple[float, float], Must(lambda x: 0 <= x[0] < x[1], "must satisfy 0 <= low < high")]
@@ -51,9 +52,9 @@ Mastered = Annotated[tuple[float, float], ABOVE_BELOW]
 
 @dataclass(frozen=True)
 class RunConfig:
-    name: str = "run"  # the run directory is dir/name
+    name: Name = "run"  # the run directory is dir/name
     dir: str = "runs"
-    seed: NotNegative[int] = 0  # every random number of a run derives from (seed, step, position)
+    seed: Seed = 0  # every random number of a run derives from (seed, step, position)
     threads: NotNegative[int] = 0  # CPU threads for torch; 0 leaves torch's choice
     checkpoint_every: Positive[int] = 10  # steps; the last step is always saved
     keep_checkpoints: Positive[int] = 2

@@ -1,4 +1,4 @@
-"""Reads YAML into frozen dataclasses, strictly: an unknown key or a wrong value ends the program with one line.
+"""Reads YAML into frozen dataclasses, strictly: an unknown or repeated key or a wrong value ends the program with one line.
 
 A config file may name a parent (`extends: base.yaml`, relative to itself); its own keys win. `${section.key}` in a string
 stands for that key's value. On the command line `section.key=value` overrides one value and `method=FILE.yaml` lays a
@@ -23,7 +23,45 @@ import yaml
 from nanolapo.config import Config, UserError
 
 REFERENCE = re.compile(r"\$\{(\w+)\.(\w+)\}")
+OCTAL_OR_BASE_60 = re.compile(r"[-+]?0[0-7_]+|[-+]?[\d_]+:.*")  # among the texts that YAML 1.1 takes for numbers
 T = TypeVar("T")
+
+
+class Loader(yaml.SafeLoader):
+    """YAML that loses nothing: it refuses a key that is given twice, and 010 and 1:30 stay text instead of 8 and 90."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Compose the keys as they are written, before merge keys (<<) add those that they may override."""
+        node = super().compose_mapping_node(anchor)
+        seen: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            line, given = key.start_mark.line + 1, (key.tag, str(key.value))
+            if given in seen and key.tag != "tag:yaml.org,2002:merge":
+                first = f"line {seen[given]} has it already"
+                raise UserError(
+                    f"{self.name}, line {line}: key {key.value!r} is given twice; {first}: keep one of the two"
+                )
+            seen[given] = line
+        return node
+
+    def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> str:
+        tag: str = super().resolve(kind, value, implicit)
+        number = tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+        return "tag:yaml.org,2002:str" if number and OCTAL_OR_BASE_60.fullmatch(value) else tag
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        self.deep_construct = True  # so that an alias inside its own anchor is found
+        return super().construct_document(node)
+
+
+def parse(text: str, source: str) -> Any:
+    """Read one YAML document. Raises UserError, whose line begins with `source`."""
+    try:
+        loader = Loader(text)
+        loader.name = source
+        return loader.get_single_data()
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date like 2025-13-01
+        raise UserError(f"{source}: not plain YAML ({' '.join(str(error).split())})") from None
 
 
 def build(cls: type[T], values: Any, where: str) -> T:
@@ -99,11 +137,12 @@ def one_of(value: T, choices: Collection[str], key: str) -> T:
 def read_yaml(path: Path, depth: int = 0) -> dict[str, Any]:
     """Read one YAML file and its `extends` chain: the parent's keys, overlaid by this file's."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: no such config file ({error.strerror})") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date like 2025-13-01, or bytes that are not UTF-8
-        raise UserError(f"{path}: not plain YAML ({' '.join(str(error).split())})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not plain YAML, whose bytes are UTF-8 ({error})") from None
+    values = parse(text, str(path)) or {}
     if not isinstance(values, dict):
         raise UserError(f"{path}: a config file holds sections of keys and values")
     parent = values.pop("extends", None)
@@ -137,10 +176,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         if key == "method":
             values = overlay(values, read_yaml(Path(text)))
             continue
-        try:
-            nested: Any = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError):
-            raise UserError(f"override {override!r}: the value is not plain YAML") from None
+        nested = parse(text, f"override {override!r}")
         for part in reversed(key.split(".")):
             nested = {part: nested}
         values = overlay(values, nested)

@@ -31,8 +31,8 @@ FREE = frozenset({
     "rollout.max_prompt_tokens", "lapo.length_map",
 })  # fmt: skip
 RENDERED = "prompt, rendered"
-TOLD = frozenset({
-    "train.steps", "train.sampled_tokens",  # a run that goes on for longer
+LENGTH = frozenset({"train.steps", "train.sampled_tokens"})  # a run that goes on for longer
+TOLD = LENGTH | frozenset({
     "train.learning_rate", "train.grad_clip",  # a run that had become unstable
     "rollout.engine",  # another machine
     RENDERED,  # with the same keys: a template that writes today's date
@@ -76,10 +76,11 @@ def refuse_changes(checkpoint: Path, then: dict[str, Any], now: dict[str, Any]) 
         )
 
 
-def changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return a line for each key that a resumed run may change."""
+def changes(then: dict[str, Any], now: dict[str, Any], progress: float) -> list[str]:
+    """Return a line for each key that a resumed run may change. `progress`: the share of the run that is done now."""
     pairs = [(key, *shown(then[key], now[key])) for key in different(then, now) if key in TOLD]
-    return [f"{key}={new} from here on; it was {old}" for key, old, new in pairs]
+    share = f"; progress is now {progress:.0%}, and what follows it (learning rate, limits) goes on from there"
+    return [f"{key}={new} from here on; it was {old}{share if key in LENGTH else ''}" for key, old, new in pairs]
 
 
 def different(then: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -125,6 +125,7 @@ def checkpoint(session: Session) -> None:
 def finish(session: Session, was_whole: bool) -> None:
     """Write the final model and say where it is. `was_whole`: True if it was complete before this process."""
     config = session.config
+    # Also if there is one: it may be that of fewer train.steps, or have lost a file.
     save_model_to(session, final_model(config))
     if session.ranks.is_main:
         session.method.export(config.run_dir)

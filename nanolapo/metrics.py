@@ -205,16 +205,19 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def keep_steps_before(path: Path, step: int) -> None:
-    """Cut a log back to the steps before `step`; a half-written last line goes too."""
+    """Cut a log back to the steps before `step`, which come first in it; a half-written last line goes too.
+
+    rollouts.jsonl can be larger than the memory, so only a line at a time is read, and what stays is not written again.
+    """
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            if json.loads(line)["step"] < step:
-                kept.append(line + "\n")
-        except ValueError:
-            break  # the kill came in the middle of this line
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    end = 0  # bytes that stay
+    with path.open("rb+") as file:
+        for line in file:
+            try:
+                if json.loads(line.decode(errors="replace"))["step"] >= step:
+                    break
+            except ValueError:
+                break  # the kill came in the middle of this line
+            end += len(line)
+        file.truncate(end)

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as HfTokenizer
 
 from nanolapo.config import GUIDANCE_ROOM, Config, UserError
@@ -32,7 +32,7 @@ from nanolapo.model.folder import (
     position_limit,
     read_settings,
     settings_of,
-    write_folder,
+    write_whole,
 )
 from nanolapo.model.precision import seconds_of_product
 from nanolapo.policy import Policy
@@ -262,10 +262,9 @@ def names_and_shapes(path: str, key: str, model: PreTrainedModel) -> str:
     """The weights that are trained and exported have the names and shapes of the files."""
     files = checkpoint_shapes(local_folder(path))
     own = {name: tuple(tensor.shape) for name, tensor in named_weights(model)}
-    differing = sorted(name for name, shape in own.items() if files.get(name) != shape)
+    differing = [name for name, shape in own.items() if files.get(name) != shape]
     left_out = sorted(files.keys() - own.keys() - set(getattr(model, "all_tied_weights_keys", None) or {}))
-    if differing:
-        name = differing[0]
+    if name := min(differing, default=""):
         raise UserError(
             f"{key}={path!r}: {name} is {own.get(name, 'missing')} in the model, {files.get(name, 'missing')} in the files "
             f"({len(differing)} such); samplers go by these names: write the folder with save_pretrained"
@@ -275,10 +274,11 @@ def names_and_shapes(path: str, key: str, model: PreTrainedModel) -> str:
 
 def trial_export(key: str, model: PreTrainedModel, dtype: torch.dtype, tokenizer: HfTokenizer) -> str:
     """What a run writes at its end, apart from the weights, can be written and is read back the same."""
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as place:
+        folder = f"{place}/model"
         try:
-            write_folder(model, {}, dtype, tokenizer, Path(folder))
-            config, generation = AutoConfig.from_pretrained(folder), GenerationConfig.from_pretrained(folder)
+            write_whole(model, {}, dtype, tokenizer, Path(folder))
+            config, generation = read_settings(folder, key)
             theirs = AutoTokenizer.from_pretrained(folder)
         except Exception as error:  # these libraries raise anything, and the run would end in it after hours
             reason = f"{key}: the trained model could not be saved ({' '.join(str(error).split())[:300]})"

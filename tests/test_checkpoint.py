@@ -293,10 +293,12 @@ def test_checkpoints_and_models_can_be_read_by_whom_the_umask_says(tmp_path, pol
     """safetensors alone would write 0600: a colleague could read config.json, and not the weights beside it."""
     from nanolapo.demo.pretrain import make_tokenizer
 
-    before = os.umask(mask)
+    tokenizer, before = make_tokenizer(), os.umask(mask)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ messages }}{{ tools }}"}  # writes a folder
     try:
         save(tmp_path / "checkpoints", 1, policy)
-        save_model(policy.model, policy.dtype, make_tokenizer(), tmp_path / "model")
+        for _ in range(3):  # each save removes the folder before it
+            save_model(policy.model, policy.dtype, tokenizer, tmp_path / "model")
     finally:
         os.umask(before)
     written = {path: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
@@ -305,7 +307,10 @@ def test_checkpoints_and_models_can_be_read_by_whom_the_umask_says(tmp_path, pol
         "optimizer.safetensors",
         "state.json",
         "config.json",
+        "additional_chat_templates",
+        "tool_use.jinja",
     }
+    assert names(tmp_path) == ["checkpoints", "model"]
     for path, mode in written.items():
         assert mode == (0o777 & ~mask if path.is_dir() else file_mode), path
     assert not [path for path in written if path.name.startswith(".")]

@@ -9,16 +9,19 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from shipped import SHIPPED
 from tiny import make_config
 
 from nanolapo.config import Config, Positive, UserError
-from nanolapo.config_file import build, load_config, overlay, to_yaml, validate
+from nanolapo.config_file import build, load_config, overlay, parse, read_yaml, to_yaml, validate
 from nanolapo.methods import load_method
 from nanolapo.methods.base import Method
 from nanolapo.methods.lapo import Discovery
+from nanolapo.reproduce.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -125,6 +128,76 @@ def test_F5_what_is_no_yaml_mapping_is_refused(write, text):
     assert "config.yaml: " in refused(write(text))
 
 
+@pytest.mark.parametrize(
+    ("text", "line", "key", "before"),
+    [
+        ("train: {steps: 5}\nrun: {seed: 1}\ntrain: {inner_epochs: 2}\n", 3, "train", 1),
+        ("run:\n  seed: 1\n  'seed': 1\n", 3, "seed", 2),
+        ("data:\n  sources:\n  - {name: a, path: b,\n     name: c}\n", 4, "name", 3),
+        ("extends: a.yaml\nextends: b.yaml\n", 2, "extends", 1),
+        ("prompt: {template_options: {<<: {a: 1}, a: 2, a: 2}}\n", 1, "a", 1),
+    ],
+)
+def test_a_key_that_is_given_twice_is_refused(write, text, line, key, before):
+    """YAML's reader would take the last one and lose the first without a word."""
+    told = f"line {line}: key {key!r} is given twice; line {before} has it already: keep one of the two"
+    path = write(text)
+    assert refused(path) == f"{path}, {told}"
+    assert refused(write("{}"), f"method={write(text, 'method.yaml')}").endswith(f"method.yaml, {told}")
+
+
+def test_a_key_that_is_given_twice_in_an_override_or_a_recipe_is_refused(write):
+    override = "method.options={a: 1, a: 1}"
+    assert refused(write("{}"), override).startswith(f"override {override!r}, line 1: key 'a' is given twice")
+    for twice in ("tokens: 2", "runs: {grpo: {}}"):
+        recipe = write(f"tokens: 1\nruns: {{}}\n{twice}\n", "compare.yaml")
+        with pytest.raises(UserError, match="compare.yaml, line 3: key .* is given twice"):
+            Recipe(recipe, recipe.parent / "out", [])
+
+
+def test_merge_keys_anchors_and_aliases_work(write):
+    """The values are those that YAML's own reader gives: a merged key may be overridden, and several maps be merged."""
+    text = (
+        "train: &t {steps: 5, inner_epochs: 2}\n"
+        "a: &a {<<: *t, steps: 6}\nb: {steps: 8, <<: [*t, {warmup: 1}], more: &l [1, *t]}\n"
+        "c: {<<: *a, <<: {x: 1}, list: *l}\n"
+    )
+    found = read_yaml(write(text))
+    assert found == yaml.safe_load(text)
+    assert found["a"] == {"steps": 6, "inner_epochs": 2} and found["b"]["steps"] == 8
+    assert found["c"] == {"steps": 6, "inner_epochs": 2, "x": 1, "list": [1, {"steps": 5, "inner_epochs": 2}]}
+
+
+def test_every_shipped_yaml_file_reads_as_before():
+    """None has a key twice, or a number that only YAML 1.1 takes for one."""
+    files = [*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "nanolapo").rglob("*.yaml")]
+    assert len(files) > 40 and any("&" in file.read_text() for file in files)
+    for file in files:
+        assert parse(file.read_text(), str(file)) == yaml.safe_load(file.read_text()), file
+
+
+@pytest.mark.parametrize("number", ["010", "-07", "0_7", "1:30", "+1:30", "1:2:3", "1:30.5"])
+def test_octal_and_base_60_are_text(write, number):
+    """YAML 1.1 takes 010 for 8 and 1:30 for 90; neither looks like it."""
+    assert refused(write(f"train: {{steps: {number}}}")) == f"train.steps={number!r} is a str; it must be of type int"
+    assert f"run.seed={number!r} is a str" in refused(write("{}"), f"run.seed={number}")
+    config = load_config(write(f"run: {{name: {number}}}\nprompt: {{template_options: {{a: [{number}]}}}}"))
+    assert config.run.name == number and config.prompt.template_options == {"a": [number]}
+    assert load_config(write(to_yaml(config))) == config
+
+
+def test_other_numbers_stay_numbers(write):
+    told = "prompt: {template_options: {a: [0, -0, 8, 0x10, 0b11, 1_000, 0.5, 00.5, 1.5e+3, .inf, 10, 9:90]}}"
+    numbers = load_config(write(told)).prompt.template_options["a"]
+    assert numbers == [0, 0, 8, 16, 3, 1000, 0.5, 0.5, 1500.0, math.inf, 10, "9:90"]
+
+
+@pytest.mark.parametrize("text", ["a: &a [*a]", "a: &a {b: *a}", "a: [&b {c: [*b]}]", "a: " + "[" * 9999])
+def test_a_value_inside_itself_or_endlessly_deep_is_one_line(write, text):
+    path = write(text)
+    assert refused(path).startswith(f"{path}: not plain YAML (")
+
+
 def test_missing_file_folder_and_binary(tmp_path, write):
     assert "no such config file" in refused(tmp_path / "missing.yaml")
     assert "no such config file" in refused(tmp_path)
@@ -168,6 +241,13 @@ def test_A7_top_p_below_one_is_refused_with_the_reason(write):
         (["rollout.engine=torch", "rollout.tensor_parallel=2"], "rollout.tensor_parallel needs rollout.engine=vllm"),
         (["rollout.engine=auto", "rollout.tensor_parallel=2"], "rollout.tensor_parallel needs rollout.engine=vllm"),
         (["run.seed=-1"], "run.seed=-1 must not be negative"),
+        (["run.seed=4294967296"], "run.seed=4294967296 must not be negative, and below 2**32"),
+        (["run.seed=99999999999999999999"], "run.seed=99999999999999999999 must not be negative, and below 2**32"),
+        (["run.name=''"], "run.name= must be a folder in run.dir"),
+        (["run.name=./."], "run.name=./. must be a folder in run.dir"),
+        (["run.name=../other"], "run.name=../other must be a folder in run.dir"),
+        (["run.name=a/../../b"], "run.name=a/../../b must be a folder in run.dir"),
+        (["run.name=/tmp/a"], "run.name=/tmp/a must be a folder in run.dir"),
         (["train.warmup_fraction=10"], "train.warmup_fraction=10.0 must lie between 0 and 1"),
         (["train.final_lr_fraction=-1"], "train.final_lr_fraction=-1.0 must lie between 0 and 1"),
         (["train.adam_betas=[0.9, 1.5]"], "must lie from 0 to below 1"),
@@ -201,6 +281,18 @@ def test_a_config_made_in_python_is_checked_like_one_from_a_file(section, change
     with pytest.raises(UserError) as error:
         validate(replace(config, **{section: replace(getattr(config, section), **changes)}))
     assert expected in str(error.value)
+
+
+def test_every_seed_and_name_that_is_accepted_can_be_used(write):
+    """The largest seed starts the generators of all libraries; recipes use names with a slash."""
+    seed = load_config(write("{}"), ["run.seed=4294967295"]).run.seed
+    for start in (torch.manual_seed, np.random.RandomState, np.random.default_rng, np.random.SeedSequence):
+        start(seed)
+    with pytest.raises(ValueError, match="2\\*\\*32"):
+        np.random.RandomState(seed + 1)
+    for name in ("scores/base", "seed0/a b", "..a", "a..b", ".hidden", "./a"):
+        folder = load_config(write("run: {dir: out}"), [f"run.name={name}"]).run_dir.resolve()
+        assert folder != Path("out").resolve() and folder.is_relative_to(Path("out").resolve())
 
 
 def test_a_share_of_layers_may_be_yes_or_no():

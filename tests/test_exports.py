@@ -106,3 +106,35 @@ def test_a_kill_while_an_older_model_is_removed_leaves_a_whole_one(tmp_path, mon
         folder.publish(tmp_path / "model.tmp", tmp_path / "model")
     there = {path.name: path.read_text() for path in (tmp_path / "model").iterdir()}
     assert there == {"config.json": "model.tmp", "model.safetensors": "model.tmp"}
+
+
+def test_what_cannot_be_removed_is_named_and_the_model_stays_whole(base, tmp_path):
+    """Here it is a file where a killed process leaves a folder; root could remove whatever is only protected."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), make_tokenizer()
+    save_model(model, torch.float32, tokenizer, tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    (tmp_path / "model.old.tmp").touch()
+    with pytest.raises(UserError, match="/model: could not be written .*/model.old.tmp'"):
+        save_model(model, torch.float32, tokenizer, tmp_path / "model")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+    (tmp_path / "model.old.tmp").unlink()
+    save_model(model, torch.float32, tokenizer, tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_longer_run_that_is_killed_before_its_last_export_does_not_keep_the_shorter_runs_model(
+    base, tmp_path, monkeypatch
+):
+    """A folder of that name is no proof that the final model was written: after 2 steps it was, after 4 it was not."""
+
+    def killed(model, dtype, tokenizer, folder, is_main):
+        raise KeyboardInterrupt
+
+    config = run(base, tmp_path, every=0, steps=2)
+    (config.run_dir / "model/of the shorter run").touch()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "save_model", killed)
+        run(base, tmp_path, every=0, steps=4)
+    assert (config.run_dir / "model/of the shorter run").exists()
+    run(base, tmp_path, every=0, steps=4)
+    assert not (config.run_dir / "model/of the shorter run").exists()

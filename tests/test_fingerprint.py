@@ -94,7 +94,7 @@ def test_a_key_that_changes_numbers_is_refused_with_both_values(key, monkeypatch
     method = Method(config)
     then, now = of(config), json.loads(json.dumps(fingerprint_of(changed, method, data())))
     assert differing(then, now) == {key}
-    assert refuse_changes(PATH, then, then) is None and changes(then, now) == []
+    assert refuse_changes(PATH, then, then) is None and changes(then, now, 0.5) == []
     with pytest.raises(UserError) as error:
         refuse_changes(PATH, then, now)
     message = str(error.value)
@@ -109,7 +109,9 @@ def test_a_key_that_users_change_on_purpose_is_told(key):
     then, now = of(config), of(with_key(config, key, MAY_CHANGE[key]))
     refuse_changes(PATH, then, now)
     before, after = (json.loads(json.dumps(v)) for v in (getattr(getattr(config, section), name), MAY_CHANGE[key]))
-    assert changes(then, now) == [f"{key}={after!r} from here on; it was {before!r}"]
+    share = "; progress is now 50%, and what follows it (learning rate, limits) goes on from there"
+    share = share if key in ("train.steps", "train.sampled_tokens") else ""
+    assert changes(then, now, 0.5) == [f"{key}={after!r} from here on; it was {before!r}{share}"]
 
 
 @pytest.mark.parametrize("key", sorted(FREE))
@@ -172,13 +174,13 @@ def test_todays_date_in_a_template_is_told():
     then, now = (of(config, problems=data(template=template, day=day)) for day in ("28 Nov 2026", "29 Nov 2026"))
     assert differing(then, now) == {"prompt, rendered"}
     refuse_changes(PATH, then, now)
-    (line,) = changes(then, now)
+    (line,) = changes(then, now, 0.5)
     assert line.startswith("prompt, rendered='Today: 29 Nov") and "it was 'Today: 28 Nov" in line and len(line) < 200
 
 
 def test_what_an_older_version_did_not_write_is_no_change():
     now = of(make_config("here"))
-    assert changes({}, now) == [] and refuse_changes(PATH, {}, now) is None
+    assert changes({}, now, 0.5) == [] and refuse_changes(PATH, {}, now) is None
     assert refuse_changes(PATH, {"a key": "of yore"}, now) is None
 
 
@@ -208,7 +210,11 @@ def test_a_run_that_is_resumed_with_another_setting(tmp_path, capsys):
     longer = with_key(with_key(with_key(config, "train.steps", 2), "run.print_every", 1), "rollout.max_rows", 1)
     loop.train(longer, Method(longer))
     said = capsys.readouterr().out
-    assert "train.steps=2 from here on; it was 1" in said and "at step 1" in said and "step 2" in said
+    assert (
+        "train.steps=2 from here on; it was 1; progress is now 50%, and what follows it" in said
+        and "at step 1" in said
+        and "step 2" in said
+    )
     make_base(1)  # other weights in the same folder
     with pytest.raises(UserError, match="step-000002 was written with model.path, the weights there="):
         loop.train(with_key(longer, "train.steps", 3), Method(longer))

@@ -9,6 +9,7 @@ import json
 import math
 import multiprocessing
 import time
+import tracemalloc
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
@@ -101,6 +102,34 @@ def test_D11_a_half_written_last_line_goes(tmp_path, tail):
     assert [json.loads(line)["step"] for line in path.read_text().strip().split("\n")] == [0]
     keep_steps_before(tmp_path / "missing.jsonl", 1)
     assert [file.name for file in tmp_path.iterdir()] == ["rollouts.jsonl"]
+
+
+@pytest.mark.parametrize("middle", ["", "{", "\x00\n", "\n", '{"step": 2, "te\n'])
+def test_a_log_is_cut_where_the_step_or_a_broken_line_begins(tmp_path, middle):
+    """What stays has its bytes, also those that are not UTF-8; nothing behind the cut comes back."""
+    lines = [json.dumps({"step": step // 3, "text": "ü\u2028\r"}).encode() + b"\n" for step in range(12)]
+    lines[1] = lines[1].replace(b"}", b', "bytes": "\xff\xfe"}')
+    path = tmp_path / "rollouts.jsonl"
+    for step, stay in ((9, 12), (3, 9), (1, 3), (0, 0)):
+        kept = min(stay, 7) if middle else stay
+        path.write_bytes(b"".join(lines[:7]) + middle.encode() + b"".join(lines[7:]))
+        keep_steps_before(path, step)
+        assert path.read_bytes() == b"".join(lines[:kept])
+
+
+def test_a_log_larger_than_the_memory_can_be_cut(tmp_path):
+    """Its rows are read one by one: the peak is a few of them, not the 20 MB of the file."""
+    path = tmp_path / "rollouts.jsonl"
+    with path.open("w") as file:
+        file.writelines(json.dumps({"step": step, "text": "x" * 20_000}) + "\n" for step in range(1000))
+    size = path.stat().st_size
+    tracemalloc.start()
+    try:
+        keep_steps_before(path, 999)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert steps_in(path) == list(range(999)) and size > 20e6 and peak < 1e6
 
 
 def test_nan_and_infinity_become_null(tmp_path):

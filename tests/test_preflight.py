@@ -35,10 +35,10 @@ from nanolapo.data.prompts import Guidance, exact_guidance, outside_guidance
 from nanolapo.demo.pretrain import make_tokenizer
 from nanolapo.grader import Grader
 from nanolapo.methods.base import Method
-from nanolapo.model.folder import load_model, load_tokenizer, position_limit, save_model
+from nanolapo.model.folder import load_model, load_tokenizer, position_limit, read_settings, save_model
 from nanolapo.policy import Policy
 from nanolapo.preflight import Preflight, after_loading, before_training
-from nanolapo.samplers.torch_sampler import end_token_ids
+from nanolapo.samplers.torch_sampler import TorchSampler, end_token_ids
 
 ROOT = Path(__file__).parents[1]
 
@@ -354,6 +354,34 @@ def test_an_end_token_that_is_no_id_is_one_line(folder: Path, name: str, ends: A
 def test_the_last_id_may_end_an_answer(folder: Path, name: str) -> None:
     edit(folder / name, lambda c: c.update(eos_token_id=[3, 317]))
     assert found(check(config_of(folder)))["end of turn"].endswith("(317)")
+
+
+@pytest.mark.parametrize(
+    ("in_config", "in_generation", "expected"),
+    [
+        ({}, {"eos_token_id": [3]}, [3]),  # 2 is LlamaConfig's default, and here it begins every turn
+        ({}, {"eos_token_id": 5}, [3, 5]),
+        ({"eos_token_id": 2}, {"eos_token_id": [3]}, [2, 3]),
+        ({"eos_token_id": [1, 5]}, {"eos_token_id": [3]}, [1, 3, 5]),
+        ({"eos_token_id": None}, {"eos_token_id": [3]}, [3]),
+        ({}, {}, [2, 3]),
+        ({}, None, [2, 3]),
+    ],
+)
+def test_the_default_of_a_config_class_ends_no_answer_where_the_files_name_the_ends(
+    folder: Path, tmp_path: Path, in_config: dict[str, Any], in_generation: dict[str, Any] | None, expected: list[int]
+) -> None:
+    """Neither in the checks nor in the sampler nor in the exported model. 3 is the tokenizer's own."""
+    edit(folder / "config.json", lambda c: (c.pop("eos_token_id"), c.update(in_config)))
+    edit(folder / "generation_config.json", lambda c: (c.pop("eos_token_id"), c.update(in_generation or {})))
+    if in_generation is None:
+        (folder / "generation_config.json").unlink()
+    tokenizer, model = load_tokenizer(str(folder)), load_model(str(folder), torch.device("cpu"))
+    save_model(model, torch.float32, tokenizer, tmp_path / "exported")
+    for path in (str(folder), str(tmp_path / "exported")):
+        assert end_token_ids(tokenizer, *read_settings(path, "key")) == expected
+        assert TorchSampler(path, torch.float32, torch.device("cpu")).end_ids.tolist() == expected
+    assert found(check(config_of(folder)))["trial export"].endswith("read back the same")
 
 
 def test_an_end_token_of_a_nested_config_counts() -> None:

@@ -5,6 +5,7 @@ Run: python -m pytest tests/test_preflight_checks.py
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from folders import CHAT, edit, make_chat_folder
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from test_preflight import Told, ToldOutside, check, config_of, found, word_level
 from tokenizers import Regex, pre_tokenizers
@@ -28,6 +30,7 @@ from nanolapo.evaluation import passes
 from nanolapo.evaluation.passes import Model
 from nanolapo.grader import Grader
 from nanolapo.methods.base import Method
+from nanolapo.model import folder
 from nanolapo.model.folder import load_model, load_tokenizer
 from nanolapo.model.precision import seconds_of_product
 from nanolapo.policy import Policy
@@ -41,6 +44,10 @@ from nanolapo.preflight import (
     tokenizer_ids,
     trial_export,
 )
+from nanolapo.provenance import model_identity, weight_files
+from nanolapo.samplers.vllm_fit import checkpoint_shapes, local_folder, vllm_objection
+
+INDEX = "model.safetensors.index.json"
 
 
 @pytest.fixture(scope="module")
@@ -245,15 +252,34 @@ def test_an_export_that_is_read_back_otherwise_is_refused(
     good: Path, monkeypatch: pytest.MonkeyPatch, loses: Callable[[Path], None], words: str
 ) -> None:
     """The fault is put into the written folder, which transformers then reads."""
-    right = preflight.write_folder
+    right = preflight.write_whole
 
     def faulty(model: Any, weights: Any, dtype: Any, tokenizer: Any, out: Path) -> None:
         right(model, weights, dtype, tokenizer, out)
         loses(out)
 
-    monkeypatch.setattr(preflight, "write_folder", faulty)
+    monkeypatch.setattr(preflight, "write_whole", faulty)
     with pytest.raises(UserError, match=f"^key: the trained model .*{words}"):
         trial_export("key", load_model(str(good), torch.device("meta")), torch.float32, load_tokenizer(str(good)))
+
+
+def test_the_trial_export_is_published_as_a_run_does_it(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its modes, its flush and its final name: a fault there must not wait for the end of the run."""
+    model, tokenizer = load_model(str(good), torch.device("meta")), load_tokenizer(str(good))
+    modes: dict[str, int] = {}
+    flush = folder.sync
+
+    def flush_and_look(path: Path) -> None:
+        flush(path)
+        modes[path.name] = path.stat().st_mode & 0o777
+
+    monkeypatch.setattr(folder, "sync", flush_and_look)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ messages }}{{ tools }}"}
+    assert trial_export("key", model, torch.float32, tokenizer).endswith("read back the same")
+    assert modes["additional_chat_templates"] & 0o500 == 0o500 and "tool_use.jinja" in modes
+    monkeypatch.setattr(folder.os, "fsync", lambda descriptor: descriptor / 0)
+    with pytest.raises(UserError, match="^key: the trained model could not be saved .*division"):
+        trial_export("key", model, torch.float32, tokenizer)
 
 
 def test_weights_of_another_shape_are_named(good: Path) -> None:
@@ -261,6 +287,65 @@ def test_weights_of_another_shape_are_named(good: Path) -> None:
     model.model.norm.weight = torch.nn.Parameter(torch.empty(33, device="meta"))
     with pytest.raises(UserError, match=r"model.norm.weight is \(33,\) in the model, \(32,\) in the files \(1 such\)"):
         names_and_shapes(str(good), "key", model)
+
+
+@pytest.fixture
+def shards(good: Path, tmp_path: Path) -> Path:
+    """A folder like Mistral's: several files and an index, and all weights once more under other names."""
+    model = load_model(str(good), torch.device("cpu"))
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    load_tokenizer(str(good)).save_pretrained(tmp_path / "shards")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
+    save_file({"tok_embeddings.weight": torch.ones(3, 2)}, tmp_path / "shards/consolidated.safetensors")
+    return tmp_path / "shards"
+
+
+@pytest.mark.parametrize("also", ["", "model.safetensors"])
+def test_weights_are_those_that_transformers_loads(shards: Path, also: str) -> None:
+    """Also where there are a single file and an index: transformers reads the single one."""
+    if also:
+        tensors = load_model(str(shards), torch.device("cpu")).state_dict()
+        save_file({name: tensor + 1 for name, tensor in tensors.items()}, shards / also, {"format": "pt"})
+    model = load_model(str(shards), torch.device("cpu"))
+    assert checkpoint_shapes(shards) == {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert vllm_objection(model.config, str(shards)) is None
+    assert names_and_shapes(str(shards), "key", model) == f"{len(model.state_dict())} tensors as in the files"
+    stored: dict[str, torch.Tensor] = {}
+    for file in weight_files(shards):
+        stored |= load_file(file)
+    assert all(torch.equal(stored[name], tensor) for name, tensor in model.state_dict().items())
+    before = model_identity(str(shards))
+    (shards / "consolidated.safetensors").unlink()
+    assert model_identity(str(shards)) == before
+    used = weight_files(shards)[0]
+    used.write_bytes(used.read_bytes()[:-1] + b"x")
+    assert model_identity(str(shards)) != before
+
+
+def test_weights_that_are_not_there_or_damaged_are_one_line(shards: Path) -> None:
+    second = shards / sorted(set(json.loads((shards / INDEX).read_text())["weight_map"].values()))[1]
+    second.write_bytes(b"x" * 9)
+    with pytest.raises(UserError, match=f"{second} is damaged .*: fetch or save the model again"):
+        checkpoint_shapes(shards)
+    second.unlink()
+    with pytest.raises(UserError, match=f"{INDEX} names {second.name}, which is not there: fetch or save"):
+        checkpoint_shapes(shards)
+    for text in ("{", "[]", "{}", '{"weight_map": 3}'):
+        (shards / INDEX).write_text(text)
+        with pytest.raises(UserError, match=f"{INDEX} is damaged .*: fetch or save the model again"):
+            model_identity(str(shards))
+
+
+def test_a_hub_model_is_fetched_without_weights_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files of Mistral-7B-Instruct-v0.3; consolidated.safetensors alone has 14 GB."""
+    wanted = ["config.json", "tokenizer.json", "model-00001-of-00003.safetensors", INDEX]
+    there = [*wanted, "consolidated.safetensors", "README.md", "pytorch_model.bin"]
+
+    def fetched(name: str, **patterns: Any) -> str:
+        return ",".join(filter_repo_objects(there, **patterns))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
+    assert str(local_folder("mistralai/some-model")).split(",") == wanted
 
 
 @pytest.mark.parametrize(

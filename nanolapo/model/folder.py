@@ -92,7 +92,21 @@ def read_settings(path: str, key: str) -> tuple[PreTrainedConfig, GenerationConf
                 f"{key}={path!r}: eos_token_id={ends!r} in {file} is no token id below the model's vocab_size={size} and "
                 "no list of them; mend that key"
             )
+    drop_default_ends(config, generation, path)
     return config, generation
+
+
+def drop_default_ends(config: PreTrainedConfig, generation: GenerationConfig | None, path: str) -> None:
+    """Forget, in place, an end token that config.json does not name, if generation_config.json names one.
+
+    It is the default of the config's class (LlamaConfig: 2) and may be a word of this model. An export would write it down.
+    """
+    raw, _ = PreTrainedConfig.get_config_dict(path)
+    if getattr(generation, "eos_token_id", None) in (None, []):
+        return
+    for part, given in ((config, raw), (config.get_text_config(), raw.get("text_config") or raw)):
+        if "eos_token_id" not in given and hasattr(part, "eos_token_id"):
+            part.eos_token_id = None
 
 
 def load_model(path: str, device: torch.device, key: str = "model.path") -> PreTrainedModel:
@@ -118,6 +132,7 @@ def load_model(path: str, device: torch.device, key: str = "model.path") -> PreT
         raise UserError(f"{key}={path!r}: the files lack {len(info['missing_keys'])} weights of the model, such as "
                         f"{min(info['missing_keys'])}; fetch or save the model again")  # fmt: skip
     disable_dropout(model)
+    drop_default_ends(model.config, model.generation_config, path)
     return model.to(device)
 
 
@@ -174,14 +189,25 @@ def save_model(
     state = to_host(named_weights(model, dtype), keep=is_main)
     if not is_main:
         return
+    write_whole(model, state, dtype, tokenizer, folder)
+
+
+def write_whole(
+    model: PreTrainedModel,
+    state: dict[str, Tensor],
+    dtype: torch.dtype,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+) -> None:
+    """Write the folder under a temporary name and publish it. Raises UserError if the disk does not take it."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         write_folder(model, state, dtype, tokenizer, temporary)
+        publish(temporary, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"{folder}: could not be written ({error}); free some disk and run the same command") from None
-    publish(temporary, folder)
 
 
 def publish(temporary: Path, folder: Path) -> None:
@@ -193,17 +219,18 @@ def publish(temporary: Path, folder: Path) -> None:
     probe.touch()
     mode = probe.stat().st_mode & 0o777
     probe.unlink()
-    for path in temporary.iterdir():
-        path.chmod(mode)
+    for path in [*temporary.rglob("*"), temporary]:
+        if path.is_file():  # folders have their mode from the umask already, and need x
+            path.chmod(mode)
         sync(path)
-    sync(temporary)
     older = folder.with_name(f"{folder.name}.old.tmp")
-    shutil.rmtree(older, ignore_errors=True)  # of a killed process
+    if older.exists():  # of a killed process
+        shutil.rmtree(older)
     if folder.exists():
         folder.rename(older)  # a kill must not leave half of it under its final name
     temporary.rename(folder)
     sync(folder.parent)
-    shutil.rmtree(older, ignore_errors=True)
+    shutil.rmtree(older, ignore_errors=True)  # what is still open over a network may stay until the next time
 
 
 def write_folder(

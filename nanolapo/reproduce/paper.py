@@ -8,8 +8,8 @@ from importlib.resources import files
 from typing import Any
 
 import numpy as np
-import yaml
 
+from nanolapo.config_file import parse
 from nanolapo.evaluation.scores import aes
 
 
@@ -44,7 +44,7 @@ class PaperTable:
 
 @cache
 def _printed() -> Any:
-    return yaml.safe_load(files("nanolapo.reproduce").joinpath("paper.yaml").read_text(encoding="utf-8"))
+    return parse(files("nanolapo.reproduce").joinpath("paper.yaml").read_text(encoding="utf-8"), "paper.yaml")
 
 
 @cache

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from nanolapo.config import UserError
-from nanolapo.model.folder import load_tokenizer
+from nanolapo.model.folder import load_tokenizer, read_settings
 from nanolapo.samplers.sampler import Decoding, Request, Sample
 
 REPACK = 0.25  # replace or drop free rows once they are this fraction of the cache
@@ -37,7 +37,10 @@ Cache = list[tuple[Tensor, Tensor]]  # keys and values of each layer, [R, K, S, 
 def end_token_ids(
     tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig, generation_config: GenerationConfig | None
 ) -> list[int]:
-    """Return every token that ends a response, according to generation_config (one or several), config or tokenizer."""
+    """Return every token that ends a response, according to generation_config (one or several), config or tokenizer.
+
+    The configs are those of `read_settings`.
+    """
     found: set[int] = set()
     for source in (generation_config, model_config, model_config.get_text_config(), tokenizer):
         value = getattr(source, "eos_token_id", None)
@@ -150,7 +153,7 @@ class TorchSampler:
         self.device, self.dtype, self.max_rows = device, dtype, max_rows
         self.num_kv_heads = config.num_key_value_heads
         self.head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        ends = end_token_ids(load_tokenizer(model_path), config, self.model.generation_config)
+        ends = end_token_ids(load_tokenizer(model_path), *read_settings(model_path, "model.path"))
         self.end_ids = torch.tensor(ends, device=device, dtype=torch.long)
 
     def sleep(self) -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from nanolapo.config import UserError
+from nanolapo.provenance import weight_files
 
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 ENVIRONMENT = {  # vLLM reads these when it is imported; what the user has set wins
@@ -46,15 +47,19 @@ def local_folder(model_path: str) -> Path:
         return Path(model_path)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(model_path, allow_patterns=["*.json", "*.txt", "*.jinja", "*.safetensors"]))
+    wanted = ["*.json", "*.txt", "*.jinja", "*.safetensors"]
+    return Path(snapshot_download(model_path, allow_patterns=wanted, ignore_patterns=["consolidated*"]))
 
 
 def checkpoint_shapes(folder: Path) -> Shapes:
-    """Name and shape of all tensors in a Hugging Face folder, from the safetensors headers alone."""
+    """Name and shape of all tensors that transformers loads from a folder, from the safetensors headers alone."""
     shapes: Shapes = {}
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            shapes.update({name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()})  # noqa: SIM118
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise UserError(f"{file} is damaged ({error}): fetch or save the model again") from None
     if not shapes:
         raise UserError(f"model.path: no *.safetensors in {folder}; write them with save_pretrained")
     return shapes

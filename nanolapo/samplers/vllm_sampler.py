@@ -21,9 +21,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig
 
-from nanolapo.model.folder import load_tokenizer, position_limit
+from nanolapo.model.folder import load_tokenizer, position_limit, read_settings
 from nanolapo.ranks import stay_on_loopback
 from nanolapo.samplers.sampler import Decoding, Request, Sample
 from nanolapo.samplers.torch_sampler import end_token_ids
@@ -70,9 +69,7 @@ class VLLMSampler:
         from vllm.platforms import current_platform
 
         folder = local_folder(model_path)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        has_generation = (folder / "generation_config.json").exists()
-        generation = GenerationConfig.from_pretrained(folder) if has_generation else None
+        config, generation = read_settings(str(folder), "model.path")
         self.end_ids = end_token_ids(load_tokenizer(str(folder)), config, generation)
         self.shapes = checkpoint_shapes(folder)
         text = config.get_text_config()
