@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from nanolapo.config import Config, UserError
-from nanolapo.grader.boxes import last_boxed
+from nanolapo.grader.boxes import boxed_answer
 from nanolapo.lengths import to_multiple
 from nanolapo.rollouts import Rollout, Rollouts
 
@@ -65,7 +65,6 @@ def speaks_of_thought(config: Config) -> bool:
 
 
 def well_formed(rollouts: Rollouts, think_tags: bool) -> np.ndarray:
-    """Boolean [B]: the answer shows a closed box and, where thoughts are tagged, ended its thought."""
-    return np.array([
-        last_boxed(text) is not None and (not think_tags or "</think>" in text) for text in rollouts.texts
-    ])  # fmt: skip
+    """Boolean [B]: the answer shows a box where the grader looks for it (not in the thought), and ended its thought where
+    thoughts are tagged."""
+    return np.array([boxed_answer(text, think_tags) is not None for text in rollouts.texts])
