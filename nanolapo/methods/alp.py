@@ -23,7 +23,7 @@ from typing import Literal
 
 import numpy as np
 
-from nanolapo.config import Config
+from nanolapo.config import Config, NotNegative
 from nanolapo.methods.base import Method
 from nanolapo.methods.tools import DEEPSCALER, as_parts, each_group, scale
 from nanolapo.rollouts import Rollouts
@@ -32,8 +32,8 @@ from nanolapo.rollouts import Rollouts
 @dataclass(frozen=True)
 class Options:
     form: Literal["shipped", "paper"] = "shipped"
-    weight: float = 0.25  # shipped: what the longest answer of a solved group pays
-    beta: float | None = None  # paper: price per token; None: 1e-7, scaled
+    weight: NotNegative[float] = 0.25  # shipped: what the longest answer of a solved group pays
+    beta: NotNegative[float] | None = None  # paper: price per token; None: 1e-7, scaled
 
 
 def shipped_reward(lengths: np.ndarray, correct: np.ndarray, weight: float = 0.25) -> np.ndarray:

@@ -25,16 +25,16 @@ import torch
 from torch import Tensor
 
 from nanolapo.advantages import MIN_SPREAD
-from nanolapo.config import Config, UserError
+from nanolapo.config import Config, Positive, UserError
 from nanolapo.methods.base import Method, SamplingPlan
 from nanolapo.rollouts import Rollouts
 
 
 @dataclass(frozen=True)
 class Options:
-    cache: int | None = None  # L_cache, tokens; None: a fifth of the limit, as published
+    cache: Positive[int] | None = None  # L_cache, tokens; None: a fifth of the limit, as published
     overlong: str = "shape"  # shape | filter | none
-    max_rounds: int = 4  # rounds of sampling to fill a batch; 1: no refill
+    max_rounds: Positive[int] = 4  # rounds of sampling to fill a batch; 1: no refill
 
 
 def overlong_penalty(lengths_B: np.ndarray, limit: int, cache: float) -> np.ndarray:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from nanolapo.advantages import batch_advantages
-from nanolapo.config import Config, UserError
+from nanolapo.config import Config, Positive, Share, UserError
 from nanolapo.config_file import one_of
 from nanolapo.methods.base import Method, SamplingPlan
 from nanolapo.methods.dapo import mixed_groups
@@ -41,14 +41,16 @@ from nanolapo.rollouts import Rollout, Rollouts
 @dataclass(frozen=True)
 class OptimiserOptions:
     whiten: str = "sequences"  # sequences (paper) | tokens (code)
-    max_rounds: int = 4  # rounds of sampling to fill a batch; 1: no refill
+    max_rounds: Positive[int] = 4  # rounds of sampling to fill a batch; 1: no refill
 
 
 @dataclass(frozen=True)
 class Options(OptimiserOptions):
-    target: int | None = None  # limit in tokens; None: rollout.max_new_tokens, the paper's 4000
-    short_target: int | None = None  # DA-DLER's limit of groups solved at least half; None: half (2000 of 4000)
-    cut_reward: float = 0.0  # a right answer that was cut; the code: 0.1
+    target: Positive[int] | None = None  # limit in tokens; None: rollout.max_new_tokens, the paper's 4000
+    short_target: Positive[int] | None = (
+        None  # DA-DLER's limit of groups solved at least half; None: half (2000 of 4000)
+    )
+    cut_reward: Share = 0.0  # a right answer that was cut; the code: 0.1
 
 
 class Optimiser(Method):

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanolapo.config import Config, UserError
+from nanolapo.config import Config, NotNegative, Positive, UserError
 from nanolapo.losses import Loss, LossInputs
 from nanolapo.methods.base import Method
 from nanolapo.rollouts import Rollouts
@@ -38,10 +38,10 @@ from nanolapo.rollouts import Rollouts
 
 @dataclass(frozen=True)
 class Options:
-    length_temperature: float = 0.1  # lambda; smaller: shorter
-    tau: float = 10.0
-    beta: float = 1000.0  # strength of the trust-region penalty ...
-    delta: float = 1e-4  # ... above this K
+    length_temperature: Positive[float] = 0.1  # lambda; smaller: shorter
+    tau: Positive[float] = 10.0
+    beta: NotNegative[float] = 1000.0  # strength of the trust-region penalty ...
+    delta: NotNegative[float] = 1e-4  # ... above this K
 
 
 def decoupled_weights(

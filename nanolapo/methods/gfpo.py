@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from nanolapo.advantages import group_advantages
-from nanolapo.config import Config, UserError
+from nanolapo.config import Config, Positive, UserError
 from nanolapo.methods.base import Method
 from nanolapo.rollouts import Rollouts
 
@@ -37,7 +37,7 @@ SHARES = (8 / 16, 8 / 16, 6 / 16, 4 / 16)  # k / G, from the hardest quarter to 
 @dataclass(frozen=True)
 class Options:
     score: Literal["shortest", "efficiency"] = "shortest"
-    k: int | None = None  # answers to keep; None: half of the group (8 of 16)
+    k: Positive[int] | None = None  # answers to keep; None: half of the group (8 of 16)
     adaptive: bool = False  # True: k by the question's difficulty
 
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from nanolapo.advantages import MIN_SPREAD, group_advantages
-from nanolapo.config import Config, UserError
+from nanolapo.config import Config, Share, UserError
 from nanolapo.losses import Loss, LossInputs, clipped_surrogate
 from nanolapo.methods import dapo
 from nanolapo.rollouts import Rollouts
@@ -39,7 +39,7 @@ from nanolapo.rollouts import Rollouts
 
 @dataclass(frozen=True)
 class Options(dapo.Options):
-    quantile: float = 0.8  # of log-entropy: the pivot between sure and unsure tokens
+    quantile: Share = 0.8  # of log-entropy: the pivot between sure and unsure tokens
 
 
 def entropy_scale(entropies_N: np.ndarray, quantile: float) -> tuple[float, float, float]:

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from nanolapo.config import Config, UserError
+from nanolapo.config import Config, NotNegative, Positive, UserError
 from nanolapo.data.problems import Problem
 from nanolapo.data.prompts import Guidance, outside_guidance
 from nanolapo.methods.base import Method
@@ -41,9 +41,9 @@ def exact_reward(lengths: np.ndarray, correct: np.ndarray, budgets: np.ndarray, 
 
 @dataclass(frozen=True)
 class Options:
-    alpha: float | None = None  # price per token of length error; None: 0.0003, scaled
-    min_budget: int | None = None  # tokens; None: 100, scaled
-    max_budget: int | None = None  # tokens; None: 4000, scaled
+    alpha: NotNegative[float] | None = None  # price per token of length error; None: 0.0003, scaled
+    min_budget: Positive[int] | None = None  # tokens; None: 100, scaled
+    max_budget: Positive[int] | None = None  # tokens; None: 4000, scaled
     redraw: bool = False  # draw a new budget at every visit of a problem
 
 

@@ -59,7 +59,7 @@ def cut_and_standardize(rewards_B: np.ndarray, counted_B: np.ndarray, standardiz
 
 @dataclass(frozen=True)
 class Options:
-    weight: float = 2.0  # lambda
+    weight: NotNegative[float] = 2.0  # lambda
     standardize: bool = True
     # Per problem, sampled before step 0; 0: the first visit's group is the reference
     reference_samples: NotNegative[int] = 8

@@ -28,15 +28,15 @@ from typing import Any
 
 import numpy as np
 
-from nanolapo.config import Config
+from nanolapo.config import Config, Share
 from nanolapo.methods.base import Method
 from nanolapo.rollouts import Rollouts
 
 
 @dataclass(frozen=True)
 class Options:
-    pass_rate: float = 0.8  # C, the pass rate to keep
-    tau: float = 0.5  # the step: from the longest right length down to their (1 - tau) quantile; an ablation: 0.1
+    pass_rate: Share = 0.8  # C, the pass rate to keep
+    tau: Share = 0.5  # the step: from the longest right length down to their (1 - tau) quantile; an ablation: 0.1
 
 
 def next_budget(

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanolapo.config import Share
 from nanolapo.data.problems import Problem
 from nanolapo.methods.base import Method
 from nanolapo.model.folder import load_tokenizer
@@ -33,7 +34,7 @@ from nanolapo.rollouts import Rollouts
 
 @dataclass(frozen=True)
 class Options:
-    share: float = 0.3  # r
+    share: Share = 0.3  # r
     separator: str = "\n\n"  # a token that contains this ends a step
 
 

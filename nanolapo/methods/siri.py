@@ -35,8 +35,8 @@ from nanolapo.rollouts import Rollouts
 @dataclass(frozen=True)
 class Options:
     shape: Literal["cosine", "stair", "stair-cosine"] = "cosine"
-    max_tokens: int | None = None  # Lmax; None: 16,384, scaled, at most rollout.max_new_tokens
-    min_tokens: int | None = None  # Lmin; None: half of Lmax
+    max_tokens: Positive[int] | None = None  # Lmax; None: 16,384, scaled, at most rollout.max_new_tokens
+    min_tokens: Positive[int] | None = None  # Lmin; None: half of Lmax
     cycles: Positive[float] = 3.0  # in the whole run; n and a half ends at a trough
     period: Positive[int] | None = None  # T, steps of a cycle; None: by `cycles`
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from nanolapo.advantages import MIN_SPREAD
-from nanolapo.config import Config, UserError
+from nanolapo.config import Config, NotNegative, UserError
 from nanolapo.data.problems import Problem
 from nanolapo.methods.base import Method, MonitorPlan, SamplingPlan
 from nanolapo.rollouts import Measured, Rollouts
@@ -37,8 +37,8 @@ from nanolapo.rollouts import Measured, Rollouts
 @dataclass(frozen=True)
 class Options:
     rho: float = 0.875  # how much of the past a visit keeps; 1 / (1 - rho) visits count
-    floor: float = 0.05  # added to every problem's sampling weight
-    first_samples: int = 8  # n0, answers to every problem before step 0; 0: none
+    floor: NotNegative[float] = 0.05  # added to every problem's sampling weight
+    first_samples: NotNegative[int] = 8  # n0, answers to every problem before step 0; 0: none
 
 
 def whiten(values: Tensor) -> Tensor:

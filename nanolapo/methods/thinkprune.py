@@ -23,7 +23,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from nanolapo.config import Config, UserError
+from nanolapo.config import Config, NotNegative, Positive, UserError
 from nanolapo.data.problems import Problem
 from nanolapo.data.prompts import Guidance, thinkprune_guidance
 from nanolapo.methods.base import Method, SamplingPlan
@@ -32,8 +32,10 @@ from nanolapo.methods.tools import DEEPSCALER, scale
 
 @dataclass(frozen=True)
 class Options:
-    limits: tuple[int, ...] | None = None  # generation limit of each stage, tokens; None: the published ones, scaled
-    first_steps: tuple[int, ...] | None = None  # step at which each stage begins; None: equal parts of the run
+    # Generation limit of each stage, tokens; None: the published ones, scaled
+    limits: tuple[Positive[int], ...] | None = None
+    # Step at which each stage begins; None: equal parts of the run
+    first_steps: tuple[NotNegative[int], ...] | None = None
 
 
 def limit_of_step(step: int, limits: Sequence[int], first_steps: Sequence[int]) -> int:

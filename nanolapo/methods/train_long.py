@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nanolapo.config import Config
+from nanolapo.config import Config, NotNegative, Positive, Share
 from nanolapo.data.problems import Problem
 from nanolapo.data.prompts import Guidance, curriculum_guidance
 from nanolapo.grader.boxes import last_boxed
@@ -65,14 +65,14 @@ def format_score(text: str, answer_tags: bool) -> float:
 
 @dataclass(frozen=True)
 class Options:
-    correct_weight: float = 0.6  # l_c
-    length_weight: float = 0.3  # l_l
-    format_weight: float = 0.1  # l_f
-    start_budget: int | None = None  # B0, tokens; None: 256, scaled
-    gamma: float = 0.7
-    decays: int = 3  # how often the budget shrinks, at equal distances
-    interval: int | None = None  # T, steps between two decays; None: equal parts of the run
-    final_budget: int | None = None  # if given, gamma is chosen so that the last part of the run has this budget
+    correct_weight: NotNegative[float] = 0.6  # l_c
+    length_weight: NotNegative[float] = 0.3  # l_l
+    format_weight: NotNegative[float] = 0.1  # l_f
+    start_budget: Positive[int] | None = None  # B0, tokens; None: 256, scaled
+    gamma: Share = 0.7
+    decays: Positive[int] = 3  # how often the budget shrinks, at equal distances
+    interval: Positive[int] | None = None  # T, steps between two decays; None: equal parts of the run
+    final_budget: Positive[int] | None = None  # if given, gamma is chosen so that the run's last part has this budget
 
 
 class TrainLongThinkShort(Method):

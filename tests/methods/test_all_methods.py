@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import typing
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,56 @@ def test_there_are_recipes_and_methods():
 def test_a_yaml_says_in_its_comment_what_is_unverified(path):
     comment = "".join(line for line in path.read_text().splitlines() if line.startswith("# "))
     assert comment and ("unverified" in comment) == (path.stem in UNVERIFIED)
+
+
+def built(name: str, *overrides: str) -> Method:
+    """The method of this YAML on the demo's recipe."""
+    files = [ROOT / "configs/demo/stage1.yaml", ROOT / f"configs/methods/{name}.yaml"]
+    return load_method(load_config(files[0], [f"method={files[1]}", "train.batch_size=0", *overrides]))
+
+
+def number_options() -> list[tuple[str, str, bool]]:
+    """(YAML, option, whether it is a list) of every option that is a number or a list of numbers."""
+    found = []
+    for path in YAMLS:
+        for name, hint in typing.get_type_hints(built(path.stem).Options).items():
+            if "int" in str(hint) or "float" in str(hint):
+                found.append((path.stem, name, "tuple" in str(hint)))
+    return found
+
+
+@pytest.mark.parametrize(("name", "option", "is_list"), number_options())
+def test_no_option_takes_a_negative_number(name, option, is_list):
+    """None of them means anything there. Most would train the opposite of what is meant, or stop the run at its end."""
+    with pytest.raises(UserError, match=rf"^method\.options\.{option}"):
+        built(name, f"method.options.{option}={[-1] if is_list else -1}")
+
+
+IMPOSSIBLE = [  # also: no positive number, a percentage where a share is meant
+    *[(name, option, 0) for name, option in [
+        ("drpo", "tau"), ("drpo", "length_temperature"), ("train-long-think-short", "decays"),
+        ("train-long-think-short", "interval"), ("train-long-think-short", "start_budget"),
+        ("train-long-think-short", "final_budget"), ("aepo", "low"), ("aepo", "high"), ("laser", "target"),
+        ("laser-d", "interval"), ("laser-d", "monitor_problems"), ("l1-exact", "min_budget"), ("l1-exact", "max_budget"),
+        ("dapo", "max_rounds"), ("dler", "max_rounds"), ("conciser", "max_rounds"), ("lapo-dler", "max_rounds"),
+        ("hapo-tokens", "cache"), ("da-dler", "short_target"), ("siri", "max_tokens"), ("siri", "min_tokens"),
+        ("dot", "spread"), ("dot", "min_cut"), ("gfpo", "k"),
+    ]],
+    *[(name, option, 80) for name, option in [
+        ("palu", "tau"), ("palu", "pass_rate"), ("sas", "share"), ("dler", "cut_reward"), ("hapo-tokens", "quantile"),
+        ("kimi-k1.5", "warmup_fraction"), ("conciser", "first_stage"), ("grpo-lambda", "share"), ("grpo-lambda", "weight"),
+        ("efficient-reasoning", "weight"), ("aepo", "prompts"), ("l1-max", "max_fraction"), ("l1-max", "delta"),
+        ("train-long-think-short", "gamma"), ("spo", "rho"), ("a-dlp", "reference"),
+    ]],
+    ("palu", "tau", 1.5), ("sas", "share", 1.5), ("thinkprune-iterative", "limits", [50, 0]),
+    ("hbpo", "budgets", [0, 10]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "option", "value"), IMPOSSIBLE)
+def test_impossible_options_are_refused(name, option, value):
+    with pytest.raises(UserError, match=rf"^method\.options\.{option}"):
+        built(name, f"method.options.{option}={value}")
 
 
 def test_method_files_stay_small():
