@@ -62,8 +62,11 @@ class L1Exact(Method):
             self.high = min(limit, round(4000 * scale(config, DEEPSCALER, "method.options.max_budget")))
         if o.alpha is None:
             self.alpha = 0.0003 / scale(config, DEEPSCALER, "method.options.alpha")
-        if not 1 <= self.low <= self.high:
-            raise UserError(f"method.options: budgets from {self.low} to {self.high} tokens; need 1 <= min <= max")
+        if not 1 <= self.low <= self.high <= limit:
+            raise UserError(
+                f"method.options.min_budget={self.low}, max_budget={self.high}: need 1 <= min_budget <= max_budget <= "
+                f"rollout.max_new_tokens={limit}"
+            )
 
     def chance(self, problem_id: str, step: int) -> random.Random:
         """Return random numbers for a problem, or for a visit to it. They depend on the seed only; nothing is stored."""

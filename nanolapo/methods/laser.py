@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from nanolapo.config import Config, NotNegative, Positive
+from nanolapo.config import Config, NotNegative, Positive, UserError
 from nanolapo.methods.base import Method
 from nanolapo.methods.tools import R1_DISTILL, scale, speaks_of_thought, well_formed
 from nanolapo.rollouts import Rollouts
@@ -45,6 +45,11 @@ class Laser(Method):
         if self.target is None:
             tokens = round(self.published_target * scale(config, R1_DISTILL, "method.options.target"))
             self.target = max(1, min(tokens, config.rollout.max_new_tokens // 2))
+        if self.target > config.rollout.max_new_tokens:
+            raise UserError(
+                f"method.options.target={self.target}: need 1 <= target <= rollout.max_new_tokens="
+                f"{config.rollout.max_new_tokens}"
+            )
         self.think_tags = speaks_of_thought(config) if o.think_tags is None else o.think_tags
 
     def targets(self, rollouts: Rollouts) -> np.ndarray:

@@ -6,8 +6,9 @@ ThinkPrune4k keeps one limit, 4000; ThinkPruneIterative goes 4000 -> 3000 -> 200
 the sentence.
 
 These limits scale with our base's mean as on DeepScaleR-1.5B-Preview, whose mean answer has 6229 tokens: 0.64, 0.48 and
-0.32 of it, never above rollout.max_new_tokens. LAPO's table has ThinkPrune-4k on that base. The released scripts have
-R1-Distill (8086 tokens), where 4000 is 0.49: method.options.limits.
+0.32 of it, never above rollout.max_new_tokens, and rounded as prompts print lengths (prompt.length_multiple), so that the
+printed limit is the limit. LAPO's table has ThinkPrune-4k on that base. The released scripts have R1-Distill (8086 tokens),
+where 4000 is 0.49: method.options.limits.
 
 Deviations: the stages follow each other within one run, so the optimizer and the reference model go on; theirs restart.
 They pick the model of a stage by validation (step 180 of the first); here stages take equal parts of the run (ours; option
@@ -27,7 +28,7 @@ from nanolapo.config import Config, NotNegative, Positive, UserError
 from nanolapo.data.problems import Problem
 from nanolapo.data.prompts import Guidance, thinkprune_guidance
 from nanolapo.methods.base import Method, SamplingPlan
-from nanolapo.methods.tools import DEEPSCALER, scale
+from nanolapo.methods.tools import DEEPSCALER, scale, stated
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,17 @@ class Truncation(Method):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        most = config.rollout.max_new_tokens
-        scaled = (round(n * scale(config, DEEPSCALER, "method.options.limits")) for n in self.published)
-        self.limits = self.options.limits or tuple(max(1, min(n, most)) for n in scaled)
+        most, multiple = config.rollout.max_new_tokens, config.prompt.length_multiple
+        scaled = (min(n * scale(config, DEEPSCALER, "method.options.limits"), most) for n in self.published)
+        limits = self.options.limits or tuple(scaled)
+        if max(*limits, multiple) > most:
+            raise UserError(
+                f"method.options.limits={list(limits)}, prompt.length_multiple={multiple}: need both to be at most "
+                f"rollout.max_new_tokens={most}"
+            )
+        # What the prompt prints is the limit itself, so the largest multiple within the run's limit bounds it.
+        self.limits = tuple(min(stated(config, n), most // multiple * multiple) for n in limits)
         stages, first_steps = len(self.limits), self.options.first_steps
-        if not all(1 <= limit <= most for limit in self.limits):
-            raise UserError(f"method.options.limits={list(self.limits)}: give 1 to rollout.max_new_tokens={most}")
         if first_steps and (len(first_steps) != stages or first_steps[0] or list(first_steps) != sorted(first_steps)):
             raise UserError(
                 f"method.options.first_steps={list(first_steps)}: give one step for each of the {stages} limits, "

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nanolapo.config import Config, NotNegative, Positive, Share
+from nanolapo.config import Config, NotNegative, Positive, Share, UserError
 from nanolapo.data.problems import Problem
 from nanolapo.data.prompts import Guidance, curriculum_guidance
 from nanolapo.grader.boxes import last_boxed
@@ -89,6 +89,12 @@ class TrainLongThinkShort(Method):
         start, limit = self.options.start_budget, config.rollout.max_new_tokens
         if start is None:
             start = min(round(256 * scale(config, QWEN_7B, "method.options.start_budget")), limit)
+        last = self.options.final_budget or start
+        if not last <= start <= limit:
+            raise UserError(
+                f"method.options.start_budget={start}, final_budget={last}: need 1 <= final_budget <= start_budget <= "
+                f"rollout.max_new_tokens={limit}"
+            )
         self.start_budget = start
         self.step = 0
 

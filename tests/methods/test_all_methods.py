@@ -141,6 +141,32 @@ def test_impossible_options_are_refused(name, option, value):
         built(name, f"method.options.{option}={value}")
 
 
+TOO_LONG = [  # name, overrides: the demo's limit is 256
+    ("l1-exact", ["max_budget=257"]), ("l1-exact", ["min_budget=257"]), ("l1-exact", ["min_budget=9", "max_budget=8"]),
+    ("l1-max", ["max_budget=257"]), ("train-long-think-short", ["start_budget=257"]),
+    ("train-long-think-short", ["start_budget=99", "final_budget=100"]), ("laser", ["target=100000"]),
+    ("laser", ["target=257"]), ("laser-d", ["target=257"]), ("laser-de", ["target=257"]), ("hbpo", ["budgets=[9, 256]"]),
+    ("thinkprune-4k", ["limits=[257]"]), ("truncation", ["limits=[257]"]), ("siri", ["max_tokens=257"]),
+    ("dler", ["target=257"]), ("da-dler", ["target=257"]), ("da-dler", ["target=99", "short_target=100"]),
+    ("dapo", ["cache=257"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "options"), TOO_LONG)
+def test_no_budget_is_above_the_runs_limit(name, options):
+    """Nothing of that length is ever sampled, so it could not be kept to, and a bonus below it would be for all."""
+    with pytest.raises(UserError, match=r"^method\.options\..*rollout\.max_new_tokens=256"):
+        built(name, *(f"method.options.{option}" for option in options))
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("l1-exact", "max_budget=256"), ("laser", "target=256"), ("train-long-think-short", "start_budget=256")],
+)
+def test_the_limit_itself_may_be_a_budget(name, option):
+    assert built(name, f"method.options.{option}").config.rollout.max_new_tokens == 256
+
+
 def test_method_files_stay_small():
     """One sitting each. LAPO is two stages and their readings, base is the hooks."""
     lines = {file: len((ROOT / f"nanolapo/methods/{file}.py").read_text().splitlines()) for file in FILES}
