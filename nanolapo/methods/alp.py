@@ -25,7 +25,7 @@ import numpy as np
 
 from nanolapo.config import Config, NotNegative
 from nanolapo.methods.base import Method
-from nanolapo.methods.tools import DEEPSCALER, as_parts, each_group, scale
+from nanolapo.methods.tools import DEEPSCALER, as_parts, each_group, refuse_unused, scale
 from nanolapo.rollouts import Rollouts
 
 
@@ -61,8 +61,9 @@ class Alp(Method):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.beta = self.options.beta
-        if self.options.form == "paper" and self.beta is None:
+        self.beta, form = self.options.beta, self.options.form
+        refuse_unused(self.options, ["weight" if form == "paper" else "beta"], f"with form={form}")
+        if form == "paper" and self.beta is None:
             self.beta = 1e-7 / scale(config, DEEPSCALER, "method.options.beta")
 
     def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:

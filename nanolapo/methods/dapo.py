@@ -27,6 +27,7 @@ from torch import Tensor
 from nanolapo.advantages import MIN_SPREAD
 from nanolapo.config import Config, Positive, UserError
 from nanolapo.methods.base import Method, SamplingPlan
+from nanolapo.methods.tools import refuse_unused
 from nanolapo.rollouts import Rollouts
 
 
@@ -63,6 +64,8 @@ class Dapo(Method):
             raise UserError(f"method.options.cache={self.cache}: give 1 to rollout.max_new_tokens={limit}")
         if self.options.overlong not in ("shape", "filter", "none"):
             raise UserError(f"method.options.overlong={self.options.overlong!r}: give shape, filter or none")
+        if self.options.overlong != "shape":
+            refuse_unused(self.options, ["cache"], f"with overlong={self.options.overlong}")
 
     def sampling(self, step: int) -> SamplingPlan:
         return replace(super().sampling(step), max_rounds=self.options.max_rounds)

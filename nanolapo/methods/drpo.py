@@ -67,7 +67,7 @@ def softmax(values: np.ndarray) -> np.ndarray:
 
 
 class DrpoLoss(Loss):
-    """-A log p, plus the trust-region penalty, which is on all rows."""
+    """-A log p, plus the trust-region penalty, which is on all rows. loss.clip_low and clip_high do not act."""
 
     acts_without_advantage = True
 
@@ -87,14 +87,16 @@ class DrpoLoss(Loss):
 
 class Drpo(Method):
     Options = Options
+    uses_normalize_std = False
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         c = config.loss
-        if c.aggregation != "sequence_mean" or c.kind != "grpo" or c.kl_coef or c.reweighs:
+        if c.aggregation != "sequence_mean" or c.kind != "grpo" or c.kl_coef or c.dual_clip or c.reweighs:
             raise UserError(
                 "drpo:Drpo has its own policy loss: needs loss.kind=grpo, loss.aggregation=sequence_mean, loss.kl_coef=0, "
-                "loss.tis_cap=0, and no loss.sequence_mask or loss.mastered_mask (configs/methods/drpo.yaml)"
+                "loss.dual_clip=0, loss.tis_cap=0, and no loss.sequence_mask or loss.mastered_mask "
+                "(configs/methods/drpo.yaml)"
             )
         self.loss = DrpoLoss(config, self.options.beta, self.options.delta)
 

@@ -57,6 +57,7 @@ class EfficientReasoning(Method):
     """Every group pays for length."""
 
     Options = Options
+    uses_normalize_std = False
 
     def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:
         total = each_group(rollouts, lambda n, c: sigmoid_reward(n, c, self.options.weight))

@@ -135,8 +135,6 @@ class Lapo(Method):
         self.cut_answers_count = self.readings.cut_answers_count
         self.beta = self.readings.beta if c.beta is None else c.beta
         self.length_map = LengthMap(c.statistic)
-        if config.rollout.group_size < 2:
-            raise UserError("rollout.group_size=1: an advantage compares the answers of a group; use 2 or more")
 
     def state_dict(self) -> dict[str, Any]:
         return {"length_map": self.length_map.state_dict()}

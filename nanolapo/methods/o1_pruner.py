@@ -69,6 +69,7 @@ class O1Pruner(Reference):
     """Length-harmonizing reward, used as the advantage."""
 
     Options = Options
+    compares_group = uses_normalize_std = False
 
     def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:
         lengths, correct = rollouts.by_group(rollouts.lengths_B), rollouts.by_group(rollouts.correct_B)

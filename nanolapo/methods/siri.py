@@ -28,7 +28,7 @@ from typing import Literal
 
 from nanolapo.config import Config, Positive, UserError
 from nanolapo.methods.base import Method, SamplingPlan
-from nanolapo.methods.tools import R1_DISTILL, scale
+from nanolapo.methods.tools import R1_DISTILL, refuse_unused, scale
 from nanolapo.rollouts import Rollouts
 
 
@@ -66,6 +66,8 @@ class Siri(Method):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         o, most = self.options, config.rollout.max_new_tokens
+        if o.period:
+            refuse_unused(o, ["cycles"], "beside period")
         published = o.max_tokens or 16384 * scale(config, R1_DISTILL, "method.options.max_tokens")
         self.high = self.now = o.max_tokens or max(1, min(round(published), most))
         self.low = o.min_tokens or max(1, round(min(published, most) / 2))

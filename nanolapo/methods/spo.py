@@ -64,6 +64,7 @@ def first_counts(num_right: int, num_samples: int, rho: float) -> tuple[float, f
 
 class Spo(Method):
     Options = Options
+    compares_group = uses_normalize_std = False
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -1,8 +1,9 @@
-"""Functions that several methods share: the scale of lengths, rewards by group, cut answers, the form of an answer."""
+"""What several methods share: the scale of lengths, unused options, rewards by group, cut answers, form of an answer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -33,6 +34,14 @@ def scale(config: Config, published_base: float, option: str) -> float:
 def stated(config: Config, length: float) -> int:
     """Round a budget as the prompt prints it (prompt.length_multiple): a reward for another number could not be learned."""
     return to_multiple(length, config.prompt.length_multiple)
+
+
+def refuse_unused(options: Any, names: Sequence[str], because: str) -> None:
+    """Raise UserError if one of these options was changed, because nothing reads it beside the others."""
+    for name in names:
+        value = getattr(options, name)
+        if value != getattr(type(options)(), name):
+            raise UserError(f"method.options.{name}={value} has no effect {because}: leave it out")
 
 
 def each_group(rollouts: Rollouts, reward: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:

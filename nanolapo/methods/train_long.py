@@ -22,6 +22,7 @@ Edge cases: a prompt without a budget has no length term. An empty answer of len
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +32,7 @@ from nanolapo.data.problems import Problem
 from nanolapo.data.prompts import Guidance, curriculum_guidance
 from nanolapo.grader.boxes import last_boxed
 from nanolapo.methods.base import Method, SamplingPlan
-from nanolapo.methods.tools import scale, stated
+from nanolapo.methods.tools import refuse_unused, scale, stated
 from nanolapo.rollouts import Rollouts
 
 QWEN_7B = 258.4  # mean tokens of Qwen-2.5-7B on GSM8K
@@ -47,19 +48,15 @@ def triangle(lengths: np.ndarray, budgets: np.ndarray) -> np.ndarray:
 
 
 def format_score(text: str, answer_tags: bool) -> float:
-    r"""Half for one closed thought, half for one answer after it.
+    r"""Half for one closed thought, half for one answer after it, or anywhere if no thought is closed.
 
-    >>> [format_score(text, False) for text in (r"3 + 4. </think> \boxed{7}", r"</think> </think> \boxed{7}", "7")]
-    [1.0, 0.5, 0.0]
+    >>> [format_score(text, False) for text in (r"3. </think> \boxed{7}", r"3. \boxed{7} </think> 7", r"3. \boxed{7}", "7")]
+    [1.0, 0.5, 0.5, 0.0]
     """
     thought, closing, rest = text.rpartition("</think>")
     closed = closing != "" and "</think>" not in thought and thought.count("<think>") <= 1 and "<think>" not in rest
-    if answer_tags:
-        answered = rest.count("<answer>") == rest.count("</answer>") == 1 and rest.find("<answer>") < rest.find(
-            "</answer>"
-        )
-    else:
-        answered = last_boxed(rest) is not None
+    tagged = re.findall("</?answer>", rest) == ["<answer>", "</answer>"]
+    answered = tagged if answer_tags else last_boxed(rest) is not None
     return 0.5 * closed + 0.5 * answered
 
 
@@ -82,21 +79,24 @@ class TrainLongThinkShort(Method):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        words = (
-            config.prompt.template if config.prompt.style == "raw" else config.prompt.system + config.prompt.instruction
-        )
+        p = config.prompt
+        words = p.template if p.style == "raw" else p.system + p.instruction
         self.answer_tags = "<answer>" in words
-        start, limit = self.options.start_budget, config.rollout.max_new_tokens
-        if start is None:
-            start = min(round(256 * scale(config, QWEN_7B, "method.options.start_budget")), limit)
-        last = self.options.final_budget or start
+        o, limit = self.options, config.rollout.max_new_tokens
+        if o.final_budget:
+            refuse_unused(
+                o, ["gamma", "interval"], "beside final_budget, which sets the decay from part to part of the run"
+            )
+        if o.interval:
+            refuse_unused(o, ["decays"], "beside interval")
+        start = o.start_budget or min(round(256 * scale(config, QWEN_7B, "method.options.start_budget")), limit)
+        self.start_budget, self.step = start, 0
+        last = o.final_budget or start
         if not last <= start <= limit:
             raise UserError(
                 f"method.options.start_budget={start}, final_budget={last}: need 1 <= final_budget <= start_budget <= "
                 f"rollout.max_new_tokens={limit}"
             )
-        self.start_budget = start
-        self.step = 0
 
     def budget(self, step: int) -> int:
         """B(t), cut to an integer, and as the prompt prints it."""

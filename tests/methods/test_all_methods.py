@@ -167,6 +167,54 @@ def test_the_limit_itself_may_be_a_budget(name, option):
     assert built(name, f"method.options.{option}").config.rollout.max_new_tokens == 256
 
 
+UNREAD = [  # name, overrides, the first option that nothing reads beside the others
+    ("train-long-think-short", ["final_budget=50", "interval=30"], "interval"),
+    ("train-long-think-short", ["final_budget=50", "gamma=0.1"], "gamma"),
+    ("train-long-think-short", ["interval=30", "decays=2"], "decays"),
+    ("siri", ["period=20", "cycles=2.5"], "cycles"),
+    ("alp", ["form=paper", "weight=0.5"], "weight"),
+    ("alp", ["beta=1e-3"], "beta"),
+    ("dler", ["short_target=20"], "short_target"),
+    ("dapo-overlong-filter", ["cache=20"], "cache"),
+    ("dapo", ["overlong=none", "cache=20"], "cache"),
+    ("hapo-tokens", ["overlong=filter", "cache=20"], "cache"),
+    ("gfpo", ["adaptive=true", "k=4"], "k"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "unread"), UNREAD)
+def test_an_option_that_nothing_would_read_is_refused(name, options, unread):
+    with pytest.raises(UserError, match=rf"method\.options\.{unread}\b"):
+        built(name, *(f"method.options.{option}" for option in options))
+    rest = [option for option in options if not option.startswith(unread)]
+    built(name, *(f"method.options.{option}" for option in rest))
+
+
+OWN_FORMULA = {  # their advantage is not (R - mean) / std of a group
+    "dler", "da-dler", "lapo-dler", "spo", "o1-pruner", "drpo", "adapt-think", "hapo-tokens", "ddca", "efficient-reasoning",
+}  # fmt: skip
+ALONE = {"spo", "o1-pruner", "adapt-think"}  # they compare an answer with the problem's past or with the first model
+
+
+@pytest.mark.parametrize("name", [path.stem for path in YAMLS])
+def test_normalize_std_is_refused_exactly_where_nothing_reads_it(name):
+    if name not in OWN_FORMULA:
+        assert not built(name, "loss.normalize_std=false").config.loss.normalize_std
+        return
+    with pytest.raises(UserError, match="^loss.normalize_std=false: the advantage of .*; set loss.normalize_std=true$"):
+        built(name, "loss.normalize_std=false")
+
+
+@pytest.mark.parametrize("name", [path.stem for path in YAMLS])
+def test_a_group_of_one_is_refused_where_answers_are_compared(name):
+    if name in ALONE - {"adapt-think"}:
+        assert built(name, "rollout.group_size=1").config.rollout.group_size == 1
+        return
+    message = "must be even" if name in ALONE else "an advantage compares the answers of a group; use 2 or more$"
+    with pytest.raises(UserError, match=f"^rollout.group_size=1: .*{message}"):
+        built(name, "rollout.group_size=1")
+
+
 def test_method_files_stay_small():
     """One sitting each. LAPO is two stages and their readings, base is the hooks."""
     lines = {file: len((ROOT / f"nanolapo/methods/{file}.py").read_text().splitlines()) for file in FILES}

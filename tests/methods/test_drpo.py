@@ -189,6 +189,6 @@ def test_drift_penalty_above_delta_only():
 def test_settings_that_would_be_another_loss_are_refused():
     with pytest.raises(UserError, match="sequence_mean"):
         Drpo(config(loss={"aggregation": "token_mean"}))
-    for loss in ({"kl_coef": 0.1}, {"tis_cap": 2.0}, {"kind": "r2vpo"}):
+    for loss in ({"kl_coef": 0.1}, {"tis_cap": 2.0}, {"kind": "r2vpo"}, {"dual_clip": 10.0}):
         with pytest.raises(UserError, match="has its own policy loss"):
             Drpo(config(loss=loss))
