@@ -86,6 +86,7 @@ class Sas(Method):
         advantages_BT = advantages_B[:, None].repeat(1, max(1, int(rollouts.lengths_B.max())))
         for b in torch.nonzero(advantages_B).flatten().tolist():
             row = rollouts.rows[b]
+            advantages_BT[b, len(row.response_ids) :] = 0.0  # or a row without any signal would seem to have some
             if row.broken:
                 continue
             steps = split_steps([self.piece(token) for token in row.response_ids.tolist()], o.separator)

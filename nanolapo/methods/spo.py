@@ -15,7 +15,8 @@ power of a + b; the code does not, nor do we. The paper's start has no + 0.5.
 Step 0 draws its problems before the first samples, so with equal weights.
 
 A step samples prompts_per_step x group_size problems once each, so that it costs what a step of a group method costs.
-Edge: all A equal: no gradient. An answer marked broken is not counted. State: (a, b) by problem id.
+Edge: all A equal: no gradient. An answer marked broken is not counted, except among the n0 first ones. State: (a, b) by
+problem id.
 """
 
 from __future__ import annotations
@@ -103,7 +104,10 @@ class Spo(Method):
 
     def advantage(self, rollouts: Rollouts, rewards_PG: Tensor) -> Tensor:
         values_P1 = torch.tensor([[self.value(p.id)] for p in rollouts.problems], dtype=rewards_PG.dtype)
-        return whiten((rewards_PG - values_P1).flatten())
+        differences_B, usable_B = (rewards_PG - values_P1).flatten(), torch.tensor(~rollouts.broken_B)
+        advantages_B = torch.zeros_like(differences_B)
+        advantages_B[usable_B] = whiten(differences_B[usable_B])
+        return advantages_B
 
     def after_step(self, rollouts: Rollouts) -> dict[str, float]:
         rho = self.options.rho
