@@ -66,7 +66,7 @@ def column(read: Callable[[Rollout], Any], dtype: type) -> property:
 
 @dataclass
 class Measured:
-    """Lengths and verdicts of groups of answers, without the answers. It reads like Rollouts."""
+    """Lengths and verdicts of groups of answers, without the answers. It reads like Rollouts, broken rows included."""
 
     problems: tuple[Problem, ...]  # P
     group_size: int

@@ -2,7 +2,8 @@
 
 One denominator per optimizer batch: token and row counts are taken over all ranks and micro-batches before the first
 backward pass, every token's loss is multiplied by its weight, and gradients are summed. So splitting the same rows over
-micro-batches or ranks in any way gives the same gradient.
+micro-batches or ranks in any way gives the same gradient. A loss that must know how far the policy has moved on the whole
+batch (needs_drift) is told before its first backward pass.
 """
 
 from __future__ import annotations
@@ -81,12 +82,14 @@ def update_policy(
         if not batch.has_signal:
             continue
         weights_are_the_samplers = policy.num_steps == first_update
+        exact = weights_are_the_samplers and config.loss.old_logprobs == "trainer"  # no rounding between two passes
+        if method.loss.needs_drift:
+            method.loss.drift = 0.0 if exact else mean_drift(policy, rollouts, batch, old, ranks)
         for rows in batch.microbatches:
             micro = make_microbatch(rollouts, rows, policy.device)
             if not rows:
                 keep_in_step(policy, micro)
                 continue
-            exact = weights_are_the_samplers and config.loss.old_logprobs == "trainer"  # no rounding between two passes
             inputs = loss_inputs(policy, rollouts, advantages, micro, None if exact else old)
             if weights_are_the_samplers:
                 tally_mismatch(tally, inputs)
@@ -164,6 +167,18 @@ def old_logprobs(
         if not from_sampler:
             old = [scored.get(row, sampled) for row, sampled in enumerate(rollouts.sampler_logprobs)]
     return old
+
+
+def mean_drift(
+    policy: Policy, rollouts: Rollouts, batch: OptimizerBatch, old: Sequence[np.ndarray] | None, ranks: Ranks
+) -> float:
+    """Return the mean of log p_old - log p over all tokens of an optimizer batch, whichever ranks train them."""
+    assert old is not None
+    scored, _ = score(policy, rollouts, batch.microbatches)
+    drifts = [old[row] - logprobs for row, logprobs in scored.items()]
+    sums = ranks.gather((sum(float(drift.sum(dtype=np.float64)) for drift in drifts), sum(map(len, drifts))))
+    total, count = map(sum, zip(*sums, strict=True))
+    return total / max(1, count)
 
 
 def loss_inputs(

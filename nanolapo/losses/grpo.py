@@ -172,6 +172,9 @@ class Loss:
     aggregations: tuple[str, ...] = ("token_mean", "sequence_mean", "constant")  # those that the loss is defined with
     dual_clips = True  # True if loss.dual_clip may be set
     acts_without_advantage = False  # True if the loss also acts where the advantage is 0
+    # True: `drift` is set before each optimizer batch, at the cost of a forward pass, but for the first of a step
+    needs_drift = False
+    drift = 0.0  # mean of log p_old - log p over all tokens of the optimizer batch, on all ranks
     needs_entropy = False  # True: rollouts.old_entropies is filled before `prepare`, at the cost of a forward pass
 
     def __init__(self, config: Config) -> None:

@@ -50,7 +50,8 @@ class KlCov(Loss):
     """-r A for all tokens, plus coef |log p - log p_old| for the chosen ones. The choice needs the whole batch.
 
     The second term has the slope coef however small the difference is. Below ROUNDING it counts as none, or the first
-    update after sampling, where both are equal, would follow the signs of rounding errors.
+    update after sampling, where both are equal, would follow the signs of rounding errors. loss.clip_low and clip_high do
+    not act.
     """
 
     Options = KlCovOptions

@@ -33,7 +33,8 @@ def next_lam(lam: float, variance: float, rate: float, target: float) -> float:
 
 
 class R2vpo(Loss):
-    """-(r A - lam (r - 1)^2). `state` holds lam, which moves after every step with an update."""
+    """-(r A - lam (r - 1)^2). `state` holds lam, which moves after every step with an update. loss.clip_low and
+    clip_high do not act."""
 
     Options = R2vpoOptions
     dual_clips = False

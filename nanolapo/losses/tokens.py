@@ -21,6 +21,7 @@ class Cispo(Loss):
     """CISPO (MiniMax-M1, arXiv 2506.13585): -sg(min(r, cap)) A log p. No token loses its gradient.
 
     Sources differ on the bound (verl: both sides, around 1); here it is an absolute upper bound, as in ScaleRL (5).
+    loss.clip_low and clip_high do not act.
     """
 
     Options = CispoOptions

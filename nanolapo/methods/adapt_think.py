@@ -48,6 +48,7 @@ class Options:
 
 class AdaptThink(Reference):
     Options = Options
+    compares_group = uses_normalize_std = False
     closing_id = opening_id = -1
 
     def __init__(self, config: Config) -> None:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from nanolapo.advantages import group_advantages
-from nanolapo.config import Config, UserError
+from nanolapo.config import Config, NotNegative, Positive, Share, UserError
 from nanolapo.data.order import batch_indices
 from nanolapo.data.problems import Problem
 from nanolapo.methods.base import Method, MonitorPlan
@@ -33,12 +33,12 @@ from nanolapo.rollouts import Measured, Rollout, Rollouts
 
 @dataclass(frozen=True)
 class Options:
-    target: float = 0.5  # nats per token
-    high: float = 1.2  # temperature of the extra samples while the entropy is at most the target ...
-    low: float = 0.8  # ... and above it
-    prompts: float = 0.25  # share of the step's prompts that is sampled again
-    threshold: float = 0.05  # group advantage above which an extra answer is kept
-    replace: int | None = None  # K, answers; None: 60 of 2560
+    target: NotNegative[float] = 0.5  # nats per token
+    high: Positive[float] = 1.2  # temperature of the extra samples while the entropy is at most the target ...
+    low: Positive[float] = 0.8  # ... and above it
+    prompts: Share = 0.25  # share of the step's prompts that is sampled again
+    threshold: NotNegative[float] = 0.05  # group advantage above which an extra answer is kept
+    replace: NotNegative[int] | None = None  # K, answers; None: 60 of 2560
 
 
 def pair_rows(group_of_extra: list[int], group_size: int) -> list[tuple[int, int]]:

@@ -23,17 +23,17 @@ from typing import Literal
 
 import numpy as np
 
-from nanolapo.config import Config
+from nanolapo.config import Config, NotNegative
 from nanolapo.methods.base import Method
-from nanolapo.methods.tools import DEEPSCALER, as_parts, each_group, scale
+from nanolapo.methods.tools import DEEPSCALER, as_parts, each_group, refuse_unused, scale
 from nanolapo.rollouts import Rollouts
 
 
 @dataclass(frozen=True)
 class Options:
     form: Literal["shipped", "paper"] = "shipped"
-    weight: float = 0.25  # shipped: what the longest answer of a solved group pays
-    beta: float | None = None  # paper: price per token; None: 1e-7, scaled
+    weight: NotNegative[float] = 0.25  # shipped: what the longest answer of a solved group pays
+    beta: NotNegative[float] | None = None  # paper: price per token; None: 1e-7, scaled
 
 
 def shipped_reward(lengths: np.ndarray, correct: np.ndarray, weight: float = 0.25) -> np.ndarray:
@@ -61,8 +61,9 @@ class Alp(Method):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.beta = self.options.beta
-        if self.options.form == "paper" and self.beta is None:
+        self.beta, form = self.options.beta, self.options.form
+        refuse_unused(self.options, ["weight" if form == "paper" else "beta"], f"with form={form}")
+        if form == "paper" and self.beta is None:
             self.beta = 1e-7 / scale(config, DEEPSCALER, "method.options.beta")
 
     def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:

@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from nanolapo.advantages import group_advantages
-from nanolapo.config import Config, NoOptions
+from nanolapo.config import Config, NoOptions, UserError
 from nanolapo.config_file import build
 from nanolapo.data.problems import Problem
 from nanolapo.data.prompts import Guidance
@@ -57,11 +57,20 @@ class Method:
     Options: type = NoOptions  # a frozen dataclass; method.options in the YAML fills it, strictly
     grader_rule = "math"
     cut_answers_count = False  # True: an answer cut at the limit may be right (its box was already printed)
+    compares_group = True  # False: its advantage is not 0 where a group is a single answer
+    uses_normalize_std = True  # False: loss.normalize_std has no part in its advantage
     # Share of the run that is done, by steps or by sampled tokens, in [0, 1), at the start of the current step.
     progress = 0.0
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        if self.compares_group and config.rollout.group_size < 2:
+            raise UserError("rollout.group_size=1: an advantage compares the answers of a group; use 2 or more")
+        if not (config.loss.normalize_std or self.uses_normalize_std):
+            raise UserError(
+                f"loss.normalize_std=false: the advantage of {type(self).__name__} has a formula without this key; set "
+                "loss.normalize_std=true"
+            )
         self.options: Any = build(self.Options, dict(config.method.options), "method.options")
         self.loss: Loss = load_loss(config)  # what update_policy calls; its state is in every checkpoint, too
 

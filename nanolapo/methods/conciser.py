@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from nanolapo.config import NotNegative, Positive, Share
 from nanolapo.methods.base import Method, SamplingPlan
 from nanolapo.methods.dapo import mixed_groups
 from nanolapo.rollouts import Rollouts
@@ -28,9 +29,9 @@ from nanolapo.rollouts import Rollouts
 
 @dataclass(frozen=True)
 class Options:
-    first_stage: float = 0.8  # share of the run before length counts; 0: L-GRPO from the start (ours)
-    weight: float = 1.0  # of the length term (ours)
-    max_rounds: int = 4  # rounds of sampling to fill a batch; 1: no refill (ours)
+    first_stage: Share = 0.8  # share of the run before length counts; 0: L-GRPO from the start (ours)
+    weight: NotNegative[float] = 1.0  # of the length term (ours)
+    max_rounds: Positive[int] = 4  # rounds of sampling to fill a batch; 1: no refill (ours)
 
 
 def length_term(lengths_PG: np.ndarray, correct_PG: np.ndarray, limit: int) -> np.ndarray:

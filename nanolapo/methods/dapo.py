@@ -25,16 +25,17 @@ import torch
 from torch import Tensor
 
 from nanolapo.advantages import MIN_SPREAD
-from nanolapo.config import Config, UserError
+from nanolapo.config import Config, Positive, UserError
 from nanolapo.methods.base import Method, SamplingPlan
+from nanolapo.methods.tools import refuse_unused
 from nanolapo.rollouts import Rollouts
 
 
 @dataclass(frozen=True)
 class Options:
-    cache: int | None = None  # L_cache, tokens; None: a fifth of the limit, as published
+    cache: Positive[int] | None = None  # L_cache, tokens; None: a fifth of the limit, as published
     overlong: str = "shape"  # shape | filter | none
-    max_rounds: int = 4  # rounds of sampling to fill a batch; 1: no refill
+    max_rounds: Positive[int] = 4  # rounds of sampling to fill a batch; 1: no refill
 
 
 def overlong_penalty(lengths_B: np.ndarray, limit: int, cache: float) -> np.ndarray:
@@ -63,6 +64,8 @@ class Dapo(Method):
             raise UserError(f"method.options.cache={self.cache}: give 1 to rollout.max_new_tokens={limit}")
         if self.options.overlong not in ("shape", "filter", "none"):
             raise UserError(f"method.options.overlong={self.options.overlong!r}: give shape, filter or none")
+        if self.options.overlong != "shape":
+            refuse_unused(self.options, ["cache"], f"with overlong={self.options.overlong}")
 
     def sampling(self, step: int) -> SamplingPlan:
         return replace(super().sampling(step), max_rounds=self.options.max_rounds)

@@ -11,7 +11,7 @@ scores s stay as above.
 
 The reward stays c, so neither wrong answers nor the division by the deviation can weaken the length term: a group that is
 right throughout still has a signal, of strength beta (their code: 0.2, and 0.2 to 0.5 in a comment). The form does not
-depend on the unit of length, so nothing is scaled. loss.normalize_std does not count: the formula says where it divides.
+depend on the unit of length, so nothing is scaled. loss.normalize_std has no effect: the formula says where it divides.
 
 Edge cases: none right: 0. All right: length alone counts. A lone right answer has no length term, nor have equal lengths.
 Cut answers are wrong, so their length counts nowhere. With a large beta a right answer may be pushed down: in a group with
@@ -84,6 +84,7 @@ class Ddca(Method):
     """Accuracy and length as two advantages."""
 
     Options = Options
+    uses_normalize_std = False
 
     def advantage(self, rollouts: Rollouts, rewards_PG: Tensor) -> Tensor:
         advantages_B = each_group(rollouts, lambda n, c: ddca_advantages(n, c, self.options))

@@ -24,13 +24,14 @@ Edge: nothing kept, or nothing that differs, gives advantage 0 everywhere (std_b
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nanolapo.advantages import batch_advantages
-from nanolapo.config import Config, UserError
+from nanolapo.config import Config, Positive, Share, UserError
 from nanolapo.config_file import one_of
 from nanolapo.methods.base import Method, SamplingPlan
 from nanolapo.methods.dapo import mixed_groups
@@ -41,20 +42,25 @@ from nanolapo.rollouts import Rollout, Rollouts
 @dataclass(frozen=True)
 class OptimiserOptions:
     whiten: str = "sequences"  # sequences (paper) | tokens (code)
-    max_rounds: int = 4  # rounds of sampling to fill a batch; 1: no refill
+    max_rounds: Positive[int] = 4  # rounds of sampling to fill a batch; 1: no refill
 
 
 @dataclass(frozen=True)
 class Options(OptimiserOptions):
-    target: int | None = None  # limit in tokens; None: rollout.max_new_tokens, the paper's 4000
-    short_target: int | None = None  # DA-DLER's limit of groups solved at least half; None: half (2000 of 4000)
-    cut_reward: float = 0.0  # a right answer that was cut; the code: 0.1
+    target: Positive[int] | None = None  # limit in tokens; None: rollout.max_new_tokens, the paper's 4000
+    cut_reward: Share = 0.0  # a right answer that was cut; the code: 0.1
+
+
+@dataclass(frozen=True)
+class DaOptions(Options):
+    short_target: Positive[int] | None = None  # the limit of groups solved at least half; None: half (2000 of 4000)
 
 
 class Optimiser(Method):
     """DLER without its limit and its reward: the advantage, and the groups that are kept. lapo_dler.py uses it as well."""
 
     Options: type = OptimiserOptions
+    uses_normalize_std = False
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -74,19 +80,15 @@ class Optimiser(Method):
 
 
 class Dler(Optimiser):
-    Options = Options
+    Options: Any = Options
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         o, limit = self.options, config.rollout.max_new_tokens
         self.target = limit if o.target is None else o.target
-        self.short_target = max(1, self.target // 2) if o.short_target is None else o.short_target
         self.cut_answers_count = o.cut_reward > 0
-        if not 1 <= self.short_target <= self.target <= limit:
-            raise UserError(
-                f"method.options.short_target={self.short_target}, target={self.target}: need 1 <= short_target <= target "
-                f"<= rollout.max_new_tokens={limit}"
-            )
+        if self.target > limit:
+            raise UserError(f"method.options.target={self.target}: need 1 <= target <= rollout.max_new_tokens={limit}")
 
     def sampling(self, step: int) -> SamplingPlan:
         return replace(super().sampling(step), max_new_tokens=self.target)
@@ -100,6 +102,18 @@ class Dler(Optimiser):
 
 class DaDler(Dler):
     """DLER with half the limit for groups that are solved at least half of the time."""
+
+    Options = DaOptions
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        short = self.options.short_target
+        self.short_target = max(1, self.target // 2) if short is None else short
+        if self.short_target > self.target:
+            raise UserError(
+                f"method.options.short_target={self.short_target}, target={self.target}: need 1 <= short_target <= target "
+                f"<= rollout.max_new_tokens={config.rollout.max_new_tokens}"
+            )
 
     def edit_rollouts(self, rollouts: Rollouts) -> list[Rollout]:
         pass_rates_P = rollouts.by_group(rollouts.correct_B).mean(axis=1)

@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from nanolapo.config import Config, UserError
+from nanolapo.config import Config, Positive, UserError
 from nanolapo.data.problems import Problem
 from nanolapo.methods.base import Method, SamplingPlan
 from nanolapo.methods.dapo import mixed_groups
@@ -42,8 +42,8 @@ REMEMBERED = 20  # steps
 
 @dataclass(frozen=True)
 class Options:
-    spread: float = 3.0  # a, standard deviations above the mean
-    min_cut: float | None = None  # m, tokens, or a share of the answer below 1; None: 32 tokens (scaled)
+    spread: Positive[float] = 3.0  # a, standard deviations above the mean
+    min_cut: Positive[float] | None = None  # m, tokens, or a share of the answer below 1; None: 32 tokens (scaled)
 
 
 def outlier_limits(
@@ -84,18 +84,14 @@ class Dot(Method):
         self.min_cut, self.min_tokens, group_size = self.options.min_cut, 1.0, config.rollout.group_size
         if self.min_cut is None:
             self.min_cut = max(1.0, 32 * scale(config, R1_DISTILL, "method.options.min_cut"))
-        elif 0 < self.min_cut < 1:
+        elif self.min_cut < 1:
             self.min_tokens = max(1.0, 16 * scale(config, R1_DISTILL, "method.options.min_cut in tokens, 1 or more"))
         self.kept_shares: list[float] = []
         bound = (group_size - 1) / math.sqrt(group_size)
-        if not 0 < self.options.spread < bound:
+        if self.options.spread >= bound:
             raise UserError(
                 f"method.options.spread={self.options.spread}: with rollout.group_size={group_size} no answer lies "
-                f"{bound:.2f} standard deviations above its group's mean; give more than 0 and well below that"
-            )
-        if self.min_cut <= 0:
-            raise UserError(
-                f"method.options.min_cut={self.min_cut}: give tokens, or a share of an answer between 0 and 1"
+                f"{bound:.2f} standard deviations above its group's mean; give well below that"
             )
 
     def start(self, problems: list[Problem]) -> None:

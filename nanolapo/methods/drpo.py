@@ -16,8 +16,9 @@ from the old log-probs of the whole batch, as recorded while sampling. With one 
 the engine's rounding, here divided by tau = 10); with more, the later ones keep the first's weights where theirs follow
 s_j. The value of the loss has no meaning (nor has theirs).
 
-The penalty K uses the micro-batch's own mean (as theirs), and its token mean the step's mean length. It is 0 while logp is
-logp_old, so with one update per rollout step it never acts. The paper's penalty has the same gradient.
+K is the mean over the optimizer batch, which is scored once more for it (theirs: over each micro-batch, so that its size
+would change the gradient); its token mean uses the step's mean length. It is 0 while logp is logp_old, so with one update
+per rollout step it never acts. The paper's penalty has the same gradient.
 
 loss.aggregation must be sequence_mean: that is the 1/L_i of s_i. Edge: one class only: no gradient. No state.
 """
@@ -30,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanolapo.config import Config, UserError
+from nanolapo.config import Config, NotNegative, Positive, UserError
 from nanolapo.losses import Loss, LossInputs
 from nanolapo.methods.base import Method
 from nanolapo.rollouts import Rollouts
@@ -38,10 +39,10 @@ from nanolapo.rollouts import Rollouts
 
 @dataclass(frozen=True)
 class Options:
-    length_temperature: float = 0.1  # lambda; smaller: shorter
-    tau: float = 10.0
-    beta: float = 1000.0  # strength of the trust-region penalty ...
-    delta: float = 1e-4  # ... above this K
+    length_temperature: Positive[float] = 0.1  # lambda; smaller: shorter
+    tau: Positive[float] = 10.0
+    beta: NotNegative[float] = 1000.0  # strength of the trust-region penalty ...
+    delta: NotNegative[float] = 1e-4  # ... above this K
 
 
 def decoupled_weights(
@@ -67,34 +68,39 @@ def softmax(values: np.ndarray) -> np.ndarray:
 
 
 class DrpoLoss(Loss):
-    """-A log p, plus the trust-region penalty, which is on all rows."""
+    """-A log p, plus the trust-region penalty, which is on all rows. loss.clip_low and clip_high do not act."""
 
     acts_without_advantage = True
+    needs_drift = True
 
     def __init__(self, config: Config, beta: float, delta: float) -> None:
         super().__init__(config)
         self.beta, self.delta = beta, delta
 
+    def prepare(self, rollouts: Rollouts, advantages: Tensor, counts_B: np.ndarray) -> None:
+        self.mean_length = float(rollouts.lengths_B[counts_B].mean()) if counts_B.any() else 1.0
+
     def __call__(self, x: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
         drift_BT = (x.old_logprobs_BT - x.logprobs_BT) * x.mask_BT
-        drift = drift_BT.detach().sum() / x.mask_BT.sum().clamp(min=1)  # K of this micro-batch
-        strength = (self.beta * (drift - self.delta)).clamp(min=0)
+        strength = max(0.0, self.beta * (self.drift - self.delta))
         # L_b / mean(L) turns the 1 / (L_b rows) of sequence_mean into 1 / tokens.
-        length_B1 = x.mask_BT.sum(dim=1, keepdim=True) / float(x.rollouts.lengths_B.mean())
+        length_B1 = x.mask_BT.sum(dim=1, keepdim=True) / self.mean_length
         loss_BT = -x.advantages_BT * x.logprobs_BT + strength * drift_BT * length_B1
         return loss_BT, {"drift": drift_BT.detach(), "penalty_strength": strength * x.mask_BT}
 
 
 class Drpo(Method):
     Options = Options
+    uses_normalize_std = False
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         c = config.loss
-        if c.aggregation != "sequence_mean" or c.kind != "grpo" or c.kl_coef or c.reweighs:
+        if c.aggregation != "sequence_mean" or c.kind != "grpo" or c.kl_coef or c.dual_clip or c.reweighs:
             raise UserError(
                 "drpo:Drpo has its own policy loss: needs loss.kind=grpo, loss.aggregation=sequence_mean, loss.kl_coef=0, "
-                "loss.tis_cap=0, and no loss.sequence_mask or loss.mastered_mask (configs/methods/drpo.yaml)"
+                "loss.dual_clip=0, loss.tis_cap=0, and no loss.sequence_mask or loss.mastered_mask "
+                "(configs/methods/drpo.yaml)"
             )
         self.loss = DrpoLoss(config, self.options.beta, self.options.delta)
 

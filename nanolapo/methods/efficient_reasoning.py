@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from nanolapo.advantages import batch_advantages
+from nanolapo.config import Share
 from nanolapo.methods.base import Method
 from nanolapo.methods.tools import as_parts, each_group
 from nanolapo.rollouts import Rollouts
@@ -49,13 +50,14 @@ def sigmoid_reward(lengths: np.ndarray, correct: np.ndarray, weight: float) -> n
 
 @dataclass(frozen=True)
 class Options:
-    weight: float = 0.1  # a
+    weight: Share = 0.1  # a
 
 
 class EfficientReasoning(Method):
     """Every group pays for length."""
 
     Options = Options
+    uses_normalize_std = False
 
     def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:
         total = each_group(rollouts, lambda n, c: sigmoid_reward(n, c, self.options.weight))

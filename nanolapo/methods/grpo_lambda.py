@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nanolapo.config import Share
 from nanolapo.methods.base import Method
 from nanolapo.methods.efficient_reasoning import sigmoid_reward
 from nanolapo.methods.tools import as_parts
@@ -41,8 +42,8 @@ def best_groups(correct_PG: np.ndarray, share: float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Options:
-    share: float = 0.2  # lambda
-    weight: float = 0.2  # a
+    share: Share = 0.2  # lambda
+    weight: Share = 0.2  # a
 
 
 class GrpoLambda(Method):

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from nanolapo.config import Config, UserError
+from nanolapo.config import Config, NotNegative, UserError
 from nanolapo.methods.base import Method
 from nanolapo.methods.tools import as_parts
 from nanolapo.rollouts import Rollouts
@@ -55,7 +55,7 @@ SHAPES = {"cosine": cosine_shape, "linear": linear_shape}
 
 @dataclass(frozen=True)
 class Options:
-    weight: float = 1.0  # w
+    weight: NotNegative[float] = 1.0  # w
     shape: str = "cosine"  # cosine | linear
     mode: str = "min"  # min | mean: h is this of the right lengths so far
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from nanolapo.advantages import MIN_SPREAD, group_advantages
-from nanolapo.config import Config, UserError
+from nanolapo.config import Config, Share, UserError
 from nanolapo.losses import Loss, LossInputs, clipped_surrogate
 from nanolapo.methods import dapo
 from nanolapo.rollouts import Rollouts
@@ -39,7 +39,7 @@ from nanolapo.rollouts import Rollouts
 
 @dataclass(frozen=True)
 class Options(dapo.Options):
-    quantile: float = 0.8  # of log-entropy: the pivot between sure and unsure tokens
+    quantile: Share = 0.8  # of log-entropy: the pivot between sure and unsure tokens
 
 
 def entropy_scale(entropies_N: np.ndarray, quantile: float) -> tuple[float, float, float]:
@@ -73,8 +73,7 @@ def token_group_advantages(rewards_PG: Tensor, lengths_PG: Tensor) -> Tensor:
     shares = lengths_PG.double() / lengths_PG.double().sum(dim=1, keepdim=True).clamp(min=1)
     centred = rewards - (shares * rewards).sum(dim=1, keepdim=True)
     std = (shares * centred.square()).sum(dim=1, keepdim=True).sqrt()
-    by_token = centred / (std + 1e-6)
-    by_token = torch.where(rewards.amax(1, True) - rewards.amin(1, True) < MIN_SPREAD, 0.0, by_token)
+    by_token = torch.where(rewards.amax(1, True) - rewards.amin(1, True) < MIN_SPREAD, 0.0, centred / (std + 1e-6))
     extreme = (by_token.abs() >= 5).any(dim=1, keepdim=True)
     return torch.where(extreme, group_advantages(rewards), by_token).to(rewards_PG.dtype)
 
@@ -114,6 +113,7 @@ class TokenHapoLoss(Loss):
 
 class TokenHapo(dapo.Dapo):
     Options = Options
+    uses_normalize_std = False
     cache_share = 4096 / 10240
 
     def __init__(self, config: Config) -> None:

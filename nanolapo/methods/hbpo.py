@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanolapo.config import Config, UserError
+from nanolapo.config import Config, NotNegative, Positive, UserError
 from nanolapo.data.problems import Problem
 from nanolapo.data.prompts import Guidance, exact_guidance, hbpo_guidance
 from nanolapo.methods.base import Method
@@ -74,9 +74,9 @@ def intra_advantages(rewards_PG: np.ndarray, budgets_PG: np.ndarray, limit: int,
 
 @dataclass(frozen=True)
 class Options:
-    budgets: tuple[int, ...] | None = None  # tokens; None: 512, 1024, 2048, 2560, scaled
-    beta: float = 4.0
-    intra_weight: float = 1.0  # of A_intra; the code has 2
+    budgets: tuple[Positive[int], ...] | None = None  # tokens; None: 512, 1024, 2048, 2560, scaled
+    beta: NotNegative[float] = 4.0
+    intra_weight: NotNegative[float] = 1.0  # of A_intra; the code has 2
     wording: str = "within"  # within (paper) | with (code)
     think_tags: bool | None = None  # True: an answer must end its thought; None: if the config's prompt names <think>
 

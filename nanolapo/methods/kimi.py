@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nanolapo.config import NotNegative, Share
 from nanolapo.methods.base import Method
 from nanolapo.methods.tools import each_group
 from nanolapo.rollouts import Rollouts
@@ -42,8 +43,8 @@ def kimi_length_reward(lengths: np.ndarray, correct: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Options:
-    weight: float = 0.267
-    warmup_fraction: float = 0.1  # of the run without the length term
+    weight: NotNegative[float] = 0.267
+    warmup_fraction: Share = 0.1  # of the run without the length term
 
 
 class KimiLength(Method):

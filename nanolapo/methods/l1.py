@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from nanolapo.config import Config, UserError
+from nanolapo.config import Config, NotNegative, Positive, UserError
 from nanolapo.data.problems import Problem
 from nanolapo.data.prompts import Guidance, outside_guidance
 from nanolapo.methods.base import Method
@@ -41,9 +41,9 @@ def exact_reward(lengths: np.ndarray, correct: np.ndarray, budgets: np.ndarray, 
 
 @dataclass(frozen=True)
 class Options:
-    alpha: float | None = None  # price per token of length error; None: 0.0003, scaled
-    min_budget: int | None = None  # tokens; None: 100, scaled
-    max_budget: int | None = None  # tokens; None: 4000, scaled
+    alpha: NotNegative[float] | None = None  # price per token of length error; None: 0.0003, scaled
+    min_budget: Positive[int] | None = None  # tokens; None: 100, scaled
+    max_budget: Positive[int] | None = None  # tokens; None: 4000, scaled
     redraw: bool = False  # draw a new budget at every visit of a problem
 
 
@@ -62,8 +62,11 @@ class L1Exact(Method):
             self.high = min(limit, round(4000 * scale(config, DEEPSCALER, "method.options.max_budget")))
         if o.alpha is None:
             self.alpha = 0.0003 / scale(config, DEEPSCALER, "method.options.alpha")
-        if not 1 <= self.low <= self.high:
-            raise UserError(f"method.options: budgets from {self.low} to {self.high} tokens; need 1 <= min <= max")
+        if not 1 <= self.low <= self.high <= limit:
+            raise UserError(
+                f"method.options.min_budget={self.low}, max_budget={self.high}: need 1 <= min_budget <= max_budget <= "
+                f"rollout.max_new_tokens={limit}"
+            )
 
     def chance(self, problem_id: str, step: int) -> random.Random:
         """Return random numbers for a problem, or for a visit to it. They depend on the seed only; nothing is stored."""

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from nanolapo.config import Config
+from nanolapo.config import Config, NotNegative, Share
 from nanolapo.data.problems import Problem
 from nanolapo.data.prompts import Guidance, l1_max_guidance
 from nanolapo.methods import l1
@@ -43,9 +43,9 @@ def max_reward(
 
 @dataclass(frozen=True)
 class Options(l1.Options):
-    max_fraction: float = 0.5  # of the problems whose budget is an upper limit; the others are Exact
-    max_alpha: float | None = None  # slope per token; None: 0.01, scaled
-    delta: float = 0.5  # reward of a right answer of exactly n tokens
+    max_fraction: Share = 0.5  # of the problems whose budget is an upper limit; the others are Exact
+    max_alpha: NotNegative[float] | None = None  # slope per token; None: 0.01, scaled
+    delta: Share = 0.5  # reward of a right answer of exactly n tokens
 
 
 class L1Max(l1.L1Exact):

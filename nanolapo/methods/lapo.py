@@ -135,8 +135,6 @@ class Lapo(Method):
         self.cut_answers_count = self.readings.cut_answers_count
         self.beta = self.readings.beta if c.beta is None else c.beta
         self.length_map = LengthMap(c.statistic)
-        if config.rollout.group_size < 2:
-            raise UserError("rollout.group_size=1: an advantage compares the answers of a group; use 2 or more")
 
     def state_dict(self) -> dict[str, Any]:
         return {"length_map": self.length_map.state_dict()}
@@ -231,7 +229,8 @@ class Internalization(Lapo):
     def center(self, problem: Problem, lengths_G: np.ndarray, correct_G: np.ndarray, budget: float) -> float:
         """Return n of Eq. 7 for one group: the number in its prompt (M(q) before this step's update), or nan for none."""
         if self.length_map.target(problem.id) is None and self.readings.unsolved_center == "group_median":
-            return self.length_map.measure(lengths_G[correct_G]) if correct_G.any() else math.nan
+            # As the code, whatever statistic M(q) records
+            return float(np.median(lengths_G[correct_G])) if correct_G.any() else math.nan
         return float(budget)
 
     def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:

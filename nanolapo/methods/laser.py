@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from nanolapo.config import Config
+from nanolapo.config import Config, NotNegative, Positive, UserError
 from nanolapo.methods.base import Method
 from nanolapo.methods.tools import R1_DISTILL, scale, speaks_of_thought, well_formed
 from nanolapo.rollouts import Rollouts
@@ -28,8 +28,8 @@ from nanolapo.rollouts import Rollouts
 
 @dataclass(frozen=True)
 class Options:
-    alpha: float = 0.5  # the bonus
-    target: int | None = None  # L_T in tokens; None: 8192 (D, DE: 4096), scaled
+    alpha: NotNegative[float] = 0.5  # the bonus
+    target: Positive[int] | None = None  # L_T in tokens; None: 8192 (D, DE: 4096), scaled
     think_tags: bool | None = None  # True: an answer must end its thought; None: if the config's prompt names <think>
 
 
@@ -45,6 +45,11 @@ class Laser(Method):
         if self.target is None:
             tokens = round(self.published_target * scale(config, R1_DISTILL, "method.options.target"))
             self.target = max(1, min(tokens, config.rollout.max_new_tokens // 2))
+        if self.target > config.rollout.max_new_tokens:
+            raise UserError(
+                f"method.options.target={self.target}: need 1 <= target <= rollout.max_new_tokens="
+                f"{config.rollout.max_new_tokens}"
+            )
         self.think_tags = speaks_of_thought(config) if o.think_tags is None else o.think_tags
 
     def targets(self, rollouts: Rollouts) -> np.ndarray:

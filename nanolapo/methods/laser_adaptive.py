@@ -70,9 +70,9 @@ def adaptive_targets(
 
 @dataclass(frozen=True)
 class Options(laser.Options):
-    interval: int | None = None  # I, tokens between candidates; None: 1024, scaled
+    interval: Positive[int] | None = None  # I, tokens between candidates; None: 1024, scaled
     monitor_every: Positive[int] = 20  # N, steps between two searches
-    monitor_problems: int | None = None  # None: 500 at 128 prompts a step
+    monitor_problems: Positive[int] | None = None  # None: 500 at 128 prompts a step
     floor_counts: bool = False  # the code's rounding of |C|
 
 

@@ -59,7 +59,7 @@ def cut_and_standardize(rewards_B: np.ndarray, counted_B: np.ndarray, standardiz
 
 @dataclass(frozen=True)
 class Options:
-    weight: float = 2.0  # lambda
+    weight: NotNegative[float] = 2.0  # lambda
     standardize: bool = True
     # Per problem, sampled before step 0; 0: the first visit's group is the reference
     reference_samples: NotNegative[int] = 8
@@ -69,6 +69,7 @@ class O1Pruner(Reference):
     """Length-harmonizing reward, used as the advantage."""
 
     Options = Options
+    compares_group = uses_normalize_std = False
 
     def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:
         lengths, correct = rollouts.by_group(rollouts.lengths_B), rollouts.by_group(rollouts.correct_B)

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanolapo.config import Share
 from nanolapo.data.problems import Problem
 from nanolapo.grader.boxes import THOUGHT_TAG
 from nanolapo.methods.base import Method
@@ -34,7 +35,7 @@ from nanolapo.rollouts import Rollouts
 
 @dataclass(frozen=True)
 class Options:
-    share: float = 0.3  # r
+    share: Share = 0.3  # r
     separator: str = "\n\n"  # a token that contains this ends a step
 
 
@@ -86,6 +87,7 @@ class Sas(Method):
         advantages_BT = advantages_B[:, None].repeat(1, max(1, int(rollouts.lengths_B.max())))
         for b in torch.nonzero(advantages_B).flatten().tolist():
             row = rollouts.rows[b]
+            advantages_BT[b, len(row.response_ids) :] = 0.0  # or a row without any signal would seem to have some
             if row.broken:
                 continue
             steps = split_steps([self.piece(token) for token in row.response_ids.tolist()], o.separator)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nanolapo.config import Config
+from nanolapo.config import Config, NotNegative
 from nanolapo.methods.base import Method
 from nanolapo.methods.tools import R1_DISTILL, each_group, scale
 from nanolapo.rollouts import Rollouts
@@ -38,8 +38,8 @@ def shortest_reward(lengths: np.ndarray, correct: np.ndarray, alpha: float = 2.0
 
 @dataclass(frozen=True)
 class Options:
-    alpha: float = 2.0  # reward of a right answer
-    beta: float | None = None  # price per token of distance; None: 0.001, scaled
+    alpha: NotNegative[float] = 2.0  # reward of a right answer
+    beta: NotNegative[float] | None = None  # price per token of distance; None: 0.001, scaled
 
 
 class ShorterBetter(Method):

@@ -28,15 +28,15 @@ from typing import Literal
 
 from nanolapo.config import Config, Positive, UserError
 from nanolapo.methods.base import Method, SamplingPlan
-from nanolapo.methods.tools import R1_DISTILL, scale
+from nanolapo.methods.tools import R1_DISTILL, refuse_unused, scale
 from nanolapo.rollouts import Rollouts
 
 
 @dataclass(frozen=True)
 class Options:
     shape: Literal["cosine", "stair", "stair-cosine"] = "cosine"
-    max_tokens: int | None = None  # Lmax; None: 16,384, scaled, at most rollout.max_new_tokens
-    min_tokens: int | None = None  # Lmin; None: half of Lmax
+    max_tokens: Positive[int] | None = None  # Lmax; None: 16,384, scaled, at most rollout.max_new_tokens
+    min_tokens: Positive[int] | None = None  # Lmin; None: half of Lmax
     cycles: Positive[float] = 3.0  # in the whole run; n and a half ends at a trough
     period: Positive[int] | None = None  # T, steps of a cycle; None: by `cycles`
 
@@ -66,6 +66,8 @@ class Siri(Method):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         o, most = self.options, config.rollout.max_new_tokens
+        if o.period:
+            refuse_unused(o, ["cycles"], "beside period")
         published = o.max_tokens or 16384 * scale(config, R1_DISTILL, "method.options.max_tokens")
         self.high = self.now = o.max_tokens or max(1, min(round(published), most))
         self.low = o.min_tokens or max(1, round(min(published, most) / 2))

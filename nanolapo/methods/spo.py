@@ -15,7 +15,8 @@ power of a + b; the code does not, nor do we. The paper's start has no + 0.5.
 Step 0 draws its problems before the first samples, so with equal weights.
 
 A step samples prompts_per_step x group_size problems once each, so that it costs what a step of a group method costs.
-Edge: all A equal: no gradient. An answer marked broken is not counted. State: (a, b) by problem id.
+Edge: all A equal: no gradient. An answer marked broken is not counted, except among the n0 first ones. State: (a, b) by
+problem id.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 
 from nanolapo.advantages import MIN_SPREAD
-from nanolapo.config import Config, UserError
+from nanolapo.config import Config, NotNegative, UserError
 from nanolapo.data.problems import Problem
 from nanolapo.methods.base import Method, MonitorPlan, SamplingPlan
 from nanolapo.rollouts import Measured, Rollouts
@@ -37,8 +38,8 @@ from nanolapo.rollouts import Measured, Rollouts
 @dataclass(frozen=True)
 class Options:
     rho: float = 0.875  # how much of the past a visit keeps; 1 / (1 - rho) visits count
-    floor: float = 0.05  # added to every problem's sampling weight
-    first_samples: int = 8  # n0, answers to every problem before step 0; 0: none
+    floor: NotNegative[float] = 0.05  # added to every problem's sampling weight
+    first_samples: NotNegative[int] = 8  # n0, answers to every problem before step 0; 0: none
 
 
 def whiten(values: Tensor) -> Tensor:
@@ -64,6 +65,7 @@ def first_counts(num_right: int, num_samples: int, rho: float) -> tuple[float, f
 
 class Spo(Method):
     Options = Options
+    compares_group = uses_normalize_std = False
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -102,7 +104,10 @@ class Spo(Method):
 
     def advantage(self, rollouts: Rollouts, rewards_PG: Tensor) -> Tensor:
         values_P1 = torch.tensor([[self.value(p.id)] for p in rollouts.problems], dtype=rewards_PG.dtype)
-        return whiten((rewards_PG - values_P1).flatten())
+        differences_B, usable_B = (rewards_PG - values_P1).flatten(), torch.tensor(~rollouts.broken_B)
+        advantages_B = torch.zeros_like(differences_B)
+        advantages_B[usable_B] = whiten(differences_B[usable_B])
+        return advantages_B
 
     def after_step(self, rollouts: Rollouts) -> dict[str, float]:
         rho = self.options.rho

@@ -1,13 +1,14 @@
-"""Functions that several methods share: the scale of lengths, rewards by group, cut answers, the form of an answer."""
+"""What several methods share: the scale of lengths, unused options, rewards by group, cut answers, form of an answer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from nanolapo.config import Config, UserError
-from nanolapo.grader.boxes import last_boxed, split_thought
+from nanolapo.grader.boxes import boxed_answer
 from nanolapo.lengths import to_multiple
 from nanolapo.rollouts import Rollout, Rollouts
 
@@ -33,6 +34,20 @@ def scale(config: Config, published_base: float, option: str) -> float:
 def stated(config: Config, length: float) -> int:
     """Round a budget as the prompt prints it (prompt.length_multiple): a reward for another number could not be learned."""
     return to_multiple(length, config.prompt.length_multiple)
+
+
+def refuse_unused(options: Any, names: Sequence[str], because: str) -> None:
+    """Raise UserError if one of these options was changed, because nothing reads it beside the others."""
+    for name in names:
+        value = getattr(options, name)
+        if value != getattr(type(options)(), name):
+            raise UserError(f"method.options.{name}={value} has no effect {because}: leave it out")
+
+
+def accuracy(rollouts: Rollouts) -> float:
+    """Share of right answers among those that can be trained on; 0 without any."""
+    usable_B = ~rollouts.broken_B
+    return float(rollouts.correct_B[usable_B].mean()) if usable_B.any() else 0.0
 
 
 def each_group(rollouts: Rollouts, reward: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
@@ -65,7 +80,6 @@ def speaks_of_thought(config: Config) -> bool:
 
 
 def well_formed(rollouts: Rollouts, think_tags: bool) -> np.ndarray:
-    """Boolean [B]: the answer shows a closed box and, where thoughts are tagged, ended its thought."""
-    return np.array([
-        last_boxed(text) is not None and (not think_tags or split_thought(text)[0]) for text in rollouts.texts
-    ])  # fmt: skip
+    """Boolean [B]: the answer shows a box where the grader looks for it (not in the thought), and ended its thought where
+    thoughts are tagged."""
+    return np.array([boxed_answer(text, think_tags) is not None for text in rollouts.texts])

@@ -22,16 +22,17 @@ Edge cases: a prompt without a budget has no length term. An empty answer of len
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
 
-from nanolapo.config import Config
+from nanolapo.config import Config, NotNegative, Positive, Share, UserError
 from nanolapo.data.problems import Problem
 from nanolapo.data.prompts import Guidance, curriculum_guidance
 from nanolapo.grader.boxes import THOUGHT_TAG, last_boxed, split_thought
 from nanolapo.methods.base import Method, SamplingPlan
-from nanolapo.methods.tools import scale, stated
+from nanolapo.methods.tools import refuse_unused, scale, stated
 from nanolapo.rollouts import Rollouts
 
 QWEN_7B = 258.4  # mean tokens of Qwen-2.5-7B on GSM8K
@@ -47,32 +48,28 @@ def triangle(lengths: np.ndarray, budgets: np.ndarray) -> np.ndarray:
 
 
 def format_score(text: str, answer_tags: bool) -> float:
-    r"""Half for one closed thought, half for one answer after it.
+    r"""Half for one closed thought, half for one answer after it, or anywhere if no thought is closed.
 
-    >>> [format_score(text, False) for text in (r"3 + 4. </think> \boxed{7}", r"</think> </think> \boxed{7}", "7")]
-    [1.0, 0.5, 0.0]
+    >>> [format_score(text, False) for text in (r"3. </think> \boxed{7}", r"3. \boxed{7} </think> 7", r"3. \boxed{7}", "7")]
+    [1.0, 0.5, 0.5, 0.0]
     """
     rest = split_thought(text)[1]
     closed = [tag["end"] is not None for tag in THOUGHT_TAG.finditer(text)] in ([True], [False, True])
-    if answer_tags:
-        answered = rest.count("<answer>") == rest.count("</answer>") == 1 and rest.find("<answer>") < rest.find(
-            "</answer>"
-        )
-    else:
-        answered = last_boxed(rest) is not None
+    tagged = re.findall("</?answer>", rest) == ["<answer>", "</answer>"]
+    answered = tagged if answer_tags else last_boxed(rest) is not None
     return 0.5 * closed + 0.5 * answered
 
 
 @dataclass(frozen=True)
 class Options:
-    correct_weight: float = 0.6  # l_c
-    length_weight: float = 0.3  # l_l
-    format_weight: float = 0.1  # l_f
-    start_budget: int | None = None  # B0, tokens; None: 256, scaled
-    gamma: float = 0.7
-    decays: int = 3  # how often the budget shrinks, at equal distances
-    interval: int | None = None  # T, steps between two decays; None: equal parts of the run
-    final_budget: int | None = None  # if given, gamma is chosen so that the last part of the run has this budget
+    correct_weight: NotNegative[float] = 0.6  # l_c
+    length_weight: NotNegative[float] = 0.3  # l_l
+    format_weight: NotNegative[float] = 0.1  # l_f
+    start_budget: Positive[int] | None = None  # B0, tokens; None: 256, scaled
+    gamma: Share = 0.7
+    decays: Positive[int] = 3  # how often the budget shrinks, at equal distances
+    interval: Positive[int] | None = None  # T, steps between two decays; None: equal parts of the run
+    final_budget: Positive[int] | None = None  # if given, gamma is chosen so that the run's last part has this budget
 
 
 class TrainLongThinkShort(Method):
@@ -82,15 +79,24 @@ class TrainLongThinkShort(Method):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        words = (
-            config.prompt.template if config.prompt.style == "raw" else config.prompt.system + config.prompt.instruction
-        )
+        p = config.prompt
+        words = p.template if p.style == "raw" else p.system + p.instruction
         self.answer_tags = "<answer>" in words
-        start, limit = self.options.start_budget, config.rollout.max_new_tokens
-        if start is None:
-            start = min(round(256 * scale(config, QWEN_7B, "method.options.start_budget")), limit)
-        self.start_budget = start
-        self.step = 0
+        o, limit = self.options, config.rollout.max_new_tokens
+        if o.final_budget:
+            refuse_unused(
+                o, ["gamma", "interval"], "beside final_budget, which sets the decay from part to part of the run"
+            )
+        if o.interval:
+            refuse_unused(o, ["decays"], "beside interval")
+        start = o.start_budget or min(round(256 * scale(config, QWEN_7B, "method.options.start_budget")), limit)
+        self.start_budget, self.step = start, 0
+        last = o.final_budget or start
+        if not last <= start <= limit:
+            raise UserError(
+                f"method.options.start_budget={start}, final_budget={last}: need 1 <= final_budget <= start_budget <= "
+                f"rollout.max_new_tokens={limit}"
+            )
 
     def budget(self, step: int) -> int:
         """B(t), cut to an integer, and as the prompt prints it."""

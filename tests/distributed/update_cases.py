@@ -25,6 +25,7 @@ from tiny import fill, make_config, make_rows
 
 from nanolapo.losses import Loss, LossInputs
 from nanolapo.methods.base import Method
+from nanolapo.methods.drpo import Drpo
 from nanolapo.methods.hapo_tokens import TokenHapo
 from nanolapo.model.folder import load_model, named_weights
 from nanolapo.model.sharding import gather_full
@@ -84,6 +85,10 @@ CASES = [
     Case("broken-hapo-tokens", method=TokenHapo, broken=(0, 2, 3), config={"train": {"inner_epochs": 2}}),
     Case("broken-kl-cov", config={"loss": {"kind": "kl_cov"}}, broken=(0, 2, 3)),
     Case("broken-kl", config={"loss": {"kl_coef": 0.5}}, broken=(0, 2, 3)),
+    # The mean drift of a later batch is that of all ranks together. A weak penalty, or rounding would be most of it
+    Case("drift", aggregation="sequence_mean", method=Drpo, config={
+        "train": {"inner_epochs": 2}, "method": {"options": {"beta": 1.0, "delta": 0.0}},
+    }),
     Case("idle-looks-up-every-row", advantages=IDLE, loss=LooksUpEveryRow),
     Case("kl", "untied", config={"loss": {"kl_coef": 0.5}}),
     Case("two-epochs", config={"train": {"inner_epochs": 2}}),
@@ -96,7 +101,7 @@ CASES = [
     Case("bfloat16", config={"model": {"dtype": "bfloat16"}, "train": {"batch_size": 8}}),
     Case("nan", loss=NanOnLastRank, nan_on_last_rank=True),
     Case("nothing", advantages=(0.0,) * 8),
-]
+]  # fmt: skip
 
 
 def run_case(case: Case, folders: dict[str, str], sharding: str) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -107,7 +112,7 @@ def run_case(case: Case, folders: dict[str, str], sharding: str) -> tuple[dict[s
         "train": {"batch_size": 4, "microbatch_tokens": 256, "learning_rate": 1e-3, "grad_clip": 0.1},
     }
     for name, values in case.config.items():
-        sections[name] = sections[name] | values
+        sections[name] = sections.get(name, {}) | values
     config = make_config(folders[case.model], **sections)
     ranks = Ranks()
     torch.manual_seed(0)  # of LoRA's first matrices

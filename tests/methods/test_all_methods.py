@@ -8,10 +8,12 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import typing
 from pathlib import Path
 
 import pytest
-from tiny import make_config
+import torch
+from tiny import make_config, make_rows
 
 import nanolapo.methods
 from nanolapo.config import UserError
@@ -88,6 +90,151 @@ def test_there_are_recipes_and_methods():
 def test_a_yaml_says_in_its_comment_what_is_unverified(path):
     comment = "".join(line for line in path.read_text().splitlines() if line.startswith("# "))
     assert comment and ("unverified" in comment) == (path.stem in UNVERIFIED)
+
+
+def built(name: str, *overrides: str) -> Method:
+    """The method of this YAML on the demo's recipe."""
+    files = [ROOT / "configs/demo/stage1.yaml", ROOT / f"configs/methods/{name}.yaml"]
+    return load_method(load_config(files[0], [f"method={files[1]}", "train.batch_size=0", *overrides]))
+
+
+def number_options() -> list[tuple[str, str, bool]]:
+    """(YAML, option, whether it is a list) of every option that is a number or a list of numbers."""
+    found = []
+    for path in YAMLS:
+        for name, hint in typing.get_type_hints(built(path.stem).Options).items():
+            if "int" in str(hint) or "float" in str(hint):
+                found.append((path.stem, name, "tuple" in str(hint)))
+    return found
+
+
+@pytest.mark.parametrize(("name", "option", "is_list"), number_options())
+def test_no_option_takes_a_negative_number(name, option, is_list):
+    """None of them means anything there. Most would train the opposite of what is meant, or stop the run at its end."""
+    with pytest.raises(UserError, match=rf"^method\.options\.{option}"):
+        built(name, f"method.options.{option}={[-1] if is_list else -1}")
+
+
+IMPOSSIBLE = [  # also: no positive number, a percentage where a share is meant
+    *[(name, option, 0) for name, option in [
+        ("drpo", "tau"), ("drpo", "length_temperature"), ("train-long-think-short", "decays"),
+        ("train-long-think-short", "interval"), ("train-long-think-short", "start_budget"),
+        ("train-long-think-short", "final_budget"), ("aepo", "low"), ("aepo", "high"), ("laser", "target"),
+        ("laser-d", "interval"), ("laser-d", "monitor_problems"), ("l1-exact", "min_budget"), ("l1-exact", "max_budget"),
+        ("dapo", "max_rounds"), ("dler", "max_rounds"), ("conciser", "max_rounds"), ("lapo-dler", "max_rounds"),
+        ("hapo-tokens", "cache"), ("da-dler", "short_target"), ("siri", "max_tokens"), ("siri", "min_tokens"),
+        ("dot", "spread"), ("dot", "min_cut"), ("gfpo", "k"),
+    ]],
+    *[(name, option, 80) for name, option in [
+        ("palu", "tau"), ("palu", "pass_rate"), ("sas", "share"), ("dler", "cut_reward"), ("hapo-tokens", "quantile"),
+        ("kimi-k1.5", "warmup_fraction"), ("conciser", "first_stage"), ("grpo-lambda", "share"), ("grpo-lambda", "weight"),
+        ("efficient-reasoning", "weight"), ("aepo", "prompts"), ("l1-max", "max_fraction"), ("l1-max", "delta"),
+        ("train-long-think-short", "gamma"), ("spo", "rho"), ("a-dlp", "reference"),
+    ]],
+    ("palu", "tau", 1.5), ("sas", "share", 1.5), ("thinkprune-iterative", "limits", [50, 0]),
+    ("hbpo", "budgets", [0, 10]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "option", "value"), IMPOSSIBLE)
+def test_impossible_options_are_refused(name, option, value):
+    with pytest.raises(UserError, match=rf"^method\.options\.{option}"):
+        built(name, f"method.options.{option}={value}")
+
+
+TOO_LONG = [  # name, overrides: the demo's limit is 256
+    ("l1-exact", ["max_budget=257"]), ("l1-exact", ["min_budget=257"]), ("l1-exact", ["min_budget=9", "max_budget=8"]),
+    ("l1-max", ["max_budget=257"]), ("train-long-think-short", ["start_budget=257"]),
+    ("train-long-think-short", ["start_budget=99", "final_budget=100"]), ("laser", ["target=100000"]),
+    ("laser", ["target=257"]), ("laser-d", ["target=257"]), ("laser-de", ["target=257"]), ("hbpo", ["budgets=[9, 256]"]),
+    ("thinkprune-4k", ["limits=[257]"]), ("truncation", ["limits=[257]"]), ("siri", ["max_tokens=257"]),
+    ("dler", ["target=257"]), ("da-dler", ["target=257"]), ("da-dler", ["target=99", "short_target=100"]),
+    ("dapo", ["cache=257"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "options"), TOO_LONG)
+def test_no_budget_is_above_the_runs_limit(name, options):
+    """Nothing of that length is ever sampled, so it could not be kept to, and a bonus below it would be for all."""
+    with pytest.raises(UserError, match=r"^method\.options\..*rollout\.max_new_tokens=256"):
+        built(name, *(f"method.options.{option}" for option in options))
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("l1-exact", "max_budget=256"), ("laser", "target=256"), ("train-long-think-short", "start_budget=256")],
+)
+def test_the_limit_itself_may_be_a_budget(name, option):
+    assert built(name, f"method.options.{option}").config.rollout.max_new_tokens == 256
+
+
+UNREAD = [  # name, overrides, the first option that nothing reads beside the others
+    ("train-long-think-short", ["final_budget=50", "interval=30"], "interval"),
+    ("train-long-think-short", ["final_budget=50", "gamma=0.1"], "gamma"),
+    ("train-long-think-short", ["interval=30", "decays=2"], "decays"),
+    ("siri", ["period=20", "cycles=2.5"], "cycles"),
+    ("alp", ["form=paper", "weight=0.5"], "weight"),
+    ("alp", ["beta=1e-3"], "beta"),
+    ("dler", ["short_target=20"], "short_target"),
+    ("dapo-overlong-filter", ["cache=20"], "cache"),
+    ("dapo", ["overlong=none", "cache=20"], "cache"),
+    ("hapo-tokens", ["overlong=filter", "cache=20"], "cache"),
+    ("gfpo", ["adaptive=true", "k=4"], "k"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "unread"), UNREAD)
+def test_an_option_that_nothing_would_read_is_refused(name, options, unread):
+    with pytest.raises(UserError, match=rf"method\.options\.{unread}\b"):
+        built(name, *(f"method.options.{option}" for option in options))
+    rest = [option for option in options if not option.startswith(unread)]
+    built(name, *(f"method.options.{option}" for option in rest))
+
+
+OWN_FORMULA = {  # their advantage is not (R - mean) / std of a group
+    "dler", "da-dler", "lapo-dler", "spo", "o1-pruner", "drpo", "adapt-think", "hapo-tokens", "ddca", "efficient-reasoning",
+}  # fmt: skip
+ALONE = {"spo", "o1-pruner", "adapt-think"}  # they compare an answer with the problem's past or with the first model
+
+
+@pytest.mark.parametrize("name", [path.stem for path in YAMLS])
+def test_normalize_std_is_refused_exactly_where_nothing_reads_it(name):
+    if name not in OWN_FORMULA:
+        assert not built(name, "loss.normalize_std=false").config.loss.normalize_std
+        return
+    with pytest.raises(UserError, match="^loss.normalize_std=false: the advantage of .*; set loss.normalize_std=true$"):
+        built(name, "loss.normalize_std=false")
+
+
+@pytest.mark.parametrize("name", [path.stem for path in YAMLS])
+def test_a_group_of_one_is_refused_where_answers_are_compared(name):
+    if name in ALONE - {"adapt-think"}:
+        assert built(name, "rollout.group_size=1").config.rollout.group_size == 1
+        return
+    message = "must be even" if name in ALONE else "an advantage compares the answers of a group; use 2 or more$"
+    with pytest.raises(UserError, match=f"^rollout.group_size=1: .*{message}"):
+        built(name, "rollout.group_size=1")
+
+
+@pytest.mark.parametrize("name", ["spo", "palu", "gfpo", "short-rl", "a-dlp", "hapo", "o1-pruner"])
+def test_a_broken_row_moves_no_statistic_of_a_step_or_a_problem(name):
+    """What the other rows get, and what is remembered, is the same whatever length and verdict such a row has."""
+    outcomes = []
+    for length, right in ((9, True), (200, False)):
+        method = built(name, "rollout.group_size=4", "rollout.prompts_per_step=1")
+        rows = make_rows(
+            [10, 12, 14, length], 1 if name == "spo" else 4, correct=[True, name != "gfpo", name == "palu", right]
+        )
+        rows.rows[3].broken = True
+        method.ids = [problem.id for problem in rows.problems]  # as `start` would
+        method.reference = {rows.problems[0].id: (12.0, 0.5)} if name == "o1-pruner" else None
+        rows.set_rewards(method.reward(rows))
+        given = method.advantage(rows, torch.from_numpy(rows.rewards_PG))[:3]
+        method.after_step(rows)
+        # These compare within the group, where the row has a place; GFPO remembers how many of a group were right.
+        in_group, remembers_groups = name in ("palu", "hapo", "short-rl", "a-dlp"), name == "gfpo"
+        outcomes.append((None if in_group else given.tolist(), None if remembers_groups else method.state_dict()))
+    assert outcomes[0] == outcomes[1]
 
 
 def test_method_files_stay_small():

@@ -94,7 +94,7 @@ def test_edges(loo):
 
 
 def test_the_method_works_group_by_group_and_keeps_the_reward():
-    method = Ddca(make_config(method={"options": {"beta": 0.5}}, loss={"normalize_std": False}))
+    method = Ddca(make_config(method={"options": {"beta": 0.5}}))
     rollouts = make_rows(
         [10, 30, 64, 64, 7, 7, 40, 64], 4, correct=[1, 1, 1, 0, 0, 0, 0, 0], finished=[1] * 3 + [0] * 5
     )

@@ -86,13 +86,14 @@ def test_update_has_the_gradient_of_the_papers_formula(tied_model, tau, tokens):
         torch.testing.assert_close(got[name], parameter.grad, rtol=1e-4, atol=1e-4 * scale)
 
 
-def test_the_drift_penalty_is_on_all_rows(tied_model):
-    """K is a mean over all tokens of the step. Here the drift is that of a group of one class, which J leaves out: both old
-    log-probs of its rows are 0.05 above the policy's."""
+@pytest.mark.parametrize("tokens", [4096, 40])
+def test_the_drift_penalty_is_on_all_rows(tied_model, tokens):
+    """K is a mean over all tokens of the optimizer batch, however it is split. Here the drift is that of a group of one
+    class, which J leaves out: both old log-probs of its rows are 0.05 above the policy's."""
     c = config(
         tied_model,
         rollout={"max_new_tokens": 32, "group_size": 4, "prompts_per_step": 3},
-        train={"microbatch_tokens": 4096, "grad_clip": 1e9},
+        train={"microbatch_tokens": tokens, "grad_clip": 1e9},
         loss={"old_logprobs": "sampler"},
         method={"options": {"beta": 30.0}},
     )
@@ -113,6 +114,43 @@ def test_the_drift_penalty_is_on_all_rows(tied_model):
     loss = direct_loss([row.mean() for row in rows], rollouts, 32, 0.1, 10.0)
     (loss + 30 * (drift - 1e-4) * old_minus_new).backward()
     for name, parameter in before.model.named_parameters():
+        scale = float(parameter.grad.abs().max())
+        torch.testing.assert_close(got[name], parameter.grad, rtol=1e-3, atol=1e-3 * scale)
+
+
+@pytest.mark.parametrize("tokens", [4096, 40])
+def test_later_updates_have_one_drift_for_the_whole_batch(tied_model, tokens):
+    """The second of two passes, in one micro-batch and in many: autograd on -sum(A mean(log p)) / rows + strength * K with
+    the weights that one pass alone leaves behind. Rows drift apart, so the K of a micro-batch is another one."""
+
+    def one_run(inner_epochs: int) -> tuple[Policy, Rollouts, torch.Tensor, dict, dict]:
+        c = config(
+            tied_model,
+            rollout={"max_new_tokens": 32, "group_size": 4, "prompts_per_step": 3},
+            train={"microbatch_tokens": tokens, "grad_clip": 1e9, "inner_epochs": inner_epochs, "learning_rate": 1e-3},
+            method={"options": {"beta": 30.0}},
+        )
+        rollouts, policy, method = make_rows(LENGTHS, 4, correct=CORRECT), Policy(c, CPU), Drpo(c)
+        score_rows(policy, rollouts)
+        advantages = method.advantage(rollouts, torch.zeros(3, 4))
+        return policy, rollouts, advantages, *update_with_gradients(policy, method, rollouts, advantages)
+
+    _, _, _, logged, got = one_run(2)
+    policy, rollouts, advantages, _, _ = one_run(1)
+    logprobs_BT, _ = policy.logprobs(make_microbatch(rollouts, range(12), CPU))
+    rows = [row[:length] for row, length in zip(logprobs_BT, LENGTHS, strict=True)]
+    drift = sum(
+        (torch.tensor(old) - new).sum() for old, new in zip(rollouts.sampler_logprobs, rows, strict=True)
+    ) / sum(LENGTHS)
+    strength = 30 * (float(drift.detach()) - 1e-4)
+    assert strength > 0.1
+    assert logged["penalty_strength"] == pytest.approx(
+        strength / 2, rel=1e-3
+    )  # mean over both passes; the first has none
+    policy.model.zero_grad()
+    objective = sum(a * row.mean() for a, row in zip(advantages.tolist(), rows, strict=True)) / 12
+    (strength * drift - objective).backward()
+    for name, parameter in policy.model.named_parameters():
         scale = float(parameter.grad.abs().max())
         torch.testing.assert_close(got[name], parameter.grad, rtol=1e-3, atol=1e-3 * scale)
 
@@ -171,9 +209,12 @@ def inputs(drift: list[list[float]], advantages: list[float], rollouts: Rollouts
 
 
 def test_drift_penalty_above_delta_only():
-    """K = mean(0.02, 0.04, 0.06) = 0.04 over the tokens of rows 1 and 3; strength 1000 * (0.04 - 1e-4) = 39.9."""
+    """K = 0.04 over all tokens, as update_policy says; strength 1000 * (0.04 - 1e-4) = 39.9. The broken row has no part in
+    the mean length."""
     method = Drpo(config())
-    rollouts = make_rows([5, 1, 4, 2], 4, correct=[True] * 4)  # mean length 3
+    rollouts = make_rows([5, 1, 4, 2, 90], 5, correct=[True] * 5)  # mean length 3 of the first four
+    method.loss.prepare(rollouts, torch.zeros(5), np.array([True] * 4 + [False]))
+    method.loss.drift = 0.04
     x = inputs([[0.02], [0.04, 0.06]], [0.0, 0.0], rollouts, [1, 3])
     loss_BT, logged = method.loss(x)
     weights_B1 = 1 / torch.tensor([[1.0], [2.0]]) / 4  # sequence_mean of 4 rows
@@ -181,14 +222,15 @@ def test_drift_penalty_above_delta_only():
     assert logged["penalty_strength"].max() == pytest.approx(39.9, rel=1e-5)
     want = -39.9 / 12 * x.mask_BT  # d/dlogp of 39.9 * sum(old - logp) / (4 rows * mean length 3 = 12 tokens)
     torch.testing.assert_close(x.logprobs_BT.grad, want)
-    for drift in ([[-0.02], [-0.04, 0.0]], [[1e-5], [0.0, 0.0]]):
-        loss_BT, logged = method.loss(inputs(drift, [0.0, 0.0], rollouts, [1, 3]))
+    for drift in (-0.02, 1e-5):
+        method.loss.drift = drift
+        loss_BT, logged = method.loss(inputs([[0.02], [0.04, 0.06]], [0.0, 0.0], rollouts, [1, 3]))
         assert logged["penalty_strength"].abs().max() == 0 and loss_BT.abs().max() == 0
 
 
 def test_settings_that_would_be_another_loss_are_refused():
     with pytest.raises(UserError, match="sequence_mean"):
         Drpo(config(loss={"aggregation": "token_mean"}))
-    for loss in ({"kl_coef": 0.1}, {"tis_cap": 2.0}, {"kind": "r2vpo"}):
+    for loss in ({"kl_coef": 0.1}, {"tis_cap": 2.0}, {"kind": "r2vpo"}, {"dual_clip": 10.0}):
         with pytest.raises(UserError, match="has its own policy loss"):
             Drpo(config(loss=loss))

@@ -160,7 +160,7 @@ def test_state_survives_a_resume():
     assert advantage(first, copied(rollouts)) == advantage(second, copied(rollouts))
 
 
-@pytest.mark.parametrize(("size", "options"), [(8, {"k": 1}), (8, {"k": 9}), (1, {}), (8, {"k": 4, "adaptive": True})])
+@pytest.mark.parametrize(("size", "options"), [(8, {"k": 1}), (8, {"k": 9}), (8, {"k": 4, "adaptive": True})])
 def test_what_cannot_work_is_refused_in_one_line(size, options):
     with pytest.raises(UserError, match=r"method\.options\.k"):
         make(size, **options)

@@ -111,7 +111,7 @@ def test_lengths_scale_with_the_base_and_prices_with_its_inverse():
     assert method.max_alpha == pytest.approx(0.1) and method.alpha == pytest.approx(0.003)
     method = make(L1Exact, base=622.9, alpha=0.5, min_budget=20, max_budget=30)
     assert (method.alpha, method.low, method.high) == (0.5, 20, 30)
-    with pytest.raises(UserError, match="30 to 20"):
+    with pytest.raises(UserError, match="min_budget=30, max_budget=20: need 1 <= min_budget <= max_budget"):
         make(L1Exact, min_budget=30, max_budget=20)
 
 

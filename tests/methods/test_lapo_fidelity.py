@@ -71,9 +71,12 @@ def test_strict_range(fidelity, length_term):
 
 
 @pytest.mark.parametrize("fidelity", ["recommended", "paper", "code"])
-def test_unsolved_center(fidelity):
-    """Unsolved problem, 4096 printed in the prompt: the paper centres on 4096, the code on the group's median."""
-    reward = method(Internalization, fidelity, None).reward(pair([1000, 1240], budget=4096))["length"]
+@pytest.mark.parametrize("statistic", ["median", "minimum"])
+def test_unsolved_center(fidelity, statistic):
+    """Unsolved problem, 4096 printed in the prompt: the paper centres on 4096, the code on the group's median, whatever
+    statistic M(q) records."""
+    unsolved = method(Internalization, fidelity, None, statistic=statistic)
+    reward = unsolved.reward(pair([1000, 1240], budget=4096))["length"]
     one_sigma = READINGS[fidelity].beta * math.exp(-0.5)
     assert reward == pytest.approx([0.0, 0.0] if fidelity == "paper" else [one_sigma, one_sigma], abs=1e-9)
     mixed = make_rows([1000, 3000], correct=[True, False], budgets=[4096.0] * 2)  # a wrong answer moves no centre
@@ -194,7 +197,7 @@ def test_statistic_in_both_stages(statistic, n):
     assert stage2.length_map.target(PROBLEM.id) == {"median": 900, "mean": 900, "minimum": 600}[statistic]
     unsolved = method(Internalization, "recommended", None, statistic=statistic)
     group = make_rows([1000, 1240, 1900], group_size=3, correct=[True] * 3, budgets=[4096.0] * 3)
-    center = {"median": 1240, "mean": 1380, "minimum": 1000}[statistic]  # of the group: there is no M(q) yet
+    center = 1240  # of the group: there is no M(q) yet, and the code takes the median here
     by_hand = [0.8 * math.exp(-((length - center) ** 2) / (2 * 120**2)) for length in (1000, 1240, 1900)]
     assert unsolved.reward(group)["length"] == pytest.approx(by_hand)
 

@@ -10,15 +10,18 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
+import pytest
 from tiny import fill, make_config, make_problems, make_rows
 
 from nanolapo.methods.base import MonitorPlan
+from nanolapo.methods.hbpo import Hbpo
 from nanolapo.methods.laser import Laser
 from nanolapo.methods.laser_adaptive import LaserD, LaserDE, adaptive_targets, difficulty
 from nanolapo.methods.tools import speaks_of_thought, well_formed
 from nanolapo.rollouts import Rollouts
 
 GOOD, NO_BOX, NO_END, OPEN_BOX = r"x </think> \boxed{1}", "x </think> 1", r"x \boxed{1}", r"x </think> \boxed{1"
+EARLY_BOX = r"so \boxed{7} </think> The answer is seven."  # no answer for the grader
 
 
 def make(
@@ -61,6 +64,20 @@ def test_think_tags_are_asked_for_where_the_prompt_names_them():
     assert sum(make(Laser).reward(rollouts).values()).tolist() == [1.5, -1.0]
     assert well_formed(rollouts, True).tolist() == [True, False]
     assert well_formed(group([5], [True], [r"x [/THINK] \boxed{1}"]), True).tolist() == [True]
+
+
+@pytest.mark.parametrize("kind", [Laser, LaserD, LaserDE, Hbpo])
+@pytest.mark.parametrize("think_tags", [True, False])
+def test_a_box_in_the_thought_is_no_answer(kind, think_tags):
+    """As for the grader, which reads what stands behind the last </think>. So DE's bonus for long wrong answers is not for
+    it either; their target is 3 here, and 5 tokens are longer."""
+    rollout = {"group_size": 4, "prompts_per_step": 1, "base_tokens": 100}
+    method = kind(make_config(rollout=rollout, method={"options": {"think_tags": think_tags}}))
+    method.adaptive = dict.fromkeys(("easy", "medium", "hard"), 3)
+    rollouts = fill(make_rows([5] * 4, 4), text=[EARLY_BOX] * 4, budget=8.0)
+    assert sum(method.reward(rollouts).values()).tolist() == [-1.0] * 4
+    assert not well_formed(rollouts, think_tags).any()
+    assert well_formed(fill(rollouts, text=r"\boxed{7} </think> \boxed{7}"), think_tags).all()
 
 
 def test_lengths_scale_with_the_base():

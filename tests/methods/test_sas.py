@@ -106,6 +106,20 @@ def test_rows_of_different_length_and_without_signal():
     assert torch.isfinite(method.advantage(rollouts, torch.tensor([[1.0, 0.0], [1.0, 1.0]]))).all()
 
 
+def test_padding_has_no_advantage():
+    """A right answer of one step loses it all, so its row has no signal, however long another one is."""
+    method = Sas(make_config())
+    method.texts = dict.fromkeys(range(64), "a")
+    rollouts = make_rows([3, 6], correct=[True, False])
+    got = method.advantage(rollouts, torch.tensor([[1.0, 0.0]]))
+    assert (got != 0).tolist() == [[False] * 6, [True] * 6]
+    rollouts = make_rows([3, 6], correct=[False, True])
+    assert (method.advantage(rollouts, torch.tensor([[0.0, 1.0]])) != 0).tolist() == [
+        [True] * 3 + [False] * 3,
+        [False] * 6,
+    ]
+
+
 def test_pieces_come_from_the_models_tokenizer(tmp_path: Path):
     """The demo's words: steps end at full stops. The pieces put together are the decoded answer."""
     tokenizer = make_tokenizer()

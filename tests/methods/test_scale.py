@@ -154,10 +154,10 @@ def test_a_share_as_the_smallest_cut_needs_the_mean_length():
 
 def test_no_scaled_length_is_above_the_limit_and_a_given_one_is_not_touched():
     assert make(L1Exact, 1000, limit=128).high == 128
-    assert make(L1Exact, 0, limit=128, min_budget=1, max_budget=500, alpha=1).high == 500
+    assert make(L1Exact, 0, limit=128, min_budget=1, max_budget=127, alpha=1).high == 127
     assert make(ThinkPruneIterative, 1000, limit=400).limits == (400, 400, 321)
     assert make(TrainLongThinkShort, 1000, limit=128).start_budget == 128
-    assert make(TrainLongThinkShort, 0, limit=128, start_budget=500).start_budget == 500
+    assert make(TrainLongThinkShort, 0, limit=128, start_budget=127).start_budget == 127
     assert make(Laser, 1000, limit=128).target == 64
     assert (make(Siri, 1000, limit=128).high, make(Siri, 1000, limit=128).low) == (128, 64)
 

@@ -9,6 +9,8 @@ import pytest
 from tiny import make_config, make_problems, make_rows
 
 from nanolapo.config import UserError
+from nanolapo.data.prompts import Prompter
+from nanolapo.demo.pretrain import make_tokenizer
 from nanolapo.methods.thinkprune import ThinkPrune4k, ThinkPruneIterative, Truncation
 
 
@@ -41,6 +43,29 @@ def test_limits_scale_with_the_base_and_stay_below_the_runs_own():
     assert (plan.num_prompts, plan.group_size, plan.temperature) == (4, 2, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("limit", "base", "given", "want"),
+    [
+        (256, 100, None, [60, 50, 30]),  # of 64, 48, 32
+        (55, 100, None, [50, 50, 30]),  # 55 would be printed as 60, or 50
+        (256, 0.1, None, [10, 10, 10]),
+        (256, 100, [256, 77, 4], [250, 80, 10]),
+    ],
+)
+def test_the_limit_is_the_number_that_the_prompt_prints(limit, base, given, want):
+    """In multiples of 10: what is printed, what is sampled and what is recorded as the budget are one number."""
+    rollout = {"max_new_tokens": limit, "base_tokens": base}
+    config = make_config(rollout=rollout, prompt={"length_multiple": 10}, method={"options": {"limits": given}})
+    method, prompter = ThinkPruneIterative(config), Prompter(make_tokenizer(), config.prompt)
+    for stage, n in enumerate(want):
+        method.progress = stage / 3
+        guidance = method.guidance(make_problems(1)[0], 0, 0)
+        assert method.sampling(0).max_new_tokens == guidance.budget == n
+        assert f" within {n} tokens." in prompter.render("q", guidance)
+    if given:  # plain truncation prints nothing, so its limit is as given
+        assert Truncation(config).limits == tuple(given)
+
+
 def test_steps_that_do_not_divide():
     """Ten steps in thirds begin at 0, 4 and 7, the first step that is past the third; one step has the first limit."""
     assert limits(build(ThinkPruneIterative, 4000, 10), list(range(10))) == [4000] * 4 + [3000] * 3 + [2000] * 3
@@ -52,11 +77,18 @@ def test_own_limits_and_steps():
     assert limits(method, [0, 79, 80, 500]) == [3500, 3500, 700, 700]
 
 
+def test_a_run_too_short_for_its_rounding_is_refused():
+    config = make_config(rollout={"max_new_tokens": 8}, prompt={"length_multiple": 10})
+    with pytest.raises(UserError, match="prompt.length_multiple=10: need both to be at most rollout.max_new_tokens=8"):
+        ThinkPrune4k(config)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"limits": [5000]}, "limits"),
         ({"limits": [0]}, "limits"),
+        ({"limits": [4000], "limit": 3999}, "limits"),
         ({"limits": [400, 300], "first_steps": [0]}, "first_steps"),
         ({"limits": [400, 300], "first_steps": [5, 9]}, "first_steps"),
         ({"limits": [400, 300, 200], "first_steps": [0, 9, 3]}, "first_steps"),

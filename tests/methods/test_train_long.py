@@ -51,8 +51,8 @@ def test_general_schedule():
         1,
         1,
     ]
-    method = make(start_budget=800, final_budget=200, decays=2)
-    assert budgets_at(method, 300, [0, 99, 100, 200, 299]) == [800, 800, 400, 200, 200]
+    method = make(start_budget=480, final_budget=120, decays=2)
+    assert budgets_at(method, 300, [0, 99, 100, 200, 299]) == [480, 480, 240, 120, 120]
 
 
 def test_triangle_by_hand():
