@@ -162,7 +162,8 @@ def _same_members(a: Members, r: Members, leaf: Leaf) -> bool:
         same = len(a.labels) == len(r.labels) and value.keys() == {*r.labels}
         return same and _in_order([value[label] for label in r.labels], r.items, leaf)
     if r.has_order or (a.has_order and not a.is_tuple):  # "1, 2" may stand for (1,2), but not for [1,2), nor may {1,2}
-        same = a.kind == (r.kind or "()") or (a.kind == "" and r.kind in ("", "()", "{}"))
+        is_interval = len(r.items) == 2 and r.kind not in ("", "()", "{}")
+        same = a.kind == (r.kind or "()") or (a.kind == "" and not is_interval)
         return same and _in_order(a.in_order, r.in_order, leaf)
     return (not a.is_tuple or (a.kind, r.kind) == ("()", "")) and _any_order(a.items, r.items, leaf)
 

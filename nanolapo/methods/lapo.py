@@ -6,8 +6,8 @@ keeping to it. Policy loss and advantage are plain GRPO.
 
 The paper's 100 and 120 tokens (decay, sigma) are scaled from DeepScaleR-1.5B-Preview to our base (rollout.base_tokens).
 
-Where the paper and its code disagree, `lapo.fidelity` chooses; the rows of READINGS are all the differences.
-docs/CONFIGURING.md explains them, and says which slips of the code are not copied.
+Where the paper and its code disagree, `lapo.fidelity` chooses between the rows of READINGS. docs/CONFIGURING.md explains
+them, and says which differences are not copied.
 """
 
 from __future__ import annotations
