@@ -112,11 +112,11 @@ def within_a_share(low: float, high: float, problems: int) -> tuple[float, float
     """Bounds of an accuracy. Where every answer was right, or none, nothing varies: up to 3 / problems may still be
     otherwise, the 95 % bound for what was not seen in so many (the rule of three).
 
-    >>> within_a_share(0.97, 1.01, 100), within_a_share(1.0, 1.0, 100), within_a_share(0.0, 0.0, 100)
+    >>> within_a_share(0.97, 1.01, 100), within_a_share(1 - 1e-15, 1 + 1e-15, 100), within_a_share(0.0, 0.0, 100)
     ((0.97, 1.0), (0.97, 1.0), (0.0, 0.03))
     """
-    if low == high:
-        low, high = (low, 3 / problems) if low == 0 else (1 - 3 / problems, high) if low == 1 else (low, high)
+    if high - low < 1e-9:
+        low, high = (low, 3 / problems) if high < 1e-9 else (1 - 3 / problems, high) if low > 1 - 1e-9 else (low, high)
     return max(low, 0.0), min(high, 1.0)
 
 

@@ -324,6 +324,8 @@ def test_where_no_answer_was_wrong_the_interval_says_how_many_could_be() -> None
     found = made(three_methods())
     assert row_of(found, "base")["accuracy_interval"] == (1 - 3 / 4, 1.0)
     assert row_of(found, "bad")["accuracy_interval"][1] > row_of(found, "bad")["accuracy"]
+    right = [([2] * 7, [50] * 7)] * 2  # the weights of seven problems do not add up to 1 exactly
+    assert row_of(made({"base": records("base", *right)}), "base")["accuracy_interval"] == (1 - 3 / 7, 1.0)
 
 
 def test_a_record_without_one_of_the_bases_temperatures_is_named() -> None:
