@@ -101,9 +101,9 @@ def drop_default_ends(config: PreTrainedConfig, generation: GenerationConfig | N
 
     It is the default of the config's class (LlamaConfig: 2) and may be a word of this model. An export would write it down.
     """
-    raw, _ = PreTrainedConfig.get_config_dict(path)
     if getattr(generation, "eos_token_id", None) in (None, []):
         return
+    raw, _ = PreTrainedConfig.get_config_dict(path)
     for part, given in ((config, raw), (config.get_text_config(), raw.get("text_config") or raw)):
         if "eos_token_id" not in given and hasattr(part, "eos_token_id"):
             part.eos_token_id = None
@@ -199,11 +199,16 @@ def write_whole(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
 ) -> None:
-    """Write the folder under a temporary name and publish it. Raises UserError if the disk does not take it."""
-    temporary = folder.with_name(folder.name + ".tmp")
+    """Write weights, config, generation config and tokenizer under a temporary name, and publish the folder. Without a
+    `state` it has all but the weights. Raises UserError if the disk does not take it."""
+    temporary, config = folder.with_name(folder.name + ".tmp"), copy.deepcopy(model.config)
     shutil.rmtree(temporary, ignore_errors=True)
+    config.dtype = dtype  # model.save_pretrained writes float32, the masters' dtype
     try:
-        write_folder(model, state, dtype, tokenizer, temporary)
+        model.save_pretrained(temporary, state_dict=state)
+        config.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        add_version4_keys(temporary)
         publish(temporary, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -231,22 +236,6 @@ def publish(temporary: Path, folder: Path) -> None:
     temporary.rename(folder)
     sync(folder.parent)
     shutil.rmtree(older, ignore_errors=True)  # what is still open over a network may stay until the next time
-
-
-def write_folder(
-    model: PreTrainedModel,
-    state: dict[str, Tensor],
-    dtype: torch.dtype,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-) -> None:
-    """Write weights, config, generation config and tokenizer. Without a `state` this is all that is not weights."""
-    config = copy.deepcopy(model.config)
-    config.dtype = dtype  # model.save_pretrained writes float32, the masters' dtype
-    model.save_pretrained(folder, state_dict=state)
-    config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    add_version4_keys(folder)
 
 
 def position_limit(config: PreTrainedConfig) -> int | None:

@@ -93,7 +93,12 @@ def drawn_weights(levels: tuple[int, ...]) -> np.ndarray:
 
 def estimates(scores: Scores) -> list[Estimate]:
     """Mean over the seeds, standard error and degrees of freedom of each of the K numbers."""
-    return estimate(scores.values_SK, scores.drawn_RSK, len(scores.levels_Q) - len(np.unique(scores.levels_Q)))
+    seeds_K, problems_K = variances(scores.values_SK, scores.drawn_RSK)
+    variance_K, num_seeds = seeds_K + problems_K, len(scores.seeds)
+    of_problems = max(1, len(scores.levels_Q) - len(np.unique(scores.levels_Q)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        freedom_K = variance_K**2 / (seeds_K**2 / max(1, num_seeds - 1) + problems_K**2 / of_problems)
+    return together(scores.values_SK, variance_K, np.where(variance_K > 0, freedom_K, 1.0))
 
 
 def difference(one: Scores, other: Scores) -> list[Estimate]:
@@ -104,19 +109,19 @@ def difference(one: Scores, other: Scores) -> list[Estimate]:
         raise ValueError(f"no seed in both: {one.seeds} and {other.seeds}")
     mine, theirs = ([scores.seeds.index(seed) for seed in common] for scores in (one, other))
     values_SK = one.values_SK[mine] - other.values_SK[theirs]
-    found = estimate(values_SK, one.drawn_RSK[:, mine] - other.drawn_RSK[:, theirs], 1)
-    return [(value, error, len(common) - 1.0) for value, error, _ in found]
+    seeds_K, problems_K = variances(values_SK, one.drawn_RSK[:, mine] - other.drawn_RSK[:, theirs])
+    return together(values_SK, seeds_K + problems_K, np.full(len(seeds_K), len(common) - 1.0))
 
 
-def estimate(values_SK: np.ndarray, drawn_RSK: np.ndarray, freedom_of_problems: int) -> list[Estimate]:
-    """With one seed the part between seeds is missing: nothing is known about another training."""
-    num_seeds = len(values_SK)
-    problems_K = drawn_RSK.mean(axis=1).var(axis=0)
+def variances(values_SK: np.ndarray, drawn_RSK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The two parts of the squared standard error, [K] each: between seeds and between problems. With one seed the first
+    is 0: nothing is known about another training."""
+    num_seeds, problems_K = len(values_SK), drawn_RSK.mean(axis=1).var(axis=0)
     seeds_K = values_SK.var(axis=0, ddof=1) / num_seeds if num_seeds > 1 else np.zeros_like(problems_K)
-    variance_K = seeds_K + problems_K
-    with np.errstate(divide="ignore", invalid="ignore"):
-        freedom_K = variance_K**2 / (seeds_K**2 / max(1, num_seeds - 1) + problems_K**2 / max(1, freedom_of_problems))
-    freedom_K = np.where(variance_K > 0, freedom_K, 1.0)
+    return seeds_K, problems_K
+
+
+def together(values_SK: np.ndarray, variance_K: np.ndarray, freedom_K: np.ndarray) -> list[Estimate]:
     columns = (values_SK.mean(axis=0), np.sqrt(variance_K), freedom_K)
     return [(float(value), float(error), float(freedom)) for value, error, freedom in zip(*columns, strict=True)]
 

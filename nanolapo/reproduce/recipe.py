@@ -251,10 +251,8 @@ class Recipe:
     def digest(self, pipeline: Pipeline, step: str) -> str:
         """Return a digest of the configs of a step and of all that it needs, but for the folder. It does not see the code,
         the packages, the number of ranks and the base's weights (a record has these apart)."""
-        begin = re.escape(
-            json.dumps(str(self.folder / "seed"))[1:-1]
-        )  # of a path, so "demo" is not cut out of other words
-        path = re.compile(rf'(?<=["=]){begin}(?=\d)')
+        begin = re.escape(json.dumps(str(self.folder / "seed"))[1:-1])
+        path = re.compile(rf'(?<=["=]){begin}(?=\d)')  # only where a path begins: "demo" is a word of the configs, too
         configs = [path.sub("/seed", pipeline.steps[name].config) for name in pipeline.closure([step])]
         return sha256("\0".join(configs).encode()).hexdigest()[:16]
 
