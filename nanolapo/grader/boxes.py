@@ -75,8 +75,9 @@ def split_thought(text: str) -> tuple[bool, str]:
     >>> split_thought(r"\boxed{1}? [/THINK] \boxed{2}"), split_thought("<think> 2")
     ((True, ' \\boxed{2}'), (False, '<think> 2'))
     """
-    ends = [tag.end() for tag in THOUGHT_TAG.finditer(text) if tag["end"]]
-    return bool(ends), text[ends[-1] :] if ends else text
+    _, closing, rest = text.rpartition("</think>")  # a hundred times faster than the pattern, which reads only the rest
+    ends = [tag.end() for tag in THOUGHT_TAG.finditer(rest) if tag["end"]]
+    return bool(closing or ends), rest[ends[-1] :] if ends else rest
 
 
 def boxed_answer(completion: str, require_think_close: bool) -> str | None:

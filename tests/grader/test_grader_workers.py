@@ -362,13 +362,18 @@ def test_close_does_not_wait_for_slow_answers() -> None:
 
 
 def test_plain_numbers_need_no_worker_and_no_time() -> None:
+    """A plain number is graded while Python adds less than 2,000 numbers (0.1 ms on one of our machines)."""
     text = "so the answer is that. " * 200
     completions = [rf"{text}</think> \boxed{{{i % 7}}}" for i in range(1000)]
-    seconds = []
-    for _ in range(3):  # the fastest: the process may collect garbage, or the machine stall, meanwhile
+    of_grader, of_loop = [], []
+    for _ in range(5):  # the fastest: the process may collect garbage, or the machine stall, meanwhile
         start = time.process_time()  # this process's own work: other programs may be busy
         with Grader() as grader:
             assert grader.grade_all(completions, ["3"] * 1000).count(True) == 143
             assert pids(grader) == []
-        seconds.append(time.process_time() - start)
-    assert min(seconds) < 0.1
+        of_grader.append(time.process_time() - start)
+        start, total = time.process_time(), 0
+        for i in range(2_000_000):
+            total += i
+        of_loop.append(time.process_time() - start)
+    assert min(of_grader) < min(of_loop)
