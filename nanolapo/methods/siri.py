@@ -15,8 +15,6 @@ The length follows the cap with a delay (100 to 200 of 640 steps). Published are
 and at the last peak (SIRI-high). The run's last model is that of the peak, with cycles 2.5 that of the trough. For all of
 them give `period`, and half of it as run.export_every. Where sampled tokens end the run, cycles follow the share of them.
 
-Their loss, as printed, is a mean over answers; aggregation is the recipe's here.
-
 Edge: a cap below all answers of a group teaches nothing (all rewards 0). No state: the cap is a function of the progress.
 """
 

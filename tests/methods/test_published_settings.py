@@ -61,7 +61,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "hapo": {"method.options.weight": 1.0, "method.options.shape": "cosine", "method.options.mode": "min",
              **OVER_ANSWERS, **CLIP, "loss.kl_coef": 0.04, "loss.kl_kind": "k3"},
     "shorter-better": {"method.options.alpha": 2.0, **KL},  # script; notes 15
-    "smart-thinker": {**OVER_TOKENS, **NO_KL},  # script; notes 19
+    # script, its actor.yaml; notes 19. Ours has no dual clip: its rows of the table were made before this was read
+    "smart-thinker": {"loss.dual_clip": Differs(3.0, 0.0), **OVER_TOKENS, **NO_KL},
     # paper and code; notes 16 (samples: 16 for the 7B model, 12 for the 32B); the loss is the code's (LOG)
     "o1-pruner": {"method.options.weight": 2.0, "method.options.standardize": True,
                   "method.options.reference_samples": Differs(16, 8), "loss.kind": "gspo", **OVER_ANSWERS, **CLIP},
@@ -77,9 +78,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "alp": {"method.options.weight": 0.25, "loss.normalize_std": False},  # prime-rl's code; notes 25.1, 2
     # code (LOG); notes 25.1, 3
     "ddca": {"method.options.beta": 0.2, "method.options.by_pass_rate": True, "method.options.leave_one_out": False},
-    # paper; notes 25.1, 4. Its loss is printed as a mean over answers (siri.py), and nothing says why ours is not
-    "siri": {"method.options.shape": "cosine", "method.options.cycles": 3.0, **CLIP_HIGHER, **NO_KL,
-             "loss.aggregation": Differs("sequence_mean", "token_mean")},
+    # paper; notes 25.1, 4
+    "siri": {"method.options.shape": "cosine", "method.options.cycles": 3.0, **OVER_ANSWERS, **CLIP_HIGHER, **NO_KL},
     # script; notes 25.1, 5. There right and wrong are 3.5 apart
     "short-rl": {"method.options.margin": 0.05, "method.options.weight": round(1 / 3.5, 3), **KL},
     "a-dlp": {"method.options.reference": Differs(0.62, None), **KL},  # script; 0.62 is the accuracy of its own base
@@ -106,10 +106,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "dapo": {**DAPO, "method.options.overlong": "shape"},
     "dapo-overlong-filter": {**DAPO, "method.options.overlong": "filter"},
     # tokens, steps and sampling
-    "sas": {"method.options.share": 0.3, "method.options.separator": "\n\n", **KL},  # paper, script; notes 18
-    # script; notes 21. The paper clips at 0.2 and 0.28 (hapo_tokens.py)
+    # paper, script; notes 18. Dual clip: the default of its code; ours as smart-thinker
+    "sas": {"method.options.share": 0.3, "method.options.separator": "\n\n", "loss.dual_clip": Differs(3.0, 0.0), **KL},
+    # script; notes 21. The clips are the paper's (hapo_tokens.py)
     "hapo-tokens": {"method.options.quantile": 0.8, "method.options.max_rounds": Differs(16, 4), "loss.dual_clip": 10.0,
-                    **OVER_TOKENS, **CLIP, **NO_KL},
+                    **OVER_TOKENS, **CLIP_HIGHER, **NO_KL},
     # script; notes 13. Theirs moves rho between 0.875 and 0.96 (spo.py)
     "spo": {"method.options.rho": 0.875, "method.options.floor": 0.05, "method.options.first_samples": 8,
             "loss.dual_clip": 10.0, **CLIP_HIGHER, **NO_KL},
@@ -117,10 +118,10 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "adapt-think": {"method.options.delta": 0.05, "method.options.closing": "</think>", "loss.kind": "gspo",
                     "method.options.opening": "Alright", "method.options.reference_samples": 16,
                     **OVER_ANSWERS, **CLIP, **NO_KL},
-    # code; notes 22. aepo.py says that the dual clip is not set, and not why
+    # code; notes 22. Clips and dual clip: the defaults of its code; ours as smart-thinker
     "aepo": {"method.options.target": 0.5, "method.options.high": 1.2, "method.options.low": 0.8,
              "method.options.prompts": 0.25, "method.options.threshold": 0.05, "loss.dual_clip": Differs(3.0, 0.0),
-             **NO_KL},
+             **CLIP, **NO_KL},
     # policy losses: notes 20 to 20.7
     "grpo": {"loss.normalize_std": True, "loss.kl_coef": 0.04, "loss.kl_kind": "k3", **OVER_ANSWERS, **CLIP},
     "dr-grpo": {"loss.normalize_std": False, "loss.aggregation": "constant", **NO_KL},
