@@ -151,8 +151,8 @@ def old_logprobs(
     """Return log-probs [T] of every row under the policy before the updates of this step.
 
     The sampler has recorded them (loss.old_logprobs=sampler), or the trainer scores its rows now. The first update does not
-    need them, for its own forward pass gives them, and every ratio is 1. None: there is no other. This also fills
-    rollouts.old_entropies if the loss needs them.
+    need them, for its own forward pass gives them, and every ratio is 1. Returns None if no update of this step needs them.
+    This also fills rollouts.old_entropies if the loss needs them.
     """
     from_sampler = policy.config.loss.old_logprobs == "sampler"
     several = len(batches) * policy.config.train.inner_epochs > 1

@@ -27,7 +27,7 @@ def the_tokens(v: View) -> Section:
         "log p: of this token, when it was sampled and as the trainer sees it now; r: new over old probability; clipped: "
         f"r is beyond [{num(1 - c.clip_low)}, {num(1 + c.clip_high)}] on the side where A pushes; weight: 1 / denominator "
         f"(loss.aggregation = {c.aggregation}, over all answers of the optimizer step); share: loss times weight, what the "
-        "token adds to the loss; pull: the gradient of the loss by log p, below 0 makes it likelier"
+        "token adds to the loss; pull: the derivative of the loss with respect to log p, below 0 makes it likelier"
     ]
     for i in dict.fromkeys((int(v.advantages.argmax()), int(v.advantages.argmin()))):
         found = [(p, p.x.rows.index(v.rows[i])) for p in v.trace.passes if v.rows[i] in p.x.rows]

@@ -153,7 +153,7 @@ class LossInputs:
 
     logprobs_BT: Tensor  # of the policy being trained, with gradient
     old_logprobs_BT: Tensor  # of the policy at the start of this step
-    sampler_logprobs_BT: Tensor  # as recorded while sampling; of given tokens without a lot the old ones
+    sampler_logprobs_BT: Tensor  # as recorded while sampling; of tokens given without a random choice the old ones
     ref_logprobs_BT: Tensor | None  # of the stage's first model; None when loss.kl_coef is 0
     entropy_BT: Tensor | None  # of the policy at the start of this step; only when the loss sets needs_entropy
     advantages_BT: Tensor
@@ -172,7 +172,8 @@ class Loss:
     aggregations: tuple[str, ...] = ("token_mean", "sequence_mean", "constant")  # those that the loss is defined with
     dual_clips = True  # True if loss.dual_clip may be set
     acts_without_advantage = False  # True if the loss also acts where the advantage is 0
-    # True: `drift` is set before each optimizer batch, at the cost of a forward pass, but for the first of a step
+    # True: `drift` is set before each optimizer batch, at the cost of a forward pass (none for the first update of a step
+    # with loss.old_logprobs=trainer)
     needs_drift = False
     drift = 0.0  # mean of log p_old - log p over all tokens of the optimizer batch, on all ranks
     needs_entropy = False  # True: rollouts.old_entropies is filled before `prepare`, at the cost of a forward pass

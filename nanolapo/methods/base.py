@@ -82,10 +82,6 @@ class Method:
         r = self.config.rollout
         return SamplingPlan(r.prompts_per_step, r.group_size, r.temperature, r.max_new_tokens)
 
-    def guidance(self, problem: Problem, rollout_index: int, step: int) -> Guidance:
-        """What is added to this rollout's prompt, and the budget it carries."""
-        return Guidance()
-
     def monitor(self, step: int) -> MonitorPlan | None:
         """An extra sampling before the step's own, with the same weights; None (mostly): no monitor pass in this step."""
         return None
@@ -101,6 +97,10 @@ class Method:
         rows, ask for them, keep them, and put them into the batch in edit_rollouts (rollouts.put).
         """
         return {}
+
+    def guidance(self, problem: Problem, rollout_index: int, step: int) -> Guidance:
+        """What is added to this rollout's prompt, and the budget it carries."""
+        return Guidance()
 
     def edit_rollouts(self, rollouts: Rollouts) -> list[Rollout]:
         """Change responses after sampling; returns the rows that must be graded again."""

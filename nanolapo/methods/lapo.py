@@ -25,7 +25,7 @@ from nanolapo.data.problems import Problem
 from nanolapo.data.prompts import Guidance, exact_guidance, implicit_guidance, outside_guidance, range_guidance
 from nanolapo.lengths import LengthMap, to_multiple, typical_range
 from nanolapo.methods.base import Method, SamplingPlan
-from nanolapo.methods.tools import DEEPSCALER, scale
+from nanolapo.methods.tools import DEEPSCALER, as_parts, each_group, scale
 from nanolapo.rollouts import Rollouts
 
 
@@ -176,14 +176,12 @@ class Discovery(Lapo):
             raise UserError("lapo.length_map is set, but stage 1 makes its own map: did you mean train_stage2.py?")
 
     def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:
-        lengths, correct = rollouts.by_group(rollouts.lengths_B), rollouts.by_group(rollouts.correct_B)
         c = self.config.lapo
-        total = np.concatenate([
-            discovery_reward(lengths[g], correct[g], c.alpha, self.decay, c.percentiles, self.readings.strict_range)
-            for g in range(len(rollouts.problems))
-        ])  # fmt: skip
-        verdict = rollouts.correct_B.astype(np.float64)
-        return {"correct": verdict, "length": total - verdict}
+
+        def one_group(lengths: np.ndarray, correct: np.ndarray) -> np.ndarray:
+            return discovery_reward(lengths, correct, c.alpha, self.decay, c.percentiles, self.readings.strict_range)
+
+        return as_parts(rollouts, each_group(rollouts, one_group))
 
     def after_step(self, rollouts: Rollouts) -> dict[str, float]:
         before = [self.length_map.target(p.id) for p in rollouts.problems]
@@ -227,7 +225,8 @@ class Internalization(Lapo):
         return {"exact": exact_guidance, "outside": outside_guidance, "implicit": implicit_guidance}[c.lapo.guidance](n)
 
     def center(self, problem: Problem, lengths_G: np.ndarray, correct_G: np.ndarray, budget: float) -> float:
-        """Return n of Eq. 7 for one group: the number in its prompt (M(q) before this step's update), or nan for none."""
+        """Return n of Eq. 7 for one group: the number in its prompt (M(q) before this step's update). For an unsolved
+        problem it is the median of the group's right lengths, unless the readings say "limit". nan: no length term."""
         if self.length_map.target(problem.id) is None and self.readings.unsolved_center == "group_median":
             # As the code, whatever statistic M(q) records
             return float(np.median(lengths_G[correct_G])) if correct_G.any() else math.nan
@@ -243,8 +242,7 @@ class Internalization(Lapo):
                 total.append(correct[g].astype(np.float64))
             else:
                 total.append(internalization_reward(lengths[g], correct[g], target, self.beta, self.sigma))
-        verdict = rollouts.correct_B.astype(np.float64)
-        return {"correct": verdict, "length": np.concatenate(total) - verdict}
+        return as_parts(rollouts, np.concatenate(total))
 
     def after_step(self, rollouts: Rollouts) -> dict[str, float]:
         before = [self.length_map.target(p.id) for p in rollouts.problems]
