@@ -117,23 +117,36 @@ def load_model(path: str, device: torch.device, key: str = "model.path") -> PreT
     local = Path(path)
     if not path or (local.exists() and not (local / "config.json").exists()):
         raise UserError(f"{key}={path!r}: no config.json there; give a Hugging Face model folder or a hub name")
-    try:  # safetensors only: a pickle file could run code
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, output_loading_info=True,
-            device_map="meta" if device.type == "meta" else None,
-        )  # fmt: skip
+    try:
+        on = "meta" if device.type == "meta" else None
+        model: Any = read_model(path, f"{key}={path!r}", dtype=torch.float32, device_map=on)
+    except UserError:
+        raise
     except Exception as error:  # these libraries raise anything: ImportError for a quantised folder, KeyError, ...
         first = f"{type(error).__name__}: {error}".splitlines()[0]
         missing = "no such local folder, and not to be had from the hub; without a network give a local folder"
         source = "cannot be loaded" if local.exists() else missing
         raise UserError(f"{key}={path!r}: {source} ({first})") from None
-    model, info = loaded
-    if info["missing_keys"]:
-        raise UserError(f"{key}={path!r}: the files lack {len(info['missing_keys'])} weights of the model, such as "
-                        f"{min(info['missing_keys'])}; fetch or save the model again")  # fmt: skip
     disable_dropout(model)
     drop_default_ends(model.config, model.generation_config, path)
     return model.to(device)
+
+
+def read_model(path: str, name: str, **options: Any) -> PreTrainedModel:
+    """Read a causal LM as its files have it. Raises UserError, with `name` in front, if they lack a weight, which would be
+    random, or if they have a head of its own for a model that ties it, which vLLM would not read."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(  # safetensors only: a pickle file could run code
+        path, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **options
+    )
+    model, missing = loaded[0], loaded[1]["missing_keys"]
+    if missing:
+        raise UserError(f"{name}: the files lack {len(missing)} weights of the model, such as {min(missing)}; "
+                        "fetch or save the model again")  # fmt: skip
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    if model.config.get_text_config().tie_word_embeddings and not head.is_meta and head is not embedding:
+        raise UserError(f"{name}: config.json says that the output embedding is the input embedding, but the files have "
+                        "two that differ; set tie_word_embeddings to false in config.json")  # fmt: skip
+    return model
 
 
 def disable_dropout(model: nn.Module) -> None:

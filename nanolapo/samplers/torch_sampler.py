@@ -24,10 +24,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from nanolapo.config import UserError
-from nanolapo.model.folder import load_tokenizer, read_settings
+from nanolapo.model.folder import load_tokenizer, read_model, read_settings
 from nanolapo.samplers.sampler import Decoding, Request, Sample
 
 REPACK = 0.25  # replace or drop free rows once they are this fraction of the cache
@@ -143,10 +143,8 @@ class TorchSampler:
     """Implements sampler.Sampler, as vllm_sampler.VLLMSampler does."""
 
     def __init__(self, model_path: str, dtype: torch.dtype, device: torch.device, max_rows: int = 256):
-        loaded: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
-            model_path, dtype=dtype, trust_remote_code=False, use_safetensors=True
-        )
-        self.model = cast(Any, loaded.to(device).eval())  # its layers are used by name below
+        model: torch.nn.Module = read_model(model_path, model_path, dtype=dtype)
+        self.model = cast(Any, model.to(device).eval())  # its layers are used by name below
         config = self.model.config
         if reason := torch_objection(config):
             raise UserError(f"{model_path}: {reason}; set rollout.engine=vllm (`make vllm` installs it)")

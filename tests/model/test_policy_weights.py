@@ -9,17 +9,24 @@ import json
 import math
 import os
 import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from folders import edit
 from safetensors.torch import load_file, save_file
-from tiny import CPU, make_config, make_rows, tiny_llama, tiny_qwen, update, weights_of
+from tiny import CPU, make_config, make_rows, same_tensors, tiny_llama, tiny_qwen, update, weights_of
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from transformers import CohereConfig, CohereForCausalLM
+from transformers import CohereConfig, CohereForCausalLM, PreTrainedModel
 
 from nanolapo.config import UserError
-from nanolapo.model.folder import load_model
+from nanolapo.demo.pretrain import make_tokenizer
+from nanolapo.model.folder import load_model, load_tokenizer, save_model
 from nanolapo.policy import Policy
+from nanolapo.ranks import Ranks
+from nanolapo.samplers.choose import make_sampler
 
 
 @pytest.mark.parametrize("kind", ["tied", "untied"])
@@ -181,11 +188,67 @@ def test_F2_pickle_in_a_model_folder_is_refused_and_not_run(tmp_path, name, form
     assert not canary.exists()
 
 
-def test_weights_that_do_not_fill_the_model_are_refused(tmp_path):
-    """A file without the last layer would leave that layer at random values, with no more than a warning."""
-    model = tiny_llama()
-    model.save_pretrained(tmp_path)
-    weights = {n: t for n, t in load_file(tmp_path / "model.safetensors").items() if "layers.1." not in n}
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="model.path=.*layers.1"):
-        load_model(str(tmp_path), CPU)
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def read_by(reader: str, folder: Path) -> PreTrainedModel:
+    """The model as the trainer has it, or as an evaluation by the torch sampler has it, which is given no other weights."""
+    if reader == "trainer":
+        return load_model(str(folder), CPU)
+    config = make_config(folder, rollout={"engine": "torch"})
+    return make_sampler(config, str(folder), 8, Ranks(), trains=False).model
+
+
+READERS = pytest.mark.parametrize("reader", ["trainer", "evaluation"])
+LACK = "the files lack {} weights of the model, such as {}; fetch or save the model again"
+
+
+@READERS
+@pytest.mark.parametrize(
+    "change, lack",
+    [
+        (lambda w: {n: t for n, t in w.items() if "layers.1." not in n}, (9, "model.layers.1.input_layernorm.weight")),
+        (lambda w: {n: t for n, t in w.items() if n != "lm_head.weight"}, (1, "lm_head.weight")),
+        (lambda w: {f"module.{n}": t for n, t in w.items()}, (21, "lm_head.weight")),
+    ],
+)
+def test_weights_that_do_not_fill_the_model_are_refused(untied_model, tmp_path, reader, change, lack):
+    """What a file lacks would be at random values, with no more than a warning."""
+    folder = shutil.copytree(untied_model, tmp_path / "model")
+    change_weights(folder, change)
+    with pytest.raises(UserError, match=LACK.format(*lack)):
+        read_by(reader, folder)
+
+
+@READERS
+def test_a_head_that_is_not_the_embedding_though_config_json_says_so_is_refused(tied_model, tmp_path, reader):
+    """transformers would use both, and vLLM the embedding alone. Files without a head, or with an equal one, are tied."""
+    folder = shutil.copytree(tied_model, tmp_path / "model")
+    make_tokenizer().save_pretrained(folder)
+    embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    for weights in ({}, {"lm_head.weight": embedding.clone()}):
+        change_weights(folder, lambda w, more=weights: w | more)
+        model = read_by(reader, folder)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert torch.equal(model.lm_head.weight, embedding)
+    change_weights(folder, lambda w: w | {"lm_head.weight": embedding * 1.01})
+    with pytest.raises(UserError, match="model.*: config.json says .*; set tie_word_embeddings to false") as error:
+        read_by(reader, folder)
+    assert "\n" not in str(error.value)
+
+
+@READERS
+def test_a_head_that_config_json_knows_of_is_read_and_written(tied_model, tmp_path, reader):
+    """The remedy of that message: both weights are those of the files, and an export has both again."""
+    folder = shutil.copytree(tied_model, tmp_path / "model")
+    make_tokenizer().save_pretrained(folder)
+    change_weights(folder, lambda w: w | {"lm_head.weight": w["model.embed_tokens.weight"] * 1.01})
+    edit(folder / "config.json", lambda c: c.update(tie_word_embeddings=False))
+    saved = load_file(folder / "model.safetensors")
+    model = read_by(reader, folder)
+    assert same_tensors(dict(model.state_dict()), saved)
+    save_model(model, torch.float32, load_tokenizer(str(folder)), tmp_path / "out")
+    assert same_tensors(load_file(tmp_path / "out/model.safetensors"), saved)
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
