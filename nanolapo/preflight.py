@@ -6,9 +6,7 @@ What is checked where it is used (config, data, load_model, prompts) is not chec
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -19,6 +17,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as HfTokenizer
 
+from nanolapo.checks import NOTE, Preflight
 from nanolapo.config import GUIDANCE_ROOM, Config, UserError
 from nanolapo.data.load import Data
 from nanolapo.data.prompts import Guidance, Prompter
@@ -43,33 +42,7 @@ from nanolapo.samplers.vllm_fit import checkpoint_shapes, local_folder
 TRIED = 20  # problems whose prompts and reference answers are tried
 MOST_UNKNOWN = 0.01  # of the prompts' tokens
 PROBE = "What is 3+4?\n  Is it 7, or x^2? \\boxed{7}"  # words, digits, blanks and a line break
-NOTE = "note: "  # begins what a check has found if the user should read it
-
-
-@dataclass
-class Preflight:
-    """The checks that were made so far: name, what it proves, what it found."""
-
-    rows: list[tuple[str, str, str]] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def run(self, checks: Sequence[partial[str]]) -> Preflight:
-        """Make these checks in order. The first that fails raises its UserError."""
-        started = time.monotonic()
-        for check in checks:
-            proves = (check.func.__doc__ or "").partition("\n")[0].rstrip(".")
-            self.rows.append((check.func.__name__.replace("_", " "), proves, check()))
-        self.seconds += time.monotonic() - started
-        return self
-
-    def lines(self) -> list[str]:
-        """The one line of a run, and the notes that its user should read."""
-        notes = [f"{name}: {found.removeprefix(NOTE)}" for name, _, found in self.rows if found.startswith(NOTE)]
-        return [f"preflight: {len(self.rows)} checks, {self.seconds:.1f} s", *notes]
-
-    def table(self) -> list[str]:
-        """What each check found, for --dry-run."""
-        return [f"  {name}: {found}" for name, _, found in self.rows if not found.startswith(NOTE)]
+LORA_RATE = 1e-4  # usual for LoRA. In bfloat16 ten updates at 1e-6 lost 97 % of what they had changed, here none
 
 
 def before_training(config: Config, data: Data, method: Method, fetch: bool = True) -> Preflight:
@@ -79,6 +52,8 @@ def before_training(config: Config, data: Data, method: Method, fetch: bool = Tr
     guidances = [method.guidance(problem, i % config.rollout.group_size, 0) for i, problem in problems]
     checks = sampling_checks(path, key, data, guidances, (new, "rollout.max_new_tokens"))
     checks.append(partial(speed_of_dtype, dtype))
+    if config.model.lora_rank:
+        checks.append(partial(rounding_of_lora, config))
     if not fetch and not Path(path).is_dir():
         return Preflight().run(checks)
     checked = Preflight().run([partial(kind_of_model, config), *checks])
@@ -132,6 +107,18 @@ def speed_of_dtype(dtype: torch.dtype, key: str = "model.dtype") -> str:
     times = seconds_of_product(dtype) / seconds_of_product(torch.float32)
     found = f"on this CPU a product in bfloat16 takes {times:.1f} times as long as in float32"
     return f"{NOTE}{found}; set {key}=float32" if times > 2 else found
+
+
+def rounding_of_lora(config: Config) -> str:
+    """What a LoRA adds to a weight is not rounded away in the sampler and the export, which hold the sum."""
+    rate, dtypes = config.train.learning_rate, {"model": config.model.dtype, "rollout": config.rollout.dtype}
+    rounded = [f"{section}.dtype=float32" for section, dtype in dtypes.items() if dtype == "bfloat16"]
+    if not rounded or rate >= LORA_RATE:
+        return f"train.learning_rate={rate:g} in {'bfloat16' if rounded else 'float32'}"
+    return (
+        f"{NOTE}sampler or export hold bfloat16, which loses most of what LoRA adds at train.learning_rate={rate:g}; set "
+        f"train.learning_rate={LORA_RATE:g} or more, as is usual for LoRA, or {' '.join(rounded)}"
+    )
 
 
 def tokenizer_ids(path: str, key: str, tokenizer: HfTokenizer, texts: Sequence[str]) -> str:

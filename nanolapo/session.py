@@ -19,6 +19,7 @@ import torch
 
 from nanolapo.alarms import Alarms
 from nanolapo.checkpoint import load_checkpoint
+from nanolapo.checks import Preflight
 from nanolapo.config import Config
 from nanolapo.config_file import validate
 from nanolapo.data.load import Data, load_data
@@ -28,7 +29,7 @@ from nanolapo.locks import alone_in
 from nanolapo.methods.base import Method
 from nanolapo.metrics import RunLog
 from nanolapo.policy import Policy
-from nanolapo.preflight import Preflight, after_loading, before_training
+from nanolapo.preflight import after_loading, before_training
 from nanolapo.provenance import model_identity
 from nanolapo.ranks import Ranks
 from nanolapo.samplers.choose import make_sampler

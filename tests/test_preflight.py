@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from nanolapo.checks import Preflight
 from nanolapo.config import Config, UserError
 from nanolapo.data.load import load_data
 from nanolapo.data.prompts import Guidance, exact_guidance, outside_guidance
@@ -37,7 +38,7 @@ from nanolapo.grader import Grader
 from nanolapo.methods.base import Method
 from nanolapo.model.folder import load_model, load_tokenizer, position_limit, read_settings, save_model
 from nanolapo.policy import Policy
-from nanolapo.preflight import Preflight, after_loading, before_training
+from nanolapo.preflight import after_loading, before_training
 from nanolapo.samplers.torch_sampler import TorchSampler, end_token_ids
 
 ROOT = Path(__file__).parents[1]

@@ -374,6 +374,33 @@ def test_a_cpu_that_is_slow_in_bfloat16_is_told(
     assert preflight.before_writing("key", model, kind, data.tokenizer).lines()[1:] == told
 
 
+@pytest.mark.parametrize(
+    ("rank", "model", "rollout", "rate", "remedy"),
+    [
+        (4, "bfloat16", "", 1e-6, "model.dtype=float32"),
+        (4, "bfloat16", "float32", 1e-5, "model.dtype=float32"),  # the export is rounded
+        (4, "float32", "bfloat16", 1e-5, "rollout.dtype=float32"),  # the sampler's weights are
+        (4, "bfloat16", "bfloat16", 9e-5, "model.dtype=float32 rollout.dtype=float32"),
+        (4, "bfloat16", "", 1e-4, None),
+        (4, "float32", "", 1e-6, None),
+        (4, "float32", "float32", 1e-6, None),
+        (0, "bfloat16", "", 1e-6, None),
+    ],
+)
+def test_a_lora_whose_steps_bfloat16_would_round_away_is_told(
+    good: Path, monkeypatch: pytest.MonkeyPatch, rank: int, model: str, rollout: str, rate: float, remedy: str | None
+) -> None:
+    monkeypatch.setattr(preflight, "seconds_of_product", lambda dtype: 1.0)
+    sections = {"model": {"dtype": model, "lora_rank": rank}, "rollout": {"dtype": rollout}}
+    checked = check(config_of(good, **sections, train={"learning_rate": rate}))
+    assert ("rounding of lora" in found(checked)) == bool(rank)
+    text = (
+        "rounding of lora: sampler or export hold bfloat16, which loses most of what LoRA adds at "
+        f"train.learning_rate={rate:g}; set train.learning_rate=0.0001 or more, as is usual for LoRA, or {remedy}"
+    )
+    assert checked.lines()[1:] == ([text] if remedy else [])
+
+
 class Products(TorchDispatchMode):
     """The dtypes of all matrix products."""
 

@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 
 from nanolapo.checkpoint import NAME
+from nanolapo.checks import Preflight
 from nanolapo.config import Config, PromptConfig, UserError
 from nanolapo.config_file import build, to_yaml
 from nanolapo.data.load import Data, fit_prompts, gradable_problems
 from nanolapo.data.prompts import NO_GUIDANCE, Guidance, Prompter, exact_guidance, outside_guidance
 from nanolapo.grader import Grader
 from nanolapo.model.folder import load_tokenizer
-from nanolapo.preflight import Preflight, before_evaluation, speed_of_dtype
+from nanolapo.preflight import before_evaluation, speed_of_dtype
 from nanolapo.ranks import Ranks
 from nanolapo.samplers.sampler import Decoding
 
