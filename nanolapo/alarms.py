@@ -31,7 +31,7 @@ class MismatchError(RunStopped):
 
 
 class Alarms:
-    """Remembers the step-0 mismatch and how long each symptom has lasted; part of every checkpoint."""
+    """Remembers the mismatch of the engine's first step and how long each symptom has lasted; part of every checkpoint."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -99,5 +99,7 @@ class Alarms:
     def state_dict(self) -> dict[str, Any]:
         return {"base_mismatch": self.base_mismatch, "lasted": dict(self.lasted)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.base_mismatch, self.lasted = state["base_mismatch"], self.lasted | state["lasted"]
+    def load_state_dict(self, state: dict[str, Any], same_engine: bool = True) -> None:
+        """same_engine: False if another engine samples from here on. It rounds in another way, so its first step counts."""
+        self.base_mismatch = state["base_mismatch"] if same_engine else None
+        self.lasted |= state["lasted"]

@@ -16,6 +16,7 @@ from typing import Any
 from nanolapo.config import Config, UserError
 from nanolapo.data.load import Data
 from nanolapo.methods.base import Method
+from nanolapo.samplers.choose import pick_engine
 
 SECTIONS = ("run", "model", "prompt", "rollout", "train", "loss", "lapo")
 FREE = frozenset({
@@ -48,6 +49,7 @@ def fingerprint_of(config: Config, method: Method, data: Data) -> dict[str, Any]
         values = asdict(getattr(config, section))
         found |= {f"{section}.{key}": value for key, value in values.items() if f"{section}.{key}" not in FREE}
     found |= {f"method.options.{f.name}": getattr(method.options, f.name) for f in fields(method.options)}
+    found["rollout.engine"] = pick_engine(config)  # `auto` may be another one on another machine
     problems = data.problems
     found["data, problems"] = len(problems)
     found["data"] = digest([p.id for p in problems])

@@ -92,7 +92,8 @@ def open_session(config: Config, method: Method) -> Iterator[Session]:
         if saved:
             method.load_state_dict(saved["method"])
             method.loss.state |= saved.get("loss", {})
-            alarms.load_state_dict(saved["alarms"])
+            same_engine = saved["fingerprint"].get("rollout.engine") == fingerprint["rollout.engine"]
+            alarms.load_state_dict(saved["alarms"], same_engine)
         if session.progress < 1:
             if saved:
                 told = changes(saved["fingerprint"], fingerprint, session.progress)

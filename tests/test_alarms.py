@@ -93,6 +93,27 @@ def test_A0_step_0_is_remembered_across_a_resume():
         resumed.check_mismatch(7, 0.5)
 
 
+@pytest.mark.parametrize(
+    ("same_engine", "values", "stopped"),
+    [
+        (True, [0.019, 0.03], "0.03 against 0.002 at first .limit 0.02."),
+        (False, [0.03, 0.14, 0.16], "0.16 against 0.03 at first .limit 0.15."),
+        (False, [0.25], r"= 0.25 .limit 0.2."),
+    ],
+)
+def test_A0_another_engine_after_a_resume_is_measured_by_its_own_first_step(same_engine, values, stopped):
+    """vLLM's 0.03 in bfloat16 is normal, but 15 times what the torch sampler had."""
+    first, resumed = (Alarms(make_config(model={"dtype": "bfloat16"})) for _ in range(2))
+    first.check_mismatch(0, 0.002)
+    first.lasted["truncated"] = 2
+    resumed.load_state_dict(json.loads(json.dumps(first.state_dict())), same_engine)
+    assert resumed.lasted["truncated"] == 2
+    for value in values[:-1]:
+        resumed.check_mismatch(7, value)
+    with pytest.raises(MismatchError, match=stopped):
+        resumed.check_mismatch(7, values[-1])
+
+
 # ------------------------------------------------------------------------------------------------------ learning
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from folders import edit
 from tiny import make_config, make_problems
 
 from nanolapo import loop
@@ -112,6 +114,16 @@ def test_a_key_that_users_change_on_purpose_is_told(key):
     share = "; progress is now 50%, and what follows it (learning rate, limits) goes on from there"
     share = share if key in ("train.steps", "train.sampled_tokens") else ""
     assert changes(then, now, 0.5) == [f"{key}={after!r} from here on; it was {before!r}{share}"]
+
+
+def test_an_engine_is_compared_as_the_one_that_runs():
+    """`auto` is torch on a machine without vLLM and vLLM on the next."""
+    config, runs = make_config("here"), "vllm" if find_spec("vllm") else "torch"
+    auto = of(with_key(config, "rollout.engine", "auto"))
+    assert auto == of(with_key(config, "rollout.engine", runs)) and auto["rollout.engine"] == runs
+    other = {"vllm": "torch", "torch": "vllm"}[runs]
+    told = f"rollout.engine={runs!r} from here on; it was {other!r}"
+    assert changes(of(with_key(config, "rollout.engine", other)), auto, 0.5) == [told]
 
 
 @pytest.mark.parametrize("key", sorted(FREE))
@@ -215,6 +227,17 @@ def test_a_run_that_is_resumed_with_another_setting(tmp_path, capsys):
         and "at step 1" in said
         and "step 2" in said
     )
+    for step, engine, remembered in ((3, "torch", True), (4, "vllm", False)):  # the engine of the steps before
+        path = tmp_path / f"r/checkpoints/step-{step - 1:06d}/state.json"
+        edit(path, lambda c, was=engine: (c["alarms"].update(base_mismatch=0.01), c["fingerprint"].update(
+            {"rollout.engine": was})))  # fmt: skip
+        longer = with_key(longer, "train.steps", step)
+        loop.train(longer, Method(longer))
+        now = json.loads((tmp_path / f"r/checkpoints/step-{step:06d}/state.json").read_text())
+        assert (now["alarms"]["base_mismatch"] == 0.01) == remembered and now["fingerprint"][
+            "rollout.engine"
+        ] == "torch"
+        assert ("rollout.engine='torch' from here on; it was 'vllm'" in capsys.readouterr().out) != remembered
     make_base(1)  # other weights in the same folder
-    with pytest.raises(UserError, match="step-000002 was written with model.path, the weights there="):
-        loop.train(with_key(longer, "train.steps", 3), Method(longer))
+    with pytest.raises(UserError, match="step-000004 was written with model.path, the weights there="):
+        loop.train(with_key(longer, "train.steps", 5), Method(longer))
