@@ -37,7 +37,9 @@ class Rollout:
     given: GivenTokens | None = (
         None  # first tokens it was given: their sampler_logprobs are those of a random choice, or 0
     )
-    unmatched: bool = False  # sampled at another temperature than the trainer scores at: left out of the mismatch
+    unmatched: bool = (
+        False  # sampled at another temperature than the trainer scores at: left out of mismatch and entropy
+    )
     text: str = ""  # the decoded response, for the grader and for people
     correct: bool = False  # the grader's verdict, never a shaped reward
     reward: dict[str, float] = field(default_factory=dict)  # named parts; the reward is their sum
@@ -124,8 +126,9 @@ class Rollouts:
 
     @property
     def mean_entropy(self) -> float:
-        """E[-log p] over the drawn tokens of usable rows, nats per token: an unbiased estimate; nan without any."""
-        drawn = (row.sampler_logprobs[row.num_given :] for row in self.rows if not row.broken)
+        """E[-log p] over the drawn tokens of usable rows, nats per token: an unbiased estimate; nan without any. Rows of
+        another temperature would bias it."""
+        drawn = (row.sampler_logprobs[row.num_given :] for row in self.rows if not (row.broken or row.unmatched))
         used = [logprobs for logprobs in drawn if len(logprobs)]
         return -float(np.concatenate(used).mean()) if used else math.nan
 

@@ -98,6 +98,16 @@ def test_missing_budget_is_nan():
     assert rollouts.budgets_B[:3].tolist() == [2, 2, 2] and np.isnan(rollouts.budgets_B[3:]).all()
 
 
+def test_the_entropy_is_that_of_the_sampling_temperature():
+    """A row that a monitor pass sampled at another one has other log-probs: they say nothing about this policy."""
+    rollouts = make_rows([4, 4])
+    fill(rollouts, sampler_logprobs=[np.full(4, -1.0), np.full(4, -3.0)], unmatched=[False, True])
+    rollouts.set_rewards({"correct": np.zeros(2)})
+    assert rollouts.mean_entropy == rollout_metrics(rollouts)["entropy"] == 1.0
+    fill(rollouts, unmatched=True)
+    assert np.isnan(rollouts.mean_entropy)
+
+
 def test_by_group_views_rows_of_any_shape():
     rollouts = make_rows([1] * 6, group_size=3)
     assert rollouts.by_group(np.arange(6)).tolist() == [[0, 1, 2], [3, 4, 5]]
