@@ -140,7 +140,7 @@ class RolloutConfig:
     gpu_memory_utilization: Share = 0.45  # vLLM's share of the GPU while it is awake
     tensor_parallel: Positive[int] = 1  # this many neighbouring ranks share one vLLM engine's weights
     mismatch_factor: Positive[float] = 5.0  # stop when mean |dlogp| exceeds this times its step-0 value ...
-    mismatch_floor: NotNegative[float] = 0.02  # ... and this
+    mismatch_floor: Positive[float] = 0.02  # ... and this
 
     @property
     def longest_row(self) -> int:

@@ -256,6 +256,7 @@ def test_A7_top_p_below_one_is_refused_with_the_reason(write):
         (["loss.kl_coef=-0.1"], "loss.kl_coef=-0.1 must not be negative"),
         (["rollout.gpu_memory_utilization=45"], "rollout.gpu_memory_utilization=45.0 must lie between 0 and 1"),
         (["rollout.mismatch_factor=0"], "rollout.mismatch_factor=0.0 must be positive"),
+        (["rollout.mismatch_floor=0"], "rollout.mismatch_floor=0.0 must be positive"),
         (["lapo.beta=-0.8"], "lapo.beta=-0.8 must not be negative"),
     ],
 )
