@@ -53,7 +53,7 @@ def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
         "length": float(lengths.mean()),
         "length_p90": float(np.percentile(lengths, 90)),
         "length_correct": float(lengths[correct].mean()) if correct.any() else float("nan"),
-        "truncated": float(rollouts.truncated_B.mean()),
+        "truncated": float((~rollouts.finished_B).mean()),
         "no_signal": float((group_range < 1e-6).mean()),
         "reward_spread": float(rewards_PG.max() - rewards_PG.min()),
         "empty": float((lengths <= 1).mean()),

@@ -108,7 +108,6 @@ class Rollouts:
     sampler_logprobs = property(lambda self: tuple(row.sampler_logprobs for row in self.rows))
     texts = property(lambda self: tuple(row.text for row in self.rows))
     finished_B = column(lambda row: row.finished, bool)
-    truncated_B = column(lambda row: not row.finished, bool)
     budgets_B = column(lambda row: row.budget, float)
     broken_B = column(lambda row: row.broken, bool)
     unmatched_B = column(lambda row: row.unmatched, bool)

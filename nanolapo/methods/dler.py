@@ -96,7 +96,7 @@ class Dler(Optimiser):
     def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:
         parts = super().reward(rollouts)  # without cut_reward, an answer that was cut is wrong already
         if self.cut_answers_count:
-            parts["cut"] = parts["correct"] * rollouts.truncated_B * (self.options.cut_reward - 1.0)
+            parts["cut"] = parts["correct"] * ~rollouts.finished_B * (self.options.cut_reward - 1.0)
         return parts
 
 

@@ -182,7 +182,7 @@ class TorchSampler:
         """Raise UserError if rows so long change the rotary factors of all rows in their batch (longrope, dynamic NTK)."""
         near = torch.tensor([[0, 1]], device=self.device)
         far = torch.tensor([[0, 1, longest - 1]], device=self.device)
-        cos, beside, _ = (self.model.model.rotary_emb(x.float(), x)[0][:, 1] for x in (near, far, near))
+        cos, beside = (self.model.model.rotary_emb(x.float(), x)[0][:, 1] for x in (near, far))
         if not torch.equal(cos, beside):
             raise UserError(
                 f"rows of {longest} tokens would change the rotary factors of all rows in their batch, so the torch "
