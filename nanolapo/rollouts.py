@@ -34,12 +34,8 @@ class Rollout:
     budget: float = math.nan  # the target length given with the prompt; nan, not 0, if there was none
     place: int = 0  # the place of its prompt among the prompts of the step
     broken: bool = False  # cannot be trained on (see make_rollouts): it is masked out and counted
-    given: GivenTokens | None = (
-        None  # first tokens it was given: their sampler_logprobs are those of a random choice, or 0
-    )
-    unmatched: bool = (
-        False  # sampled at another temperature than the trainer scores at: left out of mismatch and entropy
-    )
+    given: GivenTokens | None = None  # its first tokens if they were given; their log-probs: of a random choice, or 0
+    unmatched: bool = False  # of another temperature than the trainer scores at: left out of mismatch and entropy
     text: str = ""  # the decoded response, for the grader and for people
     correct: bool = False  # the grader's verdict, never a shaped reward
     reward: dict[str, float] = field(default_factory=dict)  # named parts; the reward is their sum
@@ -85,7 +81,7 @@ class Measured:
 
 @dataclass
 class Rollouts:
-    """All rollouts of one step over every rank, groups in prompt order.
+    """Rollouts in groups, in prompt order: of a whole step over all ranks, of one round, or of one rank.
 
     The columns (`correct_B` and so on) are read from the rows each time, so ask for one before a loop, not in it. To
     change a value, change it in its row.
