@@ -50,6 +50,8 @@ from nanolapo.samplers.sampler import Decoding, Request, Sampler
 from nanolapo.sampling import sample_beside_grading
 from nanolapo.session import set_up_process
 
+TOLERATED = 2  # answers of a chunk that could not be graded, however few answers it has
+
 
 def evaluate(config: Config) -> dict[str, Any]:
     """Sample what is missing, then compute every number from the sample files. Returns what results.json holds."""
@@ -166,7 +168,7 @@ class Benchmark:
         with tqdm(total=len(missing), unit="answer", desc=self.model.name, leave=False, disable=hidden) as bar:
             for first in range(0, len(missing), chunk):
                 part = missing[first : first + chunk]
-                problems = [self.data.problems[i] for i, _ in part]
+                problems, errors_before = [self.data.problems[i] for i, _ in part], self.grader.errors
                 requests = [
                     Request(prompts[p.id][1], row_seed(self.config.run.seed, 0, i, k), e.max_new_tokens, p)
                     for p, (i, k) in zip(problems, part, strict=True)
@@ -175,8 +177,7 @@ class Benchmark:
                     self.sampler, self.data, self.grader, requests, decoding
                 )
                 rights = [verdict.result() for verdict in verdicts]
-                # Before writing: a failure must not look like a wrong answer.
-                check_errors(self.grader.errors, self.grader.total)
+                self.check_verdicts(self.grader.errors - errors_before, len(part))
                 by_file = defaultdict(list)
                 for (_, k), p, s, text, right in zip(part, problems, samples, texts, rights, strict=True):
                     correct, budget = right and s.finished, prompts[p.id][0].budget
@@ -187,6 +188,18 @@ class Benchmark:
                     for file, lines in by_file.items():
                         append(file, lines)
                 bar.update(len(part))
+
+    def check_verdicts(self, failed: int, answers: int) -> None:
+        """Raise RunStopped if too many answers of a chunk could not be graded. It must not be written: on disk each of them
+        would be a wrong answer for good. A few are let through: where the answer is the cause, it would always stop."""
+        check_errors(self.grader.errors, self.grader.total)
+        if failed > TOLERATED:
+            check_errors(failed, answers, least=0)
+        if failed:
+            tqdm.write(
+                f"{self.model.name}: {failed} of {answers} answers could not be graded (time-outs or crashes) and count "
+                "as wrong"
+            )
 
 
 def stated_lengths(asked: Pass, unguided: Sequence[Answer]) -> dict[str, float]:

@@ -171,11 +171,11 @@ class Grader:
         verdict.set_result(reply.result() is True)
 
 
-def check_errors(errors: int, total: int) -> float:
-    """Return errors / total. Raises RunStopped when too many answers could not be graded (more than 5% of at least 200):
-    neither reward nor score means anything then."""
+def check_errors(errors: int, total: int, least: int = MIN_ANSWERS) -> float:
+    """Return errors / total. Raises RunStopped when too many answers could not be graded (more than 5% of at least 200,
+    or of at least `least`): neither reward nor score means anything then."""
     rate = errors / max(total, 1)
-    if total >= MIN_ANSWERS and rate > MAX_ERROR_RATE:
+    if total >= least and rate > MAX_ERROR_RATE:
         raise RunStopped(
             f"the grader failed on {rate:.0%} of {total} answers (time-outs or crashes, not wrong answers): its verdicts "
             "can no longer be trusted"

@@ -11,6 +11,7 @@ import math
 import random
 import runpy
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -43,7 +44,7 @@ from nanolapo.evaluation.scores import (
     score_sets,
     summarize,
 )
-from nanolapo.grader import Grader, grade
+from nanolapo.grader import Grader, _finished, grade
 from nanolapo.metrics import append
 from nanolapo.model.folder import load_tokenizer
 from nanolapo.provenance import model_identity
@@ -227,6 +228,13 @@ def test_ranks_share_the_work_and_a_lost_line_is_sampled_again(tmp_path):
         assert sampler.closed and again.sampler is None  # type: ignore[union-attr]
 
 
+def failing_grader(failing: Iterable[int]) -> Grader:
+    """A grader that takes every answer for right, but has no reply to those with these numbers, as if its workers died."""
+    grader, asked = Grader(), itertools.count()
+    grader._reply = lambda *_: _finished(None if next(asked) in failing else True)  # type: ignore[method-assign]
+    return grader
+
+
 def test_a_grader_that_fails_stops_the_evaluation_and_keeps_no_verdict(tmp_path):
     with Grader() as grader:
         runs = benchmark(evaluation_config(tmp_path), grader)
@@ -234,6 +242,31 @@ def test_a_grader_that_fails_stops_the_evaluation_and_keeps_no_verdict(tmp_path)
         with pytest.raises(RunStopped, match="the grader failed on 2"):
             runs.answers(0.6, Pass(), {})
     assert not list(runs.folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("max_rows", "failing", "stored"), [(2, range(12), 0), (1, range(8, 12), 8), (50, (0, 5, 7), 0)]
+)
+def test_answers_that_could_not_be_graded_are_not_stored_as_wrong(tmp_path, max_rows, failing, stored):
+    """A grader without a reply in chunks of 8, 4 and 200; a healthy second run asks for all that was not stored."""
+    config = evaluation_config(tmp_path)
+    config = replace(config, rollout=replace(config.rollout, max_rows=max_rows))
+    runs = benchmark(config, failing_grader(failing))
+    with pytest.raises(RunStopped, match=r"the grader failed on \d+% of \d+ answers .* can no longer be trusted"):
+        runs.answers(0.6, Pass(), {})
+    assert sum(len(read_answers(file)) for file in runs.folder.glob("*.jsonl")) == stored
+    again = benchmark(config, failing_grader(()))
+    assert all(a.correct for a in again.answers(0.6, Pass(), {}))
+    assert again.sampler.asked == 12 - stored  # type: ignore[union-attr]
+
+
+def test_a_few_answers_that_could_not_be_graded_count_as_wrong_and_are_told(tmp_path, capsys):
+    """Two in the first chunk of 8 answers, which are the three of set s and five of the other; one in the second."""
+    answers = benchmark(evaluation_config(tmp_path), failing_grader((1, 6, 9))).answers(0.6, Pass(), {})
+    assert sum(not a.correct for a in answers) == 3
+    told = capsys.readouterr().out.splitlines()
+    assert [line.partition(" answers could not be graded ")[0] for line in told] == ["m: 2 of 8", "m: 1 of 4"]
+    assert all(line.endswith("count as wrong") for line in told)
 
 
 def test_answers_are_graded_while_others_are_being_sampled(tmp_path):
