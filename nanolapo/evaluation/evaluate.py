@@ -90,7 +90,7 @@ class Benchmark:
         self.model, self.data, self.grader, self.ranks = model, data, grader, ranks
         self.folder = Path(config.evaluate.samples_dir or config.run_dir / "samples")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.identity = ranks.from_main(lambda: model_identity(model.path))
+        self.identity = ranks.from_main(lambda: identity_of(model.path, data.tokenizer.eos_token_id))
         self.references = digest([f"{p.id} {p.answer}" for p in data.problems])
         self.sampler: Sampler | None = None
         self.files: dict[str, str] = {}  # set -> how the names of its sample files begin, of the last pass
@@ -200,6 +200,16 @@ class Benchmark:
                 f"{self.model.name}: {failed} of {answers} answers could not be graded (time-outs or crashes) and count "
                 "as wrong"
             )
+
+
+def identity_of(path: str, end_token: int | None) -> str:
+    """What the samples of a model belong to: its hub name, or the weights, configs and end token of its folder. To mend an
+    end token changes where answers end, and the weights stay as they are."""
+    if not Path(path).is_dir():
+        return model_identity(path)
+    files = [Path(path) / name for name in ("config.json", "generation_config.json")]
+    configs = [file.read_text(encoding="utf-8") if file.is_file() else "" for file in files]
+    return digest([model_identity(path), str(end_token), *configs])
 
 
 def stated_lengths(asked: Pass, unguided: Sequence[Answer]) -> dict[str, float]:

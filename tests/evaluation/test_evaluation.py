@@ -29,6 +29,7 @@ from nanolapo.data.load import Data
 from nanolapo.data.prompts import Prompter
 from nanolapo.demo.pretrain import MANNERS, DemoConfig, make_model, make_tokenizer
 from nanolapo.demo.warm_start import draw_example, warm_start
+from nanolapo.evaluation.evaluate import Benchmark
 from nanolapo.evaluation.passes import Pass, parse_models
 from nanolapo.evaluation.scores import (
     Answer,
@@ -297,6 +298,35 @@ def test_a_model_trained_anew_is_another_model(tmp_path):
     before = model_identity(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"two")
     assert model_identity(str(tmp_path)) != before and model_identity("org/name") == "org/name"
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "end", "asked"),
+    [("generation_config.json", '{"eos_token_id": [1, 3]}', None, 12), ("config.json", '{"eos_token_id": 3}', None, 12),
+     ("model.safetensors", "of another training", None, 12), ("config.json", "{}", "</think>", 12),
+     ("README.md", "A model.", None, 0), ("config.json", "{}", None, 0)],
+)  # fmt: skip
+def test_a_mended_config_of_the_same_weights_is_sampled_again(tmp_path, file, text, end, asked):
+    """The troubleshooting page has users add an end token: the answers with and without it are never mixed."""
+    for name, before in (("model.safetensors", "weights"), ("config.json", "{}"), ("tokenizer.json", "{}")):
+        (tmp_path / name).write_text(before)
+    with Grader() as grader:
+        benchmark(evaluation_config(tmp_path), grader, path=str(tmp_path)).answers(0.6, Pass(), {})
+        (tmp_path / file).write_text(text)
+        again = benchmark(evaluation_config(tmp_path), grader, path=str(tmp_path), end=end)
+        again.answers(0.6, Pass(), {})
+    assert again.sampler.asked == asked  # type: ignore[union-attr]
+
+
+def test_samples_of_a_hub_name_keep_their_file(tmp_path):
+    """So it was called before configs counted: an update of ours must not sample a whole evaluation again."""
+    with Grader() as grader:
+        runs = benchmark(evaluation_config(tmp_path), grader)
+        runs.data.problems[:] = [p for p in runs.data.problems if p.source == "s"]
+        runs = Benchmark(runs.config, runs.model, runs.data, grader, runs.ranks)
+        runs.sampler = FakeSampler()  # type: ignore[assignment]
+        runs.answers(0.6, Pass(), {})
+    assert runs.files == {"s": "m--s--T0.6--d657858c6e"}
 
 
 # ---- what users do ----

@@ -63,13 +63,16 @@ def evaluation_config(folder: Path, samples: int = 3) -> Config:
 
 
 def benchmark(
-    config: Config, grader: Grader, index: int = 0, count: int = 1, prompt: PromptConfig | None = None
-) -> Benchmark:
+    config: Config, grader: Grader, index: int = 0, count: int = 1, prompt: PromptConfig | None = None,
+    path: str = "unused", end: str | None = None,
+) -> Benchmark:  # fmt: skip
+    """`path`: the model's folder or hub name. `end`: the tokenizer's end token, if it is another one than the demo's."""
     prompt = prompt or config.prompt
     tokenizer = make_tokenizer()
+    tokenizer.eos_token = end or tokenizer.eos_token
     problems = [Problem(f"{s}:{i}", f"q {i}", "1", None, s) for s in ("s", "t/u") for i in range(3)]
     data = Data(problems, Prompter(tokenizer, prompt), tokenizer)
-    model = Model("m", "unused", prompt)
+    model = Model("m", path, prompt)
     runs = Benchmark(config, model, data, grader, FakeRanks(index, count))  # type: ignore[arg-type]
     runs.sampler = FakeSampler()  # type: ignore[assignment]
     return runs
