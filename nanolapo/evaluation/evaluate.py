@@ -63,7 +63,7 @@ def evaluate(config: Config) -> dict[str, Any]:
         if ranks.is_main:
             for model, found in zip(models, checked, strict=True):
                 print(*[f"{model.name}: {line}" for line in found.lines()], sep="\n", flush=True)
-            write_setup(config, loaded)
+            write_setup(config, loaded[0].problems)
         for model, data in zip(models, loaded, strict=True):
             runs = Benchmark(config, model, data, grader, ranks)
             if ranks.is_main:
@@ -226,12 +226,11 @@ def guidance_for(problem: Problem, asked: Pass, budgets: dict[str, float], confi
     return asked.guidance(stated(config, budgets[problem.id]))
 
 
-def write_setup(config: Config, loaded: Sequence[Data]) -> None:
+def write_setup(config: Config, problems: Sequence[Problem]) -> None:
     """Write config.yaml, and problems.jsonl with the question and reference answer of every problem id in the samples."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     write_config(config)
-    problems = {p.id: p for data in loaded for p in data.problems}  # a tokenizer may leave out a long prompt
-    lines = [json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in problems.values()]
+    lines = [json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in problems]
     (config.run_dir / "problems.jsonl").write_text("".join(lines), encoding="utf-8")
 
 

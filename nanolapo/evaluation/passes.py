@@ -128,10 +128,25 @@ def decoding_at(config: Config, temperature: float) -> Decoding:
 
 
 def load_sets(config: Config, models: Sequence[Model], grader: Grader, ranks: Ranks | None = None) -> list[Data]:
-    """The problems for each model's tokenizer. They are read, and their reference answers checked, once for all models."""
+    """The same problems for every tokenizer. They are read, and their reference answers checked, once for all models.
+    A problem whose prompt is too long for one of them is left out for all, because their scores are compared."""
     prompters = [Prompter(load_tokenizer(m.path, f"evaluate.models: {m.name}"), m.prompt) for m in models]
     problems, report = gradable_problems(config, grader, ranks)
-    return [fit_prompts(config, prompter, problems, report) for prompter in prompters]
+    loaded = [fit_prompts(config, prompter, problems, report) for prompter in prompters]
+    common = set.intersection(*({p.id for p in data.problems} for data in loaded))
+    if not common:
+        raise UserError(
+            "evaluate.models: no problem is left whose prompt is short enough for all of them; raise "
+            "rollout.max_prompt_tokens, or shorten evaluate.prompts"
+        )
+    for data in loaded:
+        if left_out := len(data.problems) - len(common):
+            data.report.append(
+                f"left out {left_out} problems whose prompt is too long for another model: all are asked the same"
+            )
+            data.problems = [p for p in data.problems if p.id in common]
+            data.longest_prompt = max(len(data.prompter.ids(p.question)) for p in data.problems)
+    return loaded
 
 
 def preflight(config: Config, models: Sequence[Model], loaded: Sequence[Data]) -> list[Preflight]:

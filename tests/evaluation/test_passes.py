@@ -5,13 +5,15 @@ Run: python -m pytest tests/evaluation/test_passes.py
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
-from benchmark_helpers import benchmark, evaluation_config
+from benchmark_helpers import FakeSampler, benchmark, evaluation_config
 from shipped import SHIPPED
 from tiny import make_config
 
@@ -19,12 +21,13 @@ from nanolapo.config import Config, EvaluateConfig, UserError
 from nanolapo.config_file import build, load_config, to_yaml
 from nanolapo.data.problems import load_problems
 from nanolapo.demo.pretrain import DemoConfig, make_model, make_tokenizer
-from nanolapo.evaluation.evaluate import stated_lengths
-from nanolapo.evaluation.passes import Model, Pass, dry_run, parse_models, passes
+from nanolapo.evaluation.evaluate import evaluate, stated_lengths
+from nanolapo.evaluation.passes import Model, Pass, dry_run, load_sets, parse_models, passes
 from nanolapo.evaluation.scores import read_answers
 from nanolapo.grader import Grader
-from nanolapo.report.tables import label
+from nanolapo.report.tables import label, markdown
 from nanolapo.reproduce.recipe import Evaluation, Recipe, Run
+from nanolapo.samplers.sampler import Sample
 
 ROOT = Path(__file__).parents[2]
 
@@ -170,6 +173,99 @@ def test_dry_run_shows_every_prompt_that_models_are_given(tmp_path, folder, caps
     assert f"one prompt, as b sees it:\n---\nsystem: Be short.\nuser: Box it.\n{question}\nA: <think>\n---" in out
     assert "as c sees it" not in out  # as a's
     assert [f"{name}: 3 problems, {n} answers" in out for name, n in (("a", 18), ("b", 6), ("c", 18))] == [True] * 3
+
+
+# ---- the same problems for all models ----
+
+
+class Writer(FakeSampler):
+    """Which answers are right, and how long they are, depends on their seeds and on the length of the prompt."""
+
+    def generate(self, requests, decoding, progress=None, finished=None):
+        tokenizer, samples = make_tokenizer(), []
+        for n, request in enumerate(requests):
+            text = " 0" * (len(request.prompt_ids) + request.seed % 7) + r" \boxed{%s} <end>"
+            ids = tokenizer(text % (request.problem.answer if request.seed % 40 < len(request.prompt_ids) else "?"))[
+                "input_ids"
+            ]
+            samples.append(Sample(np.array(ids), np.zeros(len(ids), dtype=np.float32), True))
+            finished(n, samples[n])
+        return samples
+
+
+SHORT = "Start at {}. A: add 5. Last 3 digits?"
+LONG = "Start at {}. A: add 5. B: add 7. C: add 8. D: add 9. E: add 12. Last 3 digits?"
+
+
+def two_prompts(folder: Path, model: Path, **of_b: str) -> Config:
+    """Models a and b with another prompt; a set of short and long questions, and one of long ones only. A long question (36
+    tokens and the template) fits for a alone."""
+    sets = {
+        "mixed": [(SHORT, 0), (LONG, 1), (SHORT, 2), (LONG, 3), (SHORT, 4)],
+        "long": [(LONG, 5), (LONG, 6)],
+    }
+    for name, asked in sets.items():
+        rows = [
+            {"problem": text.format(100 + i), "answer": str(100 + i), "level": int(text == LONG)} for text, i in asked
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {
+        "run": {"dir": str(folder), "name": "e"},
+        "model": {"dtype": "float32"},
+        "prompt": {"template": "{question} <think>"},
+        "rollout": {"engine": "torch", "max_prompt_tokens": 40},
+        "data": {"sources": [{"name": name, "path": str(folder / f"{name}.jsonl")} for name in sets]},
+        "evaluate": {"models": [f"a={model}", f"b={model}"], "prompts": {"b": of_b}, "samples": 4, "bootstrap": 10,
+                     "max_new_tokens": 80},
+    }  # fmt: skip
+    return build(Config, values, "")
+
+
+def test_models_are_compared_on_the_problems_that_fit_for_all(tmp_path, folder, capsys, monkeypatch):
+    """Of five problems the two long ones, and a whole set of them, do not fit after b's long prompt: a is not asked either.
+    AES by hand, over the three that are left."""
+    config = two_prompts(tmp_path, folder, template="Start at 1. A: add 5. B: add 7. {question} <think>")
+    monkeypatch.setattr("nanolapo.evaluation.evaluate.make_sampler", lambda *_, **__: Writer())
+    rows = evaluate(config)["rows"]
+    out = capsys.readouterr().out
+    assert [(r["model"], r["set"], r["problems"], r["samples"]) for r in rows] == [
+        ("a", "mixed", 3, 12), ("b", "mixed", 3, 12)
+    ]  # fmt: skip
+    for line in ("left out 4 problems whose prompt is too long for another model", "skipped 4 prompts longer than"):
+        assert out.count(line) == 1
+    score = {}
+    for name in ("a", "b"):
+        [file] = (tmp_path / "e/samples").glob(f"{name}--mixed--*.jsonl")
+        answers = read_answers(file)
+        score[name] = sum(a.correct for a in answers) / 12, sum(a.length for a in answers) / 12
+        assert {a.level for a in answers} == {0} and len(answers) == 12
+    (right, long), (base_right, base_long) = score["b"], score["a"]
+    assert 0 < base_right != right and base_long != long
+    factor = 3 if right > base_right else 5
+    expected = (base_long - long) / base_long + factor * (right - base_right) / base_right
+    assert [r["aes"] for r in rows] == [0, pytest.approx(expected)]
+    assert "level 0" in markdown({"base": "a", "rows": rows})
+    dry_run(config)
+    out = capsys.readouterr().out
+    assert "a: 3 problems, 12 answers" in out and "b: 3 problems, 12 answers" in out
+    with Grader() as grader:
+        a, b = load_sets(config, parse_models(config), grader)
+    assert a.longest_prompt == len(make_tokenizer()(SHORT.format(100) + " <think>")["input_ids"]) < b.longest_prompt
+
+
+def test_models_without_a_common_problem_are_refused(tmp_path, folder):
+    """b's chat template makes short questions longer than long ones, so each model keeps what the other one skips."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% if 'C: add' in messages[0].content %}?{% else %}" + "?" * 50 + "{% endif %}"
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model/config.json").write_bytes((folder / "config.json").read_bytes())
+    config = two_prompts(tmp_path, tmp_path / "model", style="chat", instruction="")
+    config = replace(config, prompt=replace(config.prompt, template="{question} <think>" + "?" * 10))
+    with (
+        Grader() as grader,
+        pytest.raises(UserError, match="evaluate.models: no problem is left whose prompt is short"),
+    ):
+        load_sets(config, parse_models(config), grader)
 
 
 # ---- models that a run exported ----

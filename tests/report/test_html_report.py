@@ -25,7 +25,6 @@ from tiny import make_config, make_rows
 
 from nanolapo.config import UserError
 from nanolapo.config_file import load_config
-from nanolapo.data.load import Data
 from nanolapo.data.problems import Problem
 from nanolapo.evaluation.evaluate import write_setup
 from nanolapo.evaluation.scores import sample_file, score_sets
@@ -178,14 +177,13 @@ def test_the_evaluation_has_the_tables_of_results_md_and_the_samples_behind_each
 
 
 def test_evaluate_keeps_its_config_and_the_problems_behind_the_ids(tmp_path):
-    """Of every model: a tokenizer may have left out a problem whose prompt is too long for it."""
     config = make_config(run={"dir": str(tmp_path), "name": "e"})
     problems = [Problem("s:1", NASTY[6], "1", 2, "s"), Problem("s:2", "q 2", "2", None, "s")]
-    write_setup(config, [Data(some, None, None) for some in (problems[:1], problems)])  # type: ignore[arg-type]
+    write_setup(config, problems)
     assert load_config(str(tmp_path / "e/config.yaml"), []) == config
     assert [asdict(p) for p in problems] == read_rows(tmp_path / "e/problems.jsonl")
     write_evaluation(tmp_path / "e")
-    write_setup(config, [Data(problems, None, None)])  # type: ignore[arg-type]
+    write_setup(config, problems)
     found = data(tmp_path / "e")
     assert ["s:1", NASTY[6], "1", 2] in found["problems"] and ["s:0", None, None, 0] in found["problems"]
     assert "; data -; at most 32768 tokens, top-p 0.95; seed 0; commit " in found["evaluations"][0]["facts"]
