@@ -125,9 +125,10 @@ class Benchmark:
             self.sample(mine, decoding, prompts, files)
         self.ranks.wait()
         order = {p.id: i for i, p in enumerate(self.data.problems)}
-        unique = {
-            (order[a.problem], a.index): a for file in files.values() for a in self.read(file) if a.problem in order
-        }
+        found = [a for file in files.values() for a in self.read(file) if a.problem in order]
+        # The level is that of the data: samples stay where a set gets other levels.
+        levels = [p.level for p in self.data.problems]
+        unique = {(order[a.problem], a.index): replace(a, level=levels[order[a.problem]]) for a in found}
         if lost := set(wanted) - unique.keys():
             raise UserError(
                 f"{self.folder}: {len(lost)} samples of {self.model.name} are not there although they were written; every "

@@ -18,7 +18,7 @@ from nanolapo.evaluation.scores import Answer, correctness, length, per_problem,
 from nanolapo.fingerprint import digest
 from nanolapo.locks import locked
 from nanolapo.provenance import model_identity
-from nanolapo.report.files import read_config, read_metrics
+from nanolapo.report.files import problem_fault, read_config, read_lines, read_metrics
 from nanolapo.reproduce.pipeline import Pipeline
 from nanolapo.reproduce.recipe import Recipe
 
@@ -72,14 +72,16 @@ def write(folder: Path, record: Record) -> None:
 
 def record_of(recipe: Recipe, pipeline: Pipeline, seed: int, method: str) -> Record:
     """The record of a finished evaluation, from its results.json, its sample files and the runs' metrics.jsonl."""
-    results = json.loads((recipe.run_dir(seed, f"scores/{method}") / "results.json").read_text(encoding="utf-8"))
+    folder = recipe.run_dir(seed, f"scores/{method}")
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    levels = {one["id"]: one["level"] for one in read_lines(folder / "problems.jsonl", problem_fault, [])}
     runs = [recipe.run_dir(seed, phase) for phase in recipe.phases(method)] if method != "base" else []
     return Record(
         method, seed, recipe.digest(pipeline, f"seed{seed}/scores/{method}"), model_identity(recipe.base_model(seed)),
         recipe.setting_of(method), costs(runs),
-        [place(recipe.run_dir(seed, "samples"), row) for row in results["rows"]
+        [place(recipe.run_dir(seed, "samples"), row, levels) for row in results["rows"]
          if row["model"] == method and row["answers"] and not row["guidance"]],
-        commits_of(runs or [recipe.run_dir(seed, f"scores/{method}")]),
+        commits_of(runs or [folder]),
     )  # fmt: skip
 
 
@@ -88,15 +90,15 @@ def commits_of(runs: Sequence[Path]) -> str:
     return ", ".join(dict.fromkeys(read_config(run, [])[2] for run in runs))
 
 
-def place(samples: Path, row: dict[str, Any]) -> dict[str, Any]:
+def place(samples: Path, row: dict[str, Any], levels: Mapping[str, int | None]) -> dict[str, Any]:
+    """A row with the scores of its problems. `levels`: of the evaluation's problems; those in the files may be older."""
     found: dict[tuple[str, int], Answer] = {}  # a kill may have left an answer twice
     for path in sorted(samples.glob(f"{row['answers']}*.jsonl")):
         found |= {(a.problem, a.index): a for a in read_answers(path)}
     each = row["samples"] // row["problems"]  # the files also keep those of an evaluation with more
     answers = [found[key] for key in sorted(found) if key[1] < each]
     accuracy, tokens = per_problem(answers, correctness), per_problem(answers, length)
-    levels = {a.problem: a.level for a in answers}
-    return {"row": row, "problems": digest(list(levels)), "levels": list(levels.values()),
+    return {"row": row, "problems": digest(list(tokens)), "levels": [levels.get(problem) for problem in tokens],
             "accuracy": shorter(accuracy.values()), "tokens": shorter(tokens.values())}  # fmt: skip
 
 

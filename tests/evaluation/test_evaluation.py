@@ -229,6 +229,24 @@ def test_ranks_share_the_work_and_a_lost_line_is_sampled_again(tmp_path):
         assert sampler.closed and again.sampler is None  # type: ignore[union-attr]
 
 
+def test_the_levels_of_resumed_samples_are_those_of_the_data(tmp_path):
+    """The same samples under other levels: nothing is sampled, and what follows the levels is that of today's."""
+    config = evaluation_config(tmp_path)
+    with Grader() as grader:
+        for levels in ([None] * 3, [5, 3, 3]):
+            runs = benchmark(config, grader)
+            given = zip(runs.data.problems, levels * 2, strict=True)
+            runs.data.problems = [replace(problem, level=level) for problem, level in given]
+            answers = runs.answers(0.6, Pass(), {})
+        assert runs.sampler.asked == 0  # type: ignore[union-attr]
+    lengths = {a.problem: a.length for a in answers if a.source == "s"}
+    row = score_sets("m", 0.6, "", answers, config)[0]
+    assert {k: v["tokens"] for k, v in row["by_level"].items()} == {
+        "3": (lengths["s:1"] + lengths["s:2"]) / 2, "5": lengths["s:0"]
+    }  # fmt: skip
+    assert row["adaptivity"] == lengths["s:0"] - (lengths["s:1"] + lengths["s:2"]) / 2
+
+
 def failing_grader(failing: Iterable[int]) -> Grader:
     """A grader that takes every answer for right, but has no reply to those with these numbers, as if its workers died."""
     grader, asked = Grader(), itertools.count()

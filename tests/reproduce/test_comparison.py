@@ -341,12 +341,13 @@ def test_a_record_without_one_of_the_bases_temperatures_is_named() -> None:
 
 
 def test_a_record_has_the_answers_that_its_row_counts(tmp_path: Path) -> None:
-    """Two answers a problem were asked for, and the files still hold the four of an earlier evaluation."""
-    answers = [make_answer(f"q{q}", k, 40 if k < 2 else 100, k < 2) for q in range(3) for k in range(4)]
+    """Two answers a problem were asked for, and the files still hold the four of an earlier evaluation with other
+    levels."""
+    answers = [make_answer(f"q{q}", k, 40 if k < 2 else 100, k < 2, level=7) for q in range(3) for k in range(4)]
     lines = [json.dumps(dataclasses.asdict(one)) for one in answers]
     (tmp_path / "m--s-rank0.jsonl").write_text("\n".join(lines) + "\n")
-    found = place(tmp_path, {"answers": "m--s", "samples": 6, "problems": 3})
-    assert (found["accuracy"], found["tokens"]) == ([1] * 3, [40] * 3)
+    found = place(tmp_path, {"answers": "m--s", "samples": 6, "problems": 3}, {"q0": 1, "q1": None, "q2": 2})
+    assert (found["accuracy"], found["tokens"], found["levels"]) == ([1] * 3, [40] * 3, [1, None, 2])
 
 
 def test_numbers_are_written_short() -> None:
@@ -401,6 +402,8 @@ def test_one_method_more_leaves_the_others_in_place_and_one_that_fails_is_named(
     assert len(samples) == 16 and sum(s["length"] for s in samples) / 16 == pytest.approx(row["tokens"])
     [one] = read(tmp_path / "kept", "accuracy-only")
     assert sum(one.scores[0]["tokens"]) / 8 == pytest.approx(row["tokens"], abs=1e-4) and one.scores[0]["row"] == row
+    levels = {s["problem"]: s["level"] for s in samples}
+    assert one.scores[0]["levels"] == [levels[problem] for problem in sorted(levels)] and None not in levels.values()
     together = json.loads((tmp_path / "out/seed3/evaluate/results.json").read_text())  # for the report
     assert [row["model"] for row in together["rows"]] == ["base", "accuracy-only"]
 
