@@ -91,7 +91,6 @@ class Benchmark:
         self.folder = Path(config.evaluate.samples_dir or config.run_dir / "samples")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.identity = ranks.from_main(lambda: identity_of(model.path, data.tokenizer.eos_token_id))
-        self.references = digest([f"{p.id} {p.answer}" for p in data.problems])
         self.sampler: Sampler | None = None
         self.files: dict[str, str] = {}  # set -> how the names of its sample files begin, of the last pass
 
@@ -107,15 +106,18 @@ class Benchmark:
         decoding = decoding_at(self.config, temperature)
         prompts = self.ranks.from_main(lambda: self.prompts(asked, budgets))
         settings = {"model": self.identity, "decoding": asdict(decoding),
-                    "max_new_tokens": e.max_new_tokens, "seed": self.config.run.seed, "budgets": budgets,
-                    "dtype": self.config.rollout.dtype or self.config.model.dtype, "golds": self.references}  # fmt: skip
+                    "max_new_tokens": e.max_new_tokens, "seed": self.config.run.seed,
+                    "dtype": self.config.rollout.dtype or self.config.model.dtype}  # fmt: skip
         files = {}
         for source in dict.fromkeys(p.source for p in self.data.problems):
-            # What was rendered, not how: a template may write today's date, or change together with the tokenizer.
-            rendered = digest([str(prompts[p.id][1]) for p in self.data.problems if p.source == source])
-            files[source] = sample_file(
-                self.folder, self.model.name, source, temperature, settings | {"prompts": rendered}
-            )
+            problems = [p for p in self.data.problems if p.source == source]
+            of_set = {  # and of no other set, because evaluations with other sets may share this one
+                "budgets": {p.id: budgets[p.id] for p in problems if p.id in budgets},
+                "golds": digest([f"{p.id} {p.answer}" for p in problems]),
+                # What was rendered, not how: a template may write today's date, or change together with the tokenizer.
+                "prompts": digest([str(prompts[p.id][1]) for p in problems]),
+            }
+            files[source] = sample_file(self.folder, self.model.name, source, temperature, settings | of_set)
         self.files = {source: file.stem for source, file in files.items()}
         wanted = wanted_samples(self.config, self.data)
         missing = self.ranks.from_main(lambda: self.missing(wanted, files))

@@ -29,7 +29,6 @@ from nanolapo.data.load import Data
 from nanolapo.data.prompts import Prompter
 from nanolapo.demo.pretrain import MANNERS, DemoConfig, make_model, make_tokenizer
 from nanolapo.demo.warm_start import draw_example, warm_start
-from nanolapo.evaluation.evaluate import Benchmark
 from nanolapo.evaluation.passes import Pass, parse_models
 from nanolapo.evaluation.scores import (
     Answer,
@@ -336,15 +335,21 @@ def test_a_mended_config_of_the_same_weights_is_sampled_again(tmp_path, file, te
     assert again.sampler.asked == asked  # type: ignore[union-attr]
 
 
-def test_samples_of_a_hub_name_keep_their_file(tmp_path):
-    """So it was called before configs counted: an update of ours must not sample a whole evaluation again."""
+@pytest.mark.parametrize(
+    ("asked", "stem"), [(Pass(), "m--s--T0.6--d657858c6e"), (Pass("told", tokens=20), "m--s--T0.6--de8ff6fb7f")]
+)
+def test_evaluations_share_the_sets_that_both_have(tmp_path, asked, stem):
+    """Set s alone asks for 3 answers; with a second set only for the 9 of that one. The names are those of a version that
+    hashed all sets together: an update of ours must not sample a whole evaluation again."""
+    told, runs = 20.0 * bool(asked.tokens), []
     with Grader() as grader:
-        runs = benchmark(evaluation_config(tmp_path), grader)
-        runs.data.problems[:] = [p for p in runs.data.problems if p.source == "s"]
-        runs = Benchmark(runs.config, runs.model, runs.data, grader, runs.ranks)
-        runs.sampler = FakeSampler()  # type: ignore[assignment]
-        runs.answers(0.6, Pass(), {})
-    assert runs.files == {"s": "m--s--T0.6--d657858c6e"}
+        for folder, sets in ("fresh", ("s", "t/u")), ("shared", ("s",)), ("shared", ("s", "t/u")):
+            run = benchmark(evaluation_config(tmp_path / folder), grader)
+            run.data.problems = [p for p in run.data.problems if p.source in sets]
+            found = run.answers(0.6, asked, {p.id: told for p in run.data.problems if told})
+            runs.append((run.sampler.asked, run.files["s"], found))  # type: ignore[union-attr]
+    assert [(num_asked, file) for num_asked, file, _ in runs] == [(12, stem), (3, stem), (9, stem)]
+    assert runs[2][2] == runs[0][2]
 
 
 # ---- what users do ----
