@@ -31,6 +31,7 @@ PROBLEM: Kinds = {"id": (str,), "question": (str,), "answer": (str,), "level": (
 RESULT: Kinds = {
     "model": (str,), "set": (str,), "temperature": (int, float), "guidance": (str,), "accuracy": (int, float),
     "tokens": (int, float), "truncated": (int, float), "problems": (int, NONE), "samples": (int, NONE),
+    "answers": (str, NONE),
 }  # fmt: skip
 
 

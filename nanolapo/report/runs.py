@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from nanolapo.config import UserError
-from nanolapo.evaluation.scores import Answer, correctness, length, per_problem, sample_file
+from nanolapo.evaluation.scores import Answer, correctness, length, per_problem
 from nanolapo.lengths import LengthMap
 from nanolapo.report.files import (
     RESULT,
@@ -240,37 +240,32 @@ def read_results(folder: Path, notes: list[str]) -> tuple[Json | None, list[Any]
 
 
 def trace(rows: list[Json], groups: dict[str, list[Answer]], folder: Path, notes: list[str]) -> list[Samples]:
-    """The samples behind each row of results.json: the file of its model, set and temperature that has its numbers.
+    """The samples behind each row of results.json, which names their files: those of two passes may have equal numbers.
 
-    File names end in a hash of the settings, and the old samples of a retrained model stay.
+    The old samples of a retrained model stay, and those of another run may come later, so the numbers are compared too.
     """
-    found, untraced, left = [], [], dict(groups)
+    found, untraced = [], []
     for row in rows:
         if not row.get("samples") or not row.get("problems"):
             continue
-        stem = sample_file(folder, row["model"], row["set"], row["temperature"], {}).stem[:-10]
-        per = row["samples"] // row["problems"]
-        for key in [key for key in left if key.startswith(stem) and len(key) == len(stem) + 10]:
-            answers = list({(a.problem, a.index): a for a in left[key] if a.index < per}.values())
-            if has_numbers(answers, row):
-                found.append(Samples(label(row), row["set"], row["temperature"], answers))
-                del left[key]
-                break
-        else:
-            if row["set"] != "average":  # "average" has no samples
-                untraced.append(f"{label(row)} on {row['set']} at temperature {row['temperature']:g}")
+        per, of_row = row["samples"] // row["problems"], groups.get(row.get("answers") or "", [])
+        answers = list({(a.problem, a.index): a for a in of_row if a.index < per}.values())
+        if has_numbers(answers, row):
+            found.append(Samples(label(row), row["set"], row["temperature"], answers))
+        elif row["set"] != "average":  # "average" has no samples
+            untraced.append(f"{label(row)} on {row['set']} at temperature {row['temperature']:g}")
     if untraced:
         notes.append(
-            f"{folder}: {len(untraced)} rows of results.json have no samples with their numbers ({untraced[0]})"
+            f"{folder}: {len(untraced)} rows of results.json name no samples with their numbers ({untraced[0]})"
         )
-    if left:
+    if left := groups.keys() - {row.get("answers") for row in rows}:
         notes.append(f"{folder}: {len(left)} sets of samples belong to no row of results.json ({min(left)}); left out")
     return found
 
 
 def has_numbers(answers: list[Answer], row: Json) -> bool:
     """Were these answers the ones that a row of results.json was computed from?"""
-    if len(answers) != row["samples"] or any(a.budget is not None for a in answers) != bool(row["guidance"]):
+    if len(answers) != row["samples"]:
         return False
     for key, value in (("accuracy", correctness), ("tokens", length), ("truncated", lambda a: float(not a.finished))):
         mean = np.mean(list(per_problem(answers, value).values()))

@@ -91,8 +91,8 @@ def write_evaluation(folder: Path) -> dict[str, list[Answer]]:
     (folder / "samples").mkdir(parents=True)
     for label, found in made.items():
         model, _, told = label.partition(", told ")
-        rows += score_sets(model, 0.6, told, found, config)
         stem = sample_file(folder / "samples", model, "s", 0.6, {"told": told}).stem
+        rows += [row | {"answers": stem} for row in score_sets(model, 0.6, told, found, config)]
         for rank in range(2):
             append(folder / f"samples/{stem}-rank{rank}.jsonl", [asdict(a) for a in found[rank::2]])
     add_aes(rows, "base")

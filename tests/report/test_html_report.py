@@ -203,13 +203,32 @@ def test_stale_and_surplus_samples_are_told_from_those_of_the_table(tmp_path):
     assert "1 sets of samples belong to no row" in note and stale.stem in note
 
 
-def test_a_stated_length_that_changed_nothing_is_not_taken_for_none(tmp_path):
-    found = {"a": answers(0, "110111", budget=12), "b": answers(0, "110111")}
-    stem = sample_file(tmp_path, "m", "s", 0.6, {}).stem[:-10]
-    [row] = score_sets("m", 0.6, "", found["b"], make_config())
+def test_passes_of_equal_numbers_show_their_own_answers(tmp_path):
+    """As many tokens and right answers whatever length was stated, and the names of the files in another order."""
+    told = {"": None, "0.5x own length": 30, "2x own length": 120, "500 tokens, outside": 500}
+    groups = {
+        f"m--s--T0.6--{10 * key}": answers(0, "110111", budget)
+        for key, budget in zip("cbad", told.values(), strict=True)
+    }
+    rows = [score_sets("m", 0.6, name, found, make_config())[0] | {"answers": stem}
+            for name, (stem, found) in zip(told, groups.items(), strict=True)]  # fmt: skip
     notes: list[str] = []
-    traced = trace([row, row | {"guidance": "1x"}], {stem + 10 * k: v for k, v in found.items()}, tmp_path, notes)
-    assert [(s.model, s.answers) for s in traced] == [("m", found["b"]), ("m, told 1x", found["a"])] and notes == []
+    traced = trace(rows, dict(sorted(groups.items())), tmp_path, notes)
+    assert [s.model for s in traced] == ["m", "m, told 0.5x own length", "m, told 2x own length",
+                                         "m, told 500 tokens, outside"]  # fmt: skip
+    assert [{a.budget for a in s.answers} for s in traced] == [{None}, {30}, {120}, {500}] and notes == []
+
+
+@pytest.mark.parametrize("change", [{"accuracy": 0.5}, {"answers": "m--s--T0.6--of_before"}, {"answers": None}])
+def test_a_row_whose_samples_are_not_there_is_named(tmp_path, change):
+    """The samples were changed or deleted since, or an early version wrote the row without their name."""
+    [row] = score_sets("m", 0.6, "", answers(0, "110111"), make_config())
+    notes: list[str] = []
+    row |= {"answers": "m--s--T0.6--x"} | change
+    assert trace([row], {"m--s--T0.6--x": answers(0, "110111")}, tmp_path, notes) == []
+    assert (
+        notes[0] == f"{tmp_path}: 1 rows of results.json name no samples with their numbers (m on s at temperature 0.6)"
+    )
 
 
 def test_an_evaluation_under_way_lists_samples_by_file_name(tmp_path):
@@ -415,11 +434,15 @@ def test_damage_is_one_line_that_names_the_file(tmp_path, file, broken, words):
     "broken",
     ["", "{", "[]", '{"rows": 3}', '{"rows": [{}]}', '{"rows": [{"model": "m"}]}', '{"base": "b", "rows": [3]}',
      '{"rows": [{"model": "m", "set": "s", "temperature": 1, "guidance": "", "accuracy": 1, "tokens": 1, '
-     '"truncated": 0}]}'],
+     '"truncated": 0}]}', {"answers": ["x"]}],
 )  # fmt: skip
 def test_damaged_results_are_one_line(tmp_path, broken):
     write_evaluation(tmp_path / "evaluate")
-    (tmp_path / "evaluate/results.json").write_text(broken)
+    path = tmp_path / "evaluate/results.json"
+    if isinstance(broken, dict):  # one value is wrong
+        good = json.loads(path.read_text())
+        broken = json.dumps(good | {"rows": [row | broken for row in good["rows"]]})
+    path.write_text(broken)
     found = data(tmp_path / "evaluate")
     [note] = [note for note in found["notes"] if "results.json" in note]
     assert note.startswith(f"{tmp_path / 'evaluate/results.json'}: not what evaluate.py writes")
