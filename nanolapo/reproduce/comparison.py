@@ -96,7 +96,11 @@ def score_of(record: Record, place: Place) -> dict[str, Any]:
 def row_of(place: Place, found: Sequence[Record], scores: Scores) -> Row:
     """Means over the seeds as in mean_row, but with intervals over seeds and problems, and with the costs."""
     row = mean_row([score_of(one, place)["row"] for one in found])
-    for key, estimate in zip(NUMBERS, differences.estimates(scores), strict=True):
+    estimates = differences.estimates(scores)
+    with_level = [q for q, level in enumerate(score_of(found[0], place)["levels"]) if level is not None]
+    if with_level:  # the value of adaptivity is of these problems alone
+        estimates[-1] = differences.estimates(scores.only(with_level))[-1]
+    for key, estimate in zip(NUMBERS, estimates, strict=True):
         low, high = differences.interval(estimate)
         if not np.isnan(low):
             row[f"{key}_interval"] = (

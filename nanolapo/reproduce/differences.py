@@ -59,6 +59,13 @@ class Scores:
         """The numbers of every seed on drawn problems."""
         return self.values(drawn_weights(tuple(self.levels_Q.tolist())))
 
+    def only(self, problems: list[int]) -> Scores:
+        """The scores of the problems at these places."""
+        return Scores(
+            self.seeds, self.accuracy_SQ[:, problems], self.tokens_SQ[:, problems], self.base_accuracy_SQ[:, problems],
+            self.base_tokens_SQ[:, problems], self.levels_Q[problems],
+        )  # fmt: skip
+
     def values(self, weights_RQ: np.ndarray) -> np.ndarray:
         """float64 [R, S, K] of problems with these weights, which add up to 1."""
         accuracy_RS, tokens_RS = weights_RQ @ self.accuracy_SQ.T, weights_RQ @ self.tokens_SQ.T

@@ -10,7 +10,7 @@ from nanolapo.evaluation.scores import add_aes, score_sets
 from nanolapo.reproduce.records import Record
 
 COSTS = {"sampled_tokens": 1000.0, "trained_tokens": 500.0, "steps": 4.0, "seconds": 8.0}
-LEVELS = (0, 0, 1, 2)
+LEVELS = (0, 0, 1, 2, None, None)
 
 
 def record(
@@ -20,14 +20,14 @@ def record(
     rows = []
     for name, verdicts, lengths in (("base", [2] * len(right), [100] * len(right)), (method, right, tokens)):
         answers = [
-            make_answer(f"q{q}", k, lengths[q], k < verdicts[q], level=LEVELS[q % 4])
+            make_answer(f"q{q}", k, lengths[q], k < verdicts[q], level=LEVELS[q % 6])
             for q in range(len(right))
             for k in range(2)
         ]
         rows += score_sets(name, 0.6, "", answers, make_config(evaluate={"bootstrap": 5}))
     add_aes(rows, "base")
     score = {
-        "row": rows[-1], "problems": "p", "levels": [LEVELS[q % 4] for q in range(len(right))],
+        "row": rows[-1], "problems": "p", "levels": [LEVELS[q % 6] for q in range(len(right))],
         "accuracy": [n / 2 for n in right], "tokens": list(tokens),
     }  # fmt: skip
     costs = {} if method == "base" else COSTS

@@ -137,6 +137,30 @@ def test_each_seed_is_measured_against_its_own_base() -> None:
     assert (low + high) / 2 == pytest.approx(0.5)  # half of 200, half of 100
 
 
+def test_adaptivity_and_its_interval_are_of_the_problems_that_have_a_level() -> None:
+    """Those without one are much longer: they change the mean tokens, and nothing of the adaptivity."""
+
+    def without_level_left_out(one: Record) -> Record:
+        [at] = one.scores
+        kept = [q for q, level in enumerate(at["levels"]) if level is not None]
+        return dataclasses.replace(
+            one, scores=[at | {key: [at[key][q] for q in kept] for key in ("levels", "accuracy", "tokens")}]
+        )
+
+    lengths = [[50 + i, 52, 100, 103 + i, 1000, 1010, 54, 56 + i, 98, 107 + 3 * i, 900, 1100] for i in range(3)]
+    found = {"base": records("base", *[([2] * 12, [100] * 12)] * 3)}
+    found["m"] = records("m", *[([2] * 12, tokens) for tokens in lengths])
+    fewer = {name: [without_level_left_out(one) for one in mine] for name, mine in found.items()}
+    assert (
+        found["m"][0].scores[0]["levels"] == [0, 0, 1, 2, None, None] * 2
+        and len(fewer["m"][0].scores[0]["tokens"]) == 8
+    )
+    row, (low, high) = row_of(made(found), "m"), row_of(made(fewer), "m")["adaptivity_interval"]
+    value = (100 + 104 + 98 + 110 - 51 - 52 - 54 - 57) / 4  # of the middle seed, and so their mean
+    assert row["adaptivity"] == pytest.approx(value) and (low + high) / 2 == pytest.approx(value) and low < value < high
+    assert row["adaptivity_interval"] == pytest.approx((low, high))
+
+
 def test_who_started_from_another_base_than_most_is_marked() -> None:
     """Also where a method has more seeds than others, and where only its last seed is of another machine."""
     mine = {"base": records("base", BASE, BASE), "m": records("m", BASE, BASE), "n": records("n", BASE)}
