@@ -117,7 +117,8 @@ def passes(config: Config, model: Model, is_last: bool) -> list[Pass]:
     """The passes of this model at every temperature. The first one states no length."""
     e = config.evaluate
     told = [Pass(f"{factor:g}x own length", factor=factor) for factor in e.guidance_factors if is_last]
-    if model.name in e.instructed or (is_last and not e.instructed):
+    named = (model.run or model.name) in e.instructed  # the name of a run stands for all of its exports
+    if named or (is_last and not e.instructed):
         told += [instruction(text) for text in e.instructions]
     return [Pass(), *told]
 

@@ -54,6 +54,20 @@ def test_who_is_told_what():
 
 
 @pytest.mark.parametrize(
+    ("instructed", "told"),
+    [((), ["I step 10"]), (("D",), ["D step 5", "D step 10"]), (("base", "I"), ["base", "I step 10"])],
+)
+def test_the_name_of_a_run_stands_for_all_of_its_exports_when_lengths_are_stated(tmp_path, instructed, told):
+    for name in ("D/step-000005", "D/step-000010", "I/step-000010"):
+        (tmp_path / name).mkdir(parents=True)
+    models = ("base=x", f"D={tmp_path}/D", f"I={tmp_path}/I")
+    found = names_of_passes(plan(models=models, instructions=["outside:500"], instructed=instructed))
+    assert list(found) == ["base", "D step 5", "D step 10", "I step 10"]
+    assert [name for name, asked in found.items() if asked == ["", "500 tokens, outside"]] == told
+    assert sum(map(len, found.values())) == len(found) + len(told)
+
+
+@pytest.mark.parametrize(
     "text", ["500", "outside", "outside:", "outside:0", "outside:-5", "outside:5.5", "before:500", ":5"]
 )
 def test_an_instruction_that_cannot_be_read_is_refused(text):
@@ -292,8 +306,10 @@ EVALUATIONS = [path for path in SHIPPED if path.parent.name != "methods" and loa
 def test_the_models_of_every_shipped_evaluation_can_be_read(path):
     config = load_config(path)
     models, e = parse_models(config), config.evaluate
-    told = len(e.instructions) if not e.instructed or models[-1].name in e.instructed else 0
-    assert len(passes(config, models[-1], True)) == 1 + len(e.guidance_factors) + told
+    asked = [len(passes(config, model, model is models[-1])) for model in models]
+    named = [model for model in models if model.name.partition(" step ")[0] in e.instructed]
+    told = len(named) if e.instructed else 1
+    assert sum(asked) == len(models) + len(e.guidance_factors) + told * len(e.instructions)
 
 
 def test_the_miniature_of_table_6_asks_what_was_not_trained_on():
