@@ -139,9 +139,18 @@ def read_run(name: str, folder: Path, notes: list[str]) -> Run:
 
 
 def is_finished(run: Run) -> bool:
-    planned = run.config.get("train", {}).get("steps")
-    done = run.metrics[-1]["step"] + 1 if run.metrics else 0
-    return (run.folder / "model").is_dir() or (type(planned) is int and done >= planned)
+    """By steps or by tokens. A model may be of before: a finished run can be continued with a larger train.steps."""
+    train = run.config.get("train", {})
+    steps, tokens = (whole_number(train.get(key)) for key in ("steps", "sampled_tokens"))  # tokens 0: no limit
+    if not steps or not run.metrics:
+        return (run.folder / "model").is_dir()
+    last = run.metrics[-1]
+    return last["step"] + 1 >= steps or 0 < tokens <= (last.get("sampled_tokens") or 0)
+
+
+def whole_number(value: Any) -> int:
+    """A number of config.yaml; 0 where there is none."""
+    return value if type(value) is int else 0
 
 
 @dataclass(frozen=True)
@@ -160,11 +169,14 @@ def visits(run: Run) -> list[Visit]:
     groups: dict[tuple[int, str], list[Json]] = defaultdict(list)
     for row in run.rollouts:
         groups[row["step"], row["problem"]].append(row)
-    size = max(map(len, groups.values()), default=0)
+    largest = max(map(len, groups.values()), default=0)
+    size = whole_number(run.config.get("rollout", {}).get("group_size")) or largest
+    if len(groups) > len({step for step, _ in groups}):  # a step's first group is whole where a second one follows
+        size = min(size, largest)  # SPO has groups of one
     measure = (run.length_map or LengthMap()).measure
     found = []
     for (step, problem), rows in groups.items():
-        if len(rows) == size:
+        if len(rows) % size == 0:  # where problems are few, a step has one twice
             right = [row["length"] for row in rows if row["correct"] and row["finished"]]
             level, budget = rows[0].get("level"), rows[0].get("budget")
             found.append(Visit(step, problem, level, budget, measure(right) if right else None))

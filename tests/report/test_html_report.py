@@ -32,7 +32,7 @@ from nanolapo.metrics import RunLog, append
 from nanolapo.report import plots as report_plots
 from nanolapo.report.content import content
 from nanolapo.report.html import embed, main
-from nanolapo.report.runs import names, read_all, trace
+from nanolapo.report.runs import names, read_all, trace, visits
 from nanolapo.report.tables import markdown, table
 
 ROOT = Path(__file__).parents[2]
@@ -296,6 +296,23 @@ def test_M_by_level_from_the_groups_that_were_logged_whole(tmp_path, drawn):
         assert medians == [10.75, 41.0]
 
 
+@pytest.mark.parametrize(
+    ("group_size", "logged", "whole"),
+    [(4, [4, 4, 2], [4, 4]), (4, [2], []), (4, [8, 4, 3], [8, 4]), (4, [1, 1, 1], [1, 1, 1]), (None, [4, 4, 2], [4, 4])],
+)  # fmt: skip
+def test_which_groups_were_logged_whole(tmp_path, group_size, logged, whole):
+    """Each of two steps logged so many answers to each problem. A problem may come twice in a step; SPO asks each once."""
+    rows = [
+        rollout(step, f"q{q}", length=10 * (i + 1)) for step in (0, 1) for q, n in enumerate(logged) for i in range(n)
+    ]
+    folder = write_run(tmp_path / "r", rows)
+    if group_size:
+        (folder / "config.yaml").write_text(f"rollout: {{group_size: {group_size}}}\n")
+    found = visits(read_all([folder]).runs[0])
+    of_step = [(f"q{q}", 5.0 * (n + 1)) for q, n in enumerate(whole)]  # the median of 10, 20, ..., 10 n
+    assert [(v.step, v.problem, v.measured) for v in found] == [(step, *one) for step in (0, 1) for one in of_step]
+
+
 def test_accuracy_against_tokens(tmp_path, drawn):
     write_evaluation(tmp_path / "evaluate")
     report(tmp_path / "evaluate")
@@ -388,6 +405,30 @@ def test_a_run_in_progress_makes_a_page_without_complaint(tmp_path):
     assert [row["text"] for row in found.rollouts()] == ["ä", "ö"] and found.data["notes"] == []
     facts = dict(zip(found.data["runs"][0], found.data["runs"][1][0], strict=True))
     assert facts["steps"] == "2 of 9" and facts["state"] == "in progress or stopped"
+
+
+@pytest.mark.parametrize(
+    ("train", "step", "tokens", "has_model", "finished"),
+    [
+        ("{steps: 40}", 24, 900, True, False),  # it was finished, and goes on
+        ("{steps: 40}", 39, 900, False, True),
+        ("{steps: 40, sampled_tokens: 900}", 24, 899, True, False),
+        ("{steps: 40, sampled_tokens: 900}", 24, 900, False, True),
+        ("{steps: 40, sampled_tokens: 0}", 24, 900, False, False),
+        ("{}", 24, 900, True, True),
+        ("{}", 24, 900, False, False),
+        ("{steps: 40}", None, 0, True, True),
+    ],
+)
+def test_a_run_is_finished_when_its_steps_or_its_tokens_are_done(tmp_path, train, step, tokens, has_model, finished):
+    folder = write_run(tmp_path / "r", [], [{"step": step, "sampled_tokens": tokens}])
+    (folder / "config.yaml").write_text(f"train: {train}\n")
+    if step is None:
+        (folder / "metrics.jsonl").unlink()
+    if has_model:
+        (folder / "model").mkdir()
+    head, [line] = data(folder)["runs"]
+    assert line[head.index("state")] == ("finished" if finished else "in progress or stopped")
 
 
 @pytest.mark.parametrize("kept", ["config.yaml", "metrics.jsonl", "rollouts.jsonl"])
