@@ -39,8 +39,8 @@ def parse(description: str, can_explain: bool = False) -> tuple[Config, str]:
     return load_config(arguments.config, arguments.overrides), arguments.action
 
 
-# the disk is full, over quota or over the file size limit, or we may not write to it
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+# the disk is full, over quota or over the file size limit, we may not write to it, or a file is where a folder should be
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR}
 ECHO_DELAY_S = 60
 
 

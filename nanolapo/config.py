@@ -101,7 +101,7 @@ class SourceConfig:
     count: int = 0  # how many to draw with `seed`; 0 takes all
     seed: int = 0
     max_bad_fraction: float = 0.01  # more unreadable rows than this stop the run
-    samples: int = 0  # evaluation: samples per problem of this set; 0: evaluate.samples
+    samples: NotNegative[int] = 0  # evaluation: samples per problem of this set; 0: evaluate.samples
 
 
 @dataclass(frozen=True)

@@ -258,6 +258,10 @@ def test_A7_top_p_below_one_is_refused_with_the_reason(write):
         (["rollout.mismatch_factor=0"], "rollout.mismatch_factor=0.0 must be positive"),
         (["rollout.mismatch_floor=0"], "rollout.mismatch_floor=0.0 must be positive"),
         (["lapo.beta=-0.8"], "lapo.beta=-0.8 must not be negative"),
+        (
+            ["data.sources=[{name: a, path: demo, count: 2, samples: -1}]"],
+            "data.sources[0].samples=-1 must not be negative",
+        ),
     ],
 )
 def test_impossible_values_name_key_and_remedy(write, overrides, expected):

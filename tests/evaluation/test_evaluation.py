@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from benchmark_helpers import FakeRanks, FakeSampler, benchmark, evaluation_config
 from folders import train_byte_bpe
 from tiny import make_answer, make_config
@@ -24,11 +25,13 @@ from transformers import PreTrainedTokenizerFast
 
 from nanolapo import cli
 from nanolapo.config import EvaluateConfig, PromptConfig, RunStopped, UserError
+from nanolapo.config_file import load_config
 from nanolapo.data.demo_task import parse_question
 from nanolapo.data.load import Data
 from nanolapo.data.prompts import Prompter
 from nanolapo.demo.pretrain import MANNERS, DemoConfig, make_model, make_tokenizer
 from nanolapo.demo.warm_start import draw_example, warm_start
+from nanolapo.evaluation.evaluate import evaluate
 from nanolapo.evaluation.passes import Pass, parse_models
 from nanolapo.evaluation.scores import (
     Answer,
@@ -428,6 +431,23 @@ def test_what_a_user_can_mend_is_one_line(capsys, error, code, words):
         cli.run(main)
     err = capsys.readouterr().err
     assert stop.value.code == code and err.startswith(words) and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "override", ["evaluate.samples_dir={}", "evaluate.samples_dir={}/s", "run.dir={}", "run.dir={}/r"]
+)
+def test_a_file_where_a_folder_should_be_is_one_line(tmp_path, folder, capsys, override):
+    (tmp_path / "file").write_text("")
+    values = {"run": {"dir": str(tmp_path)}, "evaluate": {"models": [f"m={folder}"], "max_new_tokens": 8},
+              "data": {"sources": [{"name": "demo", "path": "demo", "count": 2}]}}  # fmt: skip
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
+    config = load_config(tmp_path / "c.yaml", [override.format(tmp_path / "file")])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: evaluate(config))  # type: ignore[arg-type, return-value]
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and err.startswith(f"error: {tmp_path}/file")
+    assert err.endswith(("File exists; mend that and run the same command again\n",
+                         "Not a directory; mend that and run the same command again\n"))  # fmt: skip
 
 
 def test_other_errors_keep_their_traceback():
