@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -174,6 +175,34 @@ def test_groups_that_are_nearly_all_copies_warn_as_well(num_spread, warns):
         for step in range(5)
     ]
     assert any("all answers were the same" in warning for warning in said[4]) == warns
+
+
+@pytest.mark.parametrize(
+    ("key", "words", "warns", "is_silent"),
+    [
+        ("truncated", "0.9 or more for three steps", 0.9, 0.89),
+        ("no_signal", "1.0 for five steps", 1.0, 0.99),
+        ("empty", "above 0.5 for three steps", 0.51, 0.5),
+        ("repetition", "above 0.8 for three steps", 0.81, 0.8),
+        ("unique_per_group", "at most 1.1 for five steps", 1.1, 1.11),
+    ],
+)
+def test_the_page_of_the_metrics_says_when_a_warning_comes(key, words, warns, is_silent):
+    page = (Path(__file__).parents[1] / "docs/METRICS.md").read_text(encoding="utf-8")
+    assert any(words in line for line in page.splitlines() if line.startswith(f"| `{key}` |"))
+    healthy = {
+        "truncated": 0.0,
+        "no_signal": 0.0,
+        "empty": 0.0,
+        "repetition": 0.0,
+        "unique_per_group": 4.0,
+        "broken": 0.0,
+    }
+    steps = {"three": 3, "five": 5}[words.split()[-2]]
+    for value, wanted in ((warns, 1), (is_silent, 0)):
+        alarms = Alarms(make_config(rollout=GROUP))
+        found = [len(alarms.check_learning(step, healthy | {key: value}, ["text"])) for step in range(steps)]
+        assert found == [0] * (steps - 1) + [wanted]
 
 
 def test_one_group_with_a_signal_is_enough_to_learn():

@@ -34,7 +34,7 @@ def spread(values: Sequence[float | None], form: str) -> str:
 def seed_table(results: Sequence[dict[str, Any]], source: str, temperature: float) -> str:
     """One set at one temperature: a row for each model, its cells over all seeds.
 
-    Raises UserError when the seeds have different models.
+    Raises UserError when the seeds have different models, samples or levels.
     """
     seeds = [[r for r in one["rows"] if (r["set"], r["temperature"]) == (source, temperature)] for one in results]
     names = [[label(row) for row in rows] for rows in seeds]
@@ -43,6 +43,12 @@ def seed_table(results: Sequence[dict[str, Any]], source: str, temperature: floa
             f"{source}, temperature {temperature:g}: these results have different models ({names}); compare evaluations of "
             "one config"
         )
+    for of_model in zip(*seeds, strict=True):
+        if len(kinds := dict.fromkeys(map(asked, of_model))) > 1:
+            raise UserError(
+                f"{source}, temperature {temperature:g}: of {label(of_model[0])} these results have "
+                f"{' against '.join(kinds)}; compare evaluations of one config"
+            )
     means = mean_rows([{"rows": rows} for rows in seeds])
     shown, body = shown_levels(means), []
     for mean, *same in zip(means, *seeds, strict=True):
@@ -55,6 +61,16 @@ def seed_table(results: Sequence[dict[str, Any]], source: str, temperature: floa
         ])  # fmt: skip
     head = ["model", "pass@1", "tokens", "AES", "adaptivity", "rank correlation", "length spread"]
     return table([*head, *(f"level {level}" for level in shown)], body)
+
+
+def asked(row: Row) -> str:
+    """What a row's numbers are of.
+
+    >>> asked({"samples": 4, "pass_at_k": {"1": 0.5, "2": 0.75}, "by_level": {"3": {}}})
+    '4 samples, pass@1,2, levels 3'
+    """
+    powers, levels = (",".join(row.get(key) or "-") for key in ("pass_at_k", "by_level"))
+    return f"{row.get('samples', '-')} samples, pass@{powers}, levels {levels}"
 
 
 def shown_levels(rows: Sequence[Row]) -> list[str]:

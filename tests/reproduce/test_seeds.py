@@ -80,6 +80,35 @@ def test_wrong_folders_are_one_clear_line(tmp_path, monkeypatch):
         seeds.main()
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"samples": 2}, {"4 samples, pass@1,2,4, levels 1,2,3", "2 samples, pass@1,2,4, levels 1,2,3"}),
+        (
+            {"pass_at_k": {"1": 0.5, "2": 0.5}},
+            {"4 samples, pass@1,2,4, levels 1,2,3", "4 samples, pass@1,2, levels 1,2,3"},
+        ),
+        (
+            {"by_level": {"1": {"accuracy": 1, "tokens": 9}}},
+            {"4 samples, pass@1,2,4, levels 1,2,3", "4 samples, pass@1,2,4, levels 1"},
+        ),
+    ],
+)
+def test_seeds_of_other_samples_or_levels_are_refused(change, words, swapped):
+    """In either order: from the first seed's side the others may only have more."""
+    one, other = results(0.1), results(0.2)
+    for each in (one, other):
+        each["rows"][0] |= {"samples": 4, "problems": 1, "pass_at_k": {"1": 0.5, "2": 0.5, "4": 0.5}}
+    assert "| +0.15 |" in seed_table([one, other], "s", 0.6)
+    other["rows"][0] |= change
+    with pytest.raises(UserError) as error:
+        seed_table([other, one] if swapped else [one, other], "s", 0.6)
+    start, _, rest = str(error.value).partition(": of m these results have ")
+    assert start == "s, temperature 0.6" and rest.endswith("; compare evaluations of one config")
+    assert set(rest.split("; ")[0].split(" against ")) == words
+
+
 def test_the_interval_over_seeds_is_not_narrower_than_that_of_drawing_problems() -> None:
     """Three seeds answer the same 200 problems, and a problem's length is mostly its own: reference is a bootstrap that
     draws each problem with the answers of all seeds."""
