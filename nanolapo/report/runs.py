@@ -93,14 +93,17 @@ def read_all(folders: Sequence[Path]) -> Material:
     for folder, name in zip(folders, names(folders), strict=True):
         if not folder.exists():
             raise UserError(f"{folder}: no such directory; name run directories, such as runs/demo/seed0/stage1")
-        has = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+        inside = [entry for entry in folder.iterdir() if entry.name[0] != "."] if folder.is_dir() else []
+        has = {entry.name for entry in inside}
+        # a comparison's samples and scores, whose table is in its evaluate/
+        is_part = all(entry.match("*--*.jsonl") or (entry / "results.json").exists() for entry in inside)
         if "explain.html" in has:
             continue  # --explain leaves one step, not a run, and RUNS="runs/demo/seed0/*" matches it
         if has & {"results.json", "samples"}:
             material.evaluations.append(read_evaluation(name, folder, material.notes))
         elif has & {"config.yaml", "metrics.jsonl", "rollouts.jsonl"}:
             material.runs.append(read_run(name, folder, material.notes))
-        elif "config.json" not in has:  # a model folder, such as the demo's base, is passed over in silence
+        elif not (inside and is_part) and "config.json" not in has:  # silent of a model folder, such as the demo's base
             material.notes.append(f"{folder}: no run directory (no config.yaml or results.json), left out")
     if not material.runs and not material.evaluations:
         raise UserError(f"{', '.join(map(str, folders))}: no run directory; one holds config.yaml or results.json "

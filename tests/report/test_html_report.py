@@ -519,14 +519,20 @@ def test_user_errors(tmp_path, monkeypatch):
         assert "\n" not in str(error.value)
 
 
-def test_other_directories_are_named_and_model_folders_passed_over(tmp_path):
+def test_other_directories_are_named_and_models_samples_and_scores_passed_over(tmp_path):
     run = write_run(tmp_path / "r", [rollout()])
     (tmp_path / "empty").mkdir()
     (tmp_path / "base").mkdir()
     (tmp_path / "base/config.json").write_text("{}")
     (tmp_path / "note.txt").write_text("x")
-    found = report(run, tmp_path / "empty", tmp_path / "base", tmp_path / "note.txt", run)
-    assert [note.split(":")[0] for note in found.data["notes"]] == [str(tmp_path / "empty"), str(tmp_path / "note.txt")]
+    write_evaluation(tmp_path / "scores/m")
+    (tmp_path / "scores/m/samples").rename(tmp_path / "samples_of_all")  # as in a comparison
+    (tmp_path / "scores/.m.lock").write_text("")
+    write_run(tmp_path / "seed0/stage1", [rollout()])
+    write_evaluation(tmp_path / "seed0/evaluate")  # somebody may have meant these two
+    noted, silent = ("empty", "note.txt", "seed0"), ("base", "scores", "samples_of_all")
+    found = report(run, *(tmp_path / name for name in (*noted, *silent)), run)
+    assert [note.split(":")[0] for note in found.data["notes"]] == [str(tmp_path / name) for name in noted]
     assert found.data["rollouts"]["runs"] == ["r"]  # given twice, shown once
 
 
