@@ -7,8 +7,8 @@ The command prints mean, lowest and highest of every number, straight from the r
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -96,9 +96,9 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    results = [read_results(Path(folder)) for folder in sys.argv[1:]]
-    if not results:
-        raise UserError("no folder given: name run directories of evaluate.py, such as runs/demo/seed0/evaluate")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, help="run directories of evaluate.py")
+    results = [read_results(folder) for folder in parser.parse_args().folders]
     for source, temperature in dict.fromkeys((r["set"], r["temperature"]) for r in results[0]["rows"]):
         print(f"### {source}, temperature {temperature:g}, {len(results)} seeds: mean (lowest to highest)\n")
         print(seed_table(results, source, temperature), end="\n\n")

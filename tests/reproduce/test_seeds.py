@@ -64,7 +64,7 @@ def test_the_command_reads_folders(tmp_path, capsys, monkeypatch):
     assert "### s, temperature 0.6, 2 seeds" in out and "| +0.50 |" in out
 
 
-def test_wrong_folders_are_one_clear_line(tmp_path, monkeypatch):
+def test_wrong_folders_are_one_clear_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty has no results.json: name finished run directories of evaluate.py"):
         read_results(tmp_path / "empty")
@@ -75,9 +75,11 @@ def test_wrong_folders_are_one_clear_line(tmp_path, monkeypatch):
             read_results(write(tmp_path / str(i), content))
     with pytest.raises(UserError, match="s, temperature 0.6: .*different models .*'m'.*'n'.*one config"):
         seed_table([results(0.1), results(0.1, model="n")], "s", 0.6)
-    monkeypatch.setattr(sys, "argv", ["seeds"])
-    with pytest.raises(UserError, match="no folder given"):
-        seeds.main()
+    for arguments, code, said in ([], 2, "required: folders"), (["--help"], 0, "run directories of evaluate.py"):
+        monkeypatch.setattr(sys, "argv", ["seeds", *arguments])
+        with pytest.raises(SystemExit) as end:
+            seeds.main()
+        assert end.value.code == code and said in "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize("swapped", [False, True])
