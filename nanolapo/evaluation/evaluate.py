@@ -5,6 +5,7 @@ The first pass states no length. The passes that passes.py lists, which state on
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Sequence
@@ -168,12 +169,14 @@ class Benchmark:
             self.sampler = make_sampler(self.config, self.model.path, e.max_new_tokens, self.ranks, trains=False)
         chunk = 4 * r.max_rows
         hidden = None if self.ranks.is_main else True  # None: shown on a terminal
+        counts: dict[str, itertools.count[int]] = defaultdict(itertools.count)
+        within = [next(counts[p.source]) for p in self.data.problems]  # place in its set, which evaluations may share
         with tqdm(total=len(missing), unit="answer", desc=self.model.name, leave=False, disable=hidden) as bar:
             for first in range(0, len(missing), chunk):
                 part = missing[first : first + chunk]
                 problems, errors_before = [self.data.problems[i] for i, _ in part], self.grader.errors
                 requests = [
-                    Request(prompts[p.id][1], row_seed(self.config.run.seed, 0, i, k), e.max_new_tokens, p)
+                    Request(prompts[p.id][1], row_seed(self.config.run.seed, 0, within[i], k), e.max_new_tokens, p)
                     for p, (i, k) in zip(problems, part, strict=True)
                 ]
                 samples, texts, verdicts = sample_beside_grading(

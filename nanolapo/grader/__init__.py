@@ -172,8 +172,8 @@ class Grader:
 
 
 def check_errors(errors: int, total: int, least: int = MIN_ANSWERS) -> float:
-    """Return errors / total. Raises RunStopped when too many answers could not be graded (more than 5% of at least 200,
-    or of at least `least`): neither reward nor score means anything then."""
+    """Return errors / total. Raises RunStopped when too many answers could not be graded (more than 5% of at least
+    `least`): neither reward nor score means anything then."""
     rate = errors / max(total, 1)
     if total >= least and rate > MAX_ERROR_RATE:
         raise RunStopped(

@@ -143,7 +143,7 @@ def read_model(path: str, name: str, **options: Any) -> PreTrainedModel:
         raise UserError(f"{name}: the files lack {len(missing)} weights of the model, such as {min(missing)}; "
                         "fetch or save the model again")  # fmt: skip
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    if model.config.get_text_config().tie_word_embeddings and not head.is_meta and head is not embedding:
+    if getattr(model.config, "tie_word_embeddings", False) and not head.is_meta and head is not embedding:
         raise UserError(f"{name}: config.json says that the output embedding is the input embedding, but the files have "
                         "two that differ; set tie_word_embeddings to false in config.json")  # fmt: skip
     return model

@@ -343,7 +343,7 @@ def test_a_mended_config_of_the_same_weights_is_sampled_again(tmp_path, file, te
 )
 def test_evaluations_share_the_sets_that_both_have(tmp_path, asked, stem):
     """Set s alone asks for 3 answers; with a second set only for the 9 of that one. The names are those of a version that
-    hashed all sets together: an update of ours must not sample a whole evaluation again."""
+    hashed all sets together: an update of ours must not sample an evaluation of one set again."""
     told, runs = 20.0 * bool(asked.tokens), []
     with Grader() as grader:
         for folder, sets in ("fresh", ("s", "t/u")), ("shared", ("s",)), ("shared", ("s", "t/u")):
@@ -353,6 +353,17 @@ def test_evaluations_share_the_sets_that_both_have(tmp_path, asked, stem):
             runs.append((run.sampler.asked, run.files["s"], found))  # type: ignore[union-attr]
     assert [(num_asked, file) for num_asked, file, _ in runs] == [(12, stem), (3, stem), (9, stem)]
     assert runs[2][2] == runs[0][2]
+
+
+def test_a_set_has_the_same_answers_alone_and_behind_another(tmp_path):
+    seeds = []
+    with Grader() as grader:
+        for sets in ("s", "t/u"), ("t/u",):
+            run = benchmark(evaluation_config(tmp_path / str(len(sets))), grader)
+            run.data.problems = [p for p in run.data.problems if p.source in sets]
+            run.answers(0.6, Pass(), {})
+            seeds.append(run.sampler.seeds["t/u"])  # type: ignore[union-attr]
+    assert seeds[0] == seeds[1] and len(set(seeds[0])) == 9
 
 
 # ---- what users do ----

@@ -40,11 +40,14 @@ class FakeSampler:
     def __init__(self) -> None:
         self.asked = 0
         self.prompts: list[list[int]] = []
+        self.seeds: dict[str, list[int]] = {}  # by set
         self.closed = False
 
     def generate(self, requests, decoding: Decoding, progress=None, finished=None) -> list[Sample]:
         self.asked += len(requests)
         self.prompts += [request.prompt_ids for request in requests]
+        for request in requests:
+            self.seeds.setdefault(request.problem.source, []).append(request.seed)
         ids = [np.arange(5, 8 + request.seed % 3) for request in requests]
         samples = [Sample(i, np.zeros(len(i), dtype=np.float32), True) for i in ids]
         for number in reversed(range(len(samples))):
