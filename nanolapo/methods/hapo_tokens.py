@@ -15,8 +15,8 @@ request, so this is three quarters of the method. The rest of the recipe is DAPO
 10,240 tokens (that share of our limit), dynamic sampling, reward +1 / -1.
 
 The text is the paper's. The released code is not imitated where it differs: it divides negative h by their negative
-minimum, so no h is below 0; it takes the entropies of the policy as it is now, per micro-batch; and it drops no groups.
-Only the clip of 0.2 on both sides is the code's (the paper: 0.2 and 0.28). It samples at most 16 rounds, here 4.
+minimum, so no h is below 0; it takes the entropies of the policy as it is now, per micro-batch; it drops no groups;
+and it clips at 0.2 on both sides. It samples at most 16 rounds, here 4.
 
 Edge: equal rewards: A 0. Equal entropies: h 0, which leaves plain clipping. With one update per step r is 1, so every token
 is inside the zone: unsure tokens get A, sure ones A (1 + h). No state (the sampler of part 1 would need some).

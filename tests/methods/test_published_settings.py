@@ -61,8 +61,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "hapo": {"method.options.weight": 1.0, "method.options.shape": "cosine", "method.options.mode": "min",
              **OVER_ANSWERS, **CLIP, "loss.kl_coef": 0.04, "loss.kl_kind": "k3"},
     "shorter-better": {"method.options.alpha": 2.0, **KL},  # script; notes 15
-    # script, its actor.yaml; notes 19. Ours has no dual clip: its rows of the table were made before this was read
-    "smart-thinker": {"loss.dual_clip": Differs(3.0, 0.0), **OVER_TOKENS, **NO_KL},
+    # script, its actor.yaml; notes 19
+    "smart-thinker": {"loss.dual_clip": 3.0, **OVER_TOKENS, **NO_KL},
     # paper and code; notes 16 (samples: 16 for the 7B model, 12 for the 32B); the loss is the code's (LOG)
     "o1-pruner": {"method.options.weight": 2.0, "method.options.standardize": True,
                   "method.options.reference_samples": Differs(16, 8), "loss.kind": "gspo", **OVER_ANSWERS, **CLIP},
@@ -106,11 +106,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "dapo": {**DAPO, "method.options.overlong": "shape"},
     "dapo-overlong-filter": {**DAPO, "method.options.overlong": "filter"},
     # tokens, steps and sampling
-    # paper, script; notes 18. Dual clip: the default of its code; ours as smart-thinker
-    "sas": {"method.options.share": 0.3, "method.options.separator": "\n\n", "loss.dual_clip": Differs(3.0, 0.0), **KL},
-    # script; notes 21. The paper clips at 0.2 and 0.28 (hapo_tokens.py); its rows of the table have the script's
+    # paper, script; notes 18. Dual clip: the default of its code
+    "sas": {"method.options.share": 0.3, "method.options.separator": "\n\n", "loss.dual_clip": 3.0, **KL},
+    # script; notes 21. The clips are the paper's (the script: 0.2 on both sides)
     "hapo-tokens": {"method.options.quantile": 0.8, "method.options.max_rounds": Differs(16, 4), "loss.dual_clip": 10.0,
-                    **OVER_TOKENS, **CLIP, **NO_KL},
+                    **OVER_TOKENS, **CLIP_HIGHER, **NO_KL},
     # script; notes 13. Theirs moves rho between 0.875 and 0.96 (spo.py)
     "spo": {"method.options.rho": 0.875, "method.options.floor": 0.05, "method.options.first_samples": 8,
             "loss.dual_clip": 10.0, **CLIP_HIGHER, **NO_KL},
@@ -118,9 +118,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "adapt-think": {"method.options.delta": 0.05, "method.options.closing": "</think>", "loss.kind": "gspo",
                     "method.options.opening": "Alright", "method.options.reference_samples": 16,
                     **OVER_ANSWERS, **CLIP, **NO_KL},
-    # code; notes 22. Clips and dual clip: the defaults of its code; ours as smart-thinker
+    # code; notes 22. Clips and dual clip: the defaults of its code
     "aepo": {"method.options.target": 0.5, "method.options.high": 1.2, "method.options.low": 0.8,
-             "method.options.prompts": 0.25, "method.options.threshold": 0.05, "loss.dual_clip": Differs(3.0, 0.0),
+             "method.options.prompts": 0.25, "method.options.threshold": 0.05, "loss.dual_clip": 3.0,
              **CLIP, **NO_KL},
     # policy losses: notes 20 to 20.7
     "grpo": {"loss.normalize_std": True, "loss.kl_coef": 0.04, "loss.kl_kind": "k3", **OVER_ANSWERS, **CLIP},
