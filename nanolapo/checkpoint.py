@@ -27,19 +27,16 @@ from nanolapo.fingerprint import refuse_changes
 from nanolapo.model.folder import publish
 from nanolapo.model.sharding import shard_like, to_host
 from nanolapo.policy import Policy
-from nanolapo.ranks import Ranks
 
 NAME = re.compile(r"step-(\d{6,})$")
 
 
-def save_checkpoint(
-    folder: Path, step: int, policy: Policy, state: dict[str, Any], keep: int, is_main: bool = True
-) -> None:
+def save_checkpoint(folder: Path, step: int, policy: Policy, state: dict[str, Any], keep: int) -> None:
     """Write folder/step-NNNNNN atomically, then delete all but the newest `keep`. All ranks call it; the main rank writes.
 
     A full disk raises UserError and leaves older checkpoints as they were.
     """
-    final = folder / f"step-{step:06d}"
+    final, is_main = folder / f"step-{step:06d}", policy.ranks.is_main
     temporary = folder / f"{final.name}.tmp"
     try:
         if is_main:
@@ -102,13 +99,13 @@ def is_complete(path: Path) -> bool:
         return False
 
 
-def load_checkpoint(folder: Path, policy: Policy, fingerprint: dict[str, Any], ranks: Ranks) -> dict[str, Any] | None:
+def load_checkpoint(folder: Path, policy: Policy, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
     """Load the newest complete checkpoint and return its state, or None if there is no checkpoint.
 
     Raises UserError if it belongs to a run with other numbers (fingerprint.py): a resumed run must be the same run. Also
     raises if all checkpoints are damaged: starting again would delete the logs of the work already done.
     """
-    path = ranks.gather(next(iter(complete_checkpoints(folder)), None))[0]  # the main rank chooses for all
+    path = policy.ranks.gather(next(iter(complete_checkpoints(folder)), None))[0]  # the main rank chooses for all
     if path is None:
         if any(NAME.match(entry.name) for entry in folder.glob("step-*")):
             raise UserError(

@@ -234,7 +234,7 @@ class EvaluateConfig:
     guidance_factors: tuple[float, ...] = ()  # also run the last model, told to use this times its mean length
     # A stated length unrelated to the problem: in the question ("outside:500") or in the thought ("inside:500")
     instructions: tuple[str, ...] = ()
-    instructed: tuple[str, ...] = ()  # which models are given these instructions; empty: the last one
+    instructed: tuple[str, ...] = ()  # the models that get them (a run: all of its exports); empty: the last one
     bootstrap: int = 2000  # resamples of problems for the 95 % intervals
     samples_dir: str = ""  # where samples are kept; empty: samples/ of the run directory. Evaluations may share one
 

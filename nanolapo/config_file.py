@@ -260,12 +260,5 @@ def reference(match: re.Match[str], values: dict[str, Any], within: tuple[str, .
 
 
 def to_yaml(config: Config) -> str:
-    """Return the resolved config as YAML that load_config reads back to an equal Config."""
-    plain = yaml.safe_load(yaml.safe_dump(tuples_to_lists(dataclasses.asdict(config))))
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=110)
-
-
-def tuples_to_lists(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: tuples_to_lists(item) for key, item in value.items()}
-    return [tuples_to_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
+    """Return the resolved config, keys in alphabetical order, as YAML that load_config reads back to an equal Config."""
+    return yaml.safe_dump(dataclasses.asdict(config), allow_unicode=True, width=110)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def fingerprint_of(config: Config, method: Method, data: Data) -> dict[str, Any]
     for section in SECTIONS:
         values = asdict(getattr(config, section))
         found |= {f"{section}.{key}": value for key, value in values.items() if f"{section}.{key}" not in FREE}
-    found |= {f"method.options.{f.name}": getattr(method.options, f.name) for f in fields(method.options)}
+    found |= {f"method.options.{key}": value for key, value in asdict(method.options).items()}
     found["rollout.engine"] = pick_engine(config)  # `auto` may be another one on another machine
     problems = data.problems
     found["data, problems"] = len(problems)

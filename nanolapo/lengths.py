@@ -1,7 +1,7 @@
 """The length-statistics tracker: M(q), the number of tokens that sufficed for problem q, kept by stable problem id.
 
 Stage 1 overwrites an entry at every visit (Eq. 3; an unsolved visit resets it). Stage 2 refines it with the dual update of
-Eq. 8: unsolved problems take the new statistic, solved ones only move down to it. "Unsolved" is a flag, not the magic
+Eq. 8: unsolved problems take the new statistic, solved ones only move down to it. "Unsolved" is None, not the magic
 number 4096, so no target can be mistaken for it. The right lengths behind every entry are kept as well. They give the range
 of Eq. 2 and, without another stage 1, the other statistics of the paper's Table 3. The map is plain JSON on disk.
 """
@@ -39,7 +39,7 @@ def typical_range(
 
 
 class LengthMap:
-    """M(q) with a solved flag per problem.
+    """M(q) of each problem; None: unsolved.
 
     >>> m = LengthMap()
     >>> m.update_discovery("q", [1000, 1200, 1300, 1500, 2000]); m.target("q")

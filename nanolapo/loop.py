@@ -46,7 +46,7 @@ def run_step(session: Session) -> None:
 
     session.sampler.sleep()  # frees its cache and weights for the trainer
     with watch("update"):  # loss, backward, optimizer step; if no group was kept, batch has all rows and none counts
-        trained = update_policy(policy, method, batch, advantages, counts_B, session.ranks)
+        trained = update_policy(policy, method, batch, advantages, counts_B)
     with watch("sync"):  # weight sync
         session.sampler.wake()
         session.sampler.load_weights(policy.sampler_weights())
@@ -116,7 +116,7 @@ def checkpoint(session: Session) -> None:
         "fingerprint": session.fingerprint,
     }
     folder, keep = config.run_dir / "checkpoints", config.run.keep_checkpoints
-    save_checkpoint(folder, session.step, session.policy, state, keep, ranks.is_main)
+    save_checkpoint(folder, session.step, session.policy, state, keep)
     if ranks.is_main:
         session.method.export(config.run_dir)
     ranks.wait()

@@ -123,20 +123,16 @@ def sample(
     session: Session, requests: Sequence[Request], temperature: float
 ) -> tuple[list[Sample], list[str], list[Future[bool]]]:
     """Sample every request with a progress bar; returns samples, texts and verdicts, see `sample_beside_grading`."""
-
-    def advance(tokens: int) -> None:
-        bar.update(tokens)
-
     total, hidden = sum(request.max_new_tokens for request in requests), None if session.ranks.is_main else True
     with tqdm(total=total, unit="tok", desc="sampling", leave=False, disable=hidden) as bar:
         return sample_beside_grading(
-            session.sampler, session.data, session.grader, requests, Decoding(temperature), advance
+            session.sampler, session.data, session.grader, requests, Decoding(temperature), bar.update
         )
 
 
 def sample_beside_grading(
     sampler: Sampler, data: Data, grader: Grader, requests: Sequence[Request], decoding: Decoding,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> tuple[list[Sample], list[str], list[Future[bool]]]:  # fmt: skip
     """Sample every request; returns samples, texts and verdicts. An answer is graded as soon as it is finished, in the
     background, while others are still being sampled."""

@@ -84,7 +84,7 @@ def open_session(config: Config, method: Method) -> Iterator[Session]:
         # What each rank has read by itself: the tokenizer's folder, and what method.start reads, such as a length map.
         state = {f"method, {key}": digest([json.dumps(value)]) for key, value in method.state_dict().items()}
         ranks.agree(fingerprint | state, "every rank must read the same files: put them on a disk that all nodes share")
-        saved = load_checkpoint(config.run_dir / "checkpoints", policy, fingerprint, ranks) or {}
+        saved = load_checkpoint(config.run_dir / "checkpoints", policy, fingerprint) or {}
         session = Session(
             config, method, ranks, data, grader, policy, None, alarms, None,  # type: ignore[arg-type]
             saved.get("step", 0), saved.get("sampled_tokens", 0), fingerprint, checked,

@@ -66,15 +66,15 @@ class Tally:
 
 
 def update_policy(
-    policy: Policy, method: Method, rollouts: Rollouts, advantages: Tensor, counts_B: np.ndarray, ranks: Ranks
+    policy: Policy, method: Method, rollouts: Rollouts, advantages: Tensor, counts_B: np.ndarray
 ) -> dict[str, float]:
     """Train on the kept rows of one step and return what to log.
 
     advantages: [B], or [B, T] per token; counts_B: rows that count; loss and denominators leave out the others.
     """
     config = policy.config
-    batches = plan_batches(policy, method.loss, rollouts, advantages, counts_B, ranks)
-    old = old_logprobs(policy, method.loss, rollouts, batches, ranks)
+    batches = plan_batches(policy, method.loss, rollouts, advantages, counts_B)
+    old = old_logprobs(policy, method.loss, rollouts, batches)
     method.loss.prepare(rollouts, advantages, counts_B)
     tally, norms, learning_rate, first_update = Tally(), [], policy.learning_rate(), policy.num_steps
 
@@ -84,7 +84,7 @@ def update_policy(
         weights_are_the_samplers = policy.num_steps == first_update
         exact = weights_are_the_samplers and config.loss.old_logprobs == "trainer"  # no rounding between two passes
         if method.loss.needs_drift:
-            method.loss.drift = 0.0 if exact else mean_drift(policy, rollouts, batch, old, ranks)
+            method.loss.drift = 0.0 if exact else mean_drift(policy, rollouts, batch, old)
         for rows in batch.microbatches:
             micro = make_microbatch(rollouts, rows, policy.device)
             if not rows:
@@ -106,21 +106,21 @@ def update_policy(
         micro = make_microbatch(rollouts, usable[: rollouts.group_size] or range(rollouts.group_size), policy.device)
         with torch.no_grad():
             inputs = loss_inputs(policy, rollouts, advantages, micro, None)
-        if ranks.is_main:  # all ranks compare the same rows
+        if policy.ranks.is_main:  # all ranks compare the same rows
             tally_mismatch(tally, inputs)
-    trained = summarize(tally.over_ranks(ranks), norms, len(batches) * config.train.inner_epochs, learning_rate)
+    trained = summarize(tally.over_ranks(policy.ranks), norms, len(batches) * config.train.inner_epochs, learning_rate)
     return trained | method.loss.after_update(trained) | {"rank_imbalance": rank_imbalance(batches, rollouts)}
 
 
 def plan_batches(
-    policy: Policy, loss: Loss, rollouts: Rollouts, advantages: Tensor, counts_B: np.ndarray, ranks: Ranks
+    policy: Policy, loss: Loss, rollouts: Rollouts, advantages: Tensor, counts_B: np.ndarray
 ) -> list[OptimizerBatch]:
     """Cut the step's rows into optimizer batches, and each into micro-batches.
 
     A row whose advantage is zero has no gradient, so its forward pass is skipped, unless the loss acts without advantage.
     The row still counts in the denominators.
     """
-    config, lengths_B = policy.config, rollouts.lengths_B
+    config, ranks, lengths_B = policy.config, policy.ranks, rollouts.lengths_B
     signal_B = (advantages.reshape(len(rollouts), -1) != 0).any(dim=1).numpy()
     batches, size = [], config.train.batch_size or len(rollouts)
     for first in range(0, len(rollouts), size):
@@ -146,7 +146,7 @@ def rank_imbalance(batches: list[OptimizerBatch], rollouts: Rollouts) -> float:
 
 
 def old_logprobs(
-    policy: Policy, loss: Loss, rollouts: Rollouts, batches: list[OptimizerBatch], ranks: Ranks
+    policy: Policy, loss: Loss, rollouts: Rollouts, batches: list[OptimizerBatch]
 ) -> Sequence[np.ndarray] | None:
     """Return log-probs [T] of every row under the policy before the updates of this step.
 
@@ -163,20 +163,20 @@ def old_logprobs(
             to_score = to_score[1:]
         mine = [rows for batch in to_score for rows in batch.microbatches]
         scored, entropies = score(policy, rollouts, mine, loss.needs_entropy)
-        rollouts.old_entropies = {row: values for part in ranks.gather(entropies) for row, values in part.items()}
+        rollouts.old_entropies = {
+            row: values for part in policy.ranks.gather(entropies) for row, values in part.items()
+        }
         if not from_sampler:
             old = [scored.get(row, sampled) for row, sampled in enumerate(rollouts.sampler_logprobs)]
     return old
 
 
-def mean_drift(
-    policy: Policy, rollouts: Rollouts, batch: OptimizerBatch, old: Sequence[np.ndarray] | None, ranks: Ranks
-) -> float:
+def mean_drift(policy: Policy, rollouts: Rollouts, batch: OptimizerBatch, old: Sequence[np.ndarray] | None) -> float:
     """Return the mean of log p_old - log p over all tokens of an optimizer batch, whichever ranks train them."""
     assert old is not None
     scored, _ = score(policy, rollouts, batch.microbatches)
     drifts = [old[row] - logprobs for row, logprobs in scored.items()]
-    sums = ranks.gather((sum(float(drift.sum(dtype=np.float64)) for drift in drifts), sum(map(len, drifts))))
+    sums = policy.ranks.gather((sum(float(drift.sum(dtype=np.float64)) for drift in drifts), sum(map(len, drifts))))
     total, count = map(sum, zip(*sums, strict=True))
     return total / max(1, count)
 

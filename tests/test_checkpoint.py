@@ -25,7 +25,6 @@ from nanolapo.checkpoint import complete_checkpoints, load_checkpoint, optimizer
 from nanolapo.config import UserError
 from nanolapo.model.folder import save_model
 from nanolapo.policy import Policy
-from nanolapo.ranks import Ranks
 
 FINGERPRINT = {"model.path": "somewhere", "rollout.group_size": 8, "data": "abc"}
 STATE = {"fingerprint": FINGERPRINT, "method": {"length_map": {"entries": {"demo:1": 1.5}}}, "sampled_tokens": 7}
@@ -66,7 +65,7 @@ def test_D2_three_steps_resume_three_steps_equal_six(tmp_path, tied_model, untie
     first.bad_steps = 2
     save(tmp_path, 3, first)
     second = Policy(config, CPU)
-    state = load_checkpoint(tmp_path, second, FINGERPRINT, Ranks())
+    state = load_checkpoint(tmp_path, second, FINGERPRINT)
     assert state is not None and (state["step"], state["sampled_tokens"]) == (3, 7)
     assert state["method"] == STATE["method"] and (second.num_steps, second.bad_steps) == (3, 2)
     assert same_tensors(optimizer_tensors(second), optimizer_tensors(first))
@@ -82,7 +81,7 @@ def test_D2_before_the_first_optimizer_step(tmp_path, tied_model):
     """A run whose first steps had no signal has no moments yet; that too resumes."""
     save(tmp_path, 1, Policy(make_config(tied_model), CPU))
     policy = Policy(make_config(tied_model), CPU)
-    assert load_checkpoint(tmp_path, policy, FINGERPRINT, Ranks()) is not None and policy.num_steps == 0
+    assert load_checkpoint(tmp_path, policy, FINGERPRINT) is not None and policy.num_steps == 0
     update(policy, make_rows([3, 9]), [1.0, -1.0])
 
 
@@ -90,12 +89,12 @@ def test_a_rank_on_a_numbered_cpu_resumes(tmp_path, tied_model, policy):
     """Under torchrun accelerate calls the CPU "cpu:0", which safetensors takes for no device at all."""
     save(tmp_path, 1, policy)
     second = Policy(make_config(tied_model), torch.device("cpu:0"))
-    assert load_checkpoint(tmp_path, second, FINGERPRINT, Ranks()) is not None
+    assert load_checkpoint(tmp_path, second, FINGERPRINT) is not None
     assert same_tensors(weights_of(second), weights_of(policy))
 
 
 def test_nothing_there(tmp_path, policy):
-    assert load_checkpoint(tmp_path / "checkpoints", policy, FINGERPRINT, Ranks()) is None
+    assert load_checkpoint(tmp_path / "checkpoints", policy, FINGERPRINT) is None
 
 
 @pytest.mark.parametrize("key", list(FINGERPRINT))
@@ -103,23 +102,23 @@ def test_D13_another_run_is_refused(tmp_path, policy, key):
     save(tmp_path, 3, policy)
     before = weights_of(policy)
     with pytest.raises(UserError, match=f"step-000003 was written with {key}=.* has {key}='other'.*run.name"):
-        load_checkpoint(tmp_path, policy, FINGERPRINT | {key: "other"}, Ranks())
+        load_checkpoint(tmp_path, policy, FINGERPRINT | {key: "other"})
     assert same_tensors(weights_of(policy), before)
 
 
 def test_a_key_that_an_older_version_did_not_write_is_no_difference(tmp_path, policy):
     save(tmp_path, 3, policy)
-    assert load_checkpoint(tmp_path, policy, FINGERPRINT | {"model.new_key": 1}, Ranks()) is not None
+    assert load_checkpoint(tmp_path, policy, FINGERPRINT | {"model.new_key": 1}) is not None
 
 
 def test_D13_another_architecture_is_refused(tmp_path, policy, untied_model):
     save(tmp_path, 3, policy)
     with pytest.raises(UserError, match="weights belong to another model"):
-        load_checkpoint(tmp_path, Policy(make_config(untied_model), CPU), FINGERPRINT, Ranks())
+        load_checkpoint(tmp_path, Policy(make_config(untied_model), CPU), FINGERPRINT)
     tiny_llama(vocab=80).save_pretrained(tmp_path / "larger")
     save(tmp_path / "saved", 3, Policy(make_config(untied_model), CPU))
     with pytest.raises(UserError, match="weights belong to another model"):
-        load_checkpoint(tmp_path / "saved", Policy(make_config(tmp_path / "larger"), CPU), FINGERPRINT, Ranks())
+        load_checkpoint(tmp_path / "saved", Policy(make_config(tmp_path / "larger"), CPU), FINGERPRINT)
 
 
 # ------------------------------------------------------------------------------------------------------ kept and lost
@@ -169,7 +168,7 @@ def test_D1_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, policy):
         os.waitpid(child, 0)
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # a damaged one would be passed over with a warning: there is none
-            state = load_checkpoint(tmp_path, policy, FINGERPRINT, Ranks())
+            state = load_checkpoint(tmp_path, policy, FINGERPRINT)
         assert state is not None and state["step"] > newest
         newest = state["step"]
         assert all((tensor == newest).all() for _, tensor in policy.named_weights())
@@ -189,7 +188,7 @@ def test_D1_a_damaged_newest_checkpoint_is_passed_over(tmp_path, policy, file, d
     else:
         damaged.unlink()
     with pytest.warns(UserWarning, match="step-000002 is damaged"):
-        state = load_checkpoint(tmp_path, policy, FINGERPRINT, Ranks())
+        state = load_checkpoint(tmp_path, policy, FINGERPRINT)
     assert state is not None and state["step"] == 1
     assert all((tensor == 1).all() for _, tensor in policy.named_weights())
 
@@ -198,7 +197,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again_silently(t
     for step in (1, 2):
         (save(tmp_path, step, policy) / "state.json").write_text("garbage")
     with pytest.warns(UserWarning, match="damaged"), pytest.raises(UserError, match="every checkpoint .* delete"):
-        load_checkpoint(tmp_path, policy, FINGERPRINT, Ranks())
+        load_checkpoint(tmp_path, policy, FINGERPRINT)
 
 
 def test_a_kill_between_rename_and_pruning_is_made_up_for(tmp_path, policy, monkeypatch):
@@ -253,10 +252,10 @@ def test_F2_pickle_in_a_checkpoint_is_refused_and_not_run(tmp_path, policy, file
         state["sizes"][file] = (path / file).stat().st_size
         (path / "state.json").write_text(json.dumps(state))
         with pytest.raises(UserError, match=f"{file}.*damaged"):
-            load_checkpoint(tmp_path, policy, FINGERPRINT, Ranks())
+            load_checkpoint(tmp_path, policy, FINGERPRINT)
     else:
         with pytest.warns(UserWarning, match="damaged"), pytest.raises(UserError, match="every checkpoint is damaged"):
-            load_checkpoint(tmp_path, policy, FINGERPRINT, Ranks())
+            load_checkpoint(tmp_path, policy, FINGERPRINT)
     assert not (tmp_path / "ran").exists()
 
 

@@ -59,7 +59,7 @@ def data(count: int = 3, template: str = "", **options: Any) -> Data:
     prompt = PromptConfig(template="{question} <think>")
     if template:
         tokenizer.chat_template, prompt = template, PromptConfig(style="chat", template_options=options)
-    return Data(make_problems(count), Prompter(tokenizer, prompt), tokenizer)
+    return Data(make_problems(count), Prompter(tokenizer, prompt))
 
 
 def of(config: Config, method: type[Method] = Method, problems: Data | None = None) -> dict[str, Any]:

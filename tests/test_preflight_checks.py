@@ -107,7 +107,7 @@ def test_a_token_of_any_spelling_may_close_a_turn(good: Path) -> None:
     tokenizer = load_tokenizer(str(good))
     tokenizer.add_tokens(["EndOfTurn"])
     tokenizer.chat_template = CHAT.replace("<|im_end|>", "EndOfTurn")
-    data = Data([], Prompter(tokenizer, PromptConfig(style="chat")), tokenizer)
+    data = Data([], Prompter(tokenizer, PromptConfig(style="chat")))
     new = tokenizer.convert_tokens_to_ids("EndOfTurn")
     assert end_of_turn("key", data, [new]).startswith(f"'EndOfTurn' ({new}) closes a turn")
     with pytest.raises(UserError, match="^key: the chat template closes an assistant's turn with 'EndOfTurn'"):
@@ -123,7 +123,7 @@ def word_reader(pieces: pre_tokenizers.PreTokenizer) -> Callable[..., str]:
 
     def read(*answers: str) -> str:
         problems = [Problem(str(i), "1", answer, None, "set") for i, answer in enumerate(answers)]
-        return reference_answers("key", Data(problems, prompter, tokenizer))
+        return reference_answers("key", Data(problems, prompter))
 
     return read
 

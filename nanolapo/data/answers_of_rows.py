@@ -73,7 +73,7 @@ def _final_answer(text: str) -> str:
     while tagged := TAGGED.fullmatch(text):
         text = tagged[2]
     if re.search(r"\\(?:boxed|fbox)(?![a-zA-Z])", text):
-        boxed = boxed_answer(text, require_think_close=False)
+        boxed = boxed_answer(text)
         if boxed is None:
             raise BadRow("its last \\boxed is not closed or empty")
         return _without_dollars(boxed)

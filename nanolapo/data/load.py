@@ -20,13 +20,16 @@ from nanolapo.ranks import Ranks
 
 @dataclass
 class Data:
-    """Checked training problems, their prompter and tokenizer, and a report of what was left out."""
+    """Checked training problems, their prompter, and a report of what was left out."""
 
     problems: list[Problem]
     prompter: Prompter
-    tokenizer: PreTrainedTokenizerBase
     report: list[str] = field(default_factory=list)
     longest_prompt: int = 0  # tokens, without guidance
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.prompter.tokenizer
 
     @cached_property
     def unread(self) -> list[int]:
@@ -83,21 +86,10 @@ def fit_prompts(config: Config, prompter: Prompter, problems: Sequence[Problem],
     """Keep the problems whose prompt is short enough, and add a line about the others to `report`."""
     limit, report = config.rollout.max_prompt_tokens, list(report)
     prompts = [prompter.ids(p.question) for p in problems]
-    short, skipped = split_by_length(prompts, limit)
-    if skipped:
-        report.append(f"skipped {len(skipped)} prompts longer than rollout.max_prompt_tokens={limit}: never cut")
+    short = [i for i, ids in enumerate(prompts) if len(ids) <= limit]
+    if skipped := len(prompts) - len(short):
+        report.append(f"skipped {skipped} prompts longer than rollout.max_prompt_tokens={limit}: never cut")
     if not short:
         raise UserError(f"data.sources: no problem is left to work on ({'; '.join(report[-3:])})")
     longest = max(len(prompts[i]) for i in short)
-    return Data([problems[i] for i in short], prompter, prompter.tokenizer, report, longest)
-
-
-def split_by_length(prompts: Sequence[Sequence[int]], limit: int) -> tuple[list[int], list[int]]:
-    """Indices of the prompts with at most `limit` ids, and of those to skip and count. A prompt is never cut.
-
-    >>> split_by_length([[1, 2], [1, 2, 3]], limit=2)
-    ([0], [1])
-    """
-    kept = [index for index, ids in enumerate(prompts) if len(ids) <= limit]
-    skipped = [index for index, ids in enumerate(prompts) if len(ids) > limit]
-    return kept, skipped
+    return Data([problems[i] for i in short], prompter, report, longest)

@@ -17,6 +17,7 @@ from typing import Any
 
 from nanolapo.config import SourceConfig, UserError
 from nanolapo.data.answers_of_rows import reference_answer
+from nanolapo.data.demo_task import make_problems
 from nanolapo.data.problem_files import BadRow, field_at, first_few, listing, read_rows, source_key
 from nanolapo.grader import plainly_equal
 
@@ -121,8 +122,6 @@ def _load_source(source: SourceConfig) -> tuple[list[Problem], list[str]]:
 
 
 def _demo_problems(source: SourceConfig) -> list[Problem]:
-    from nanolapo.data.demo_task import make_problems
-
     try:
         made = make_problems(source.count, source.seed, source.levels)
     except ValueError as error:

@@ -139,9 +139,7 @@ class Prompter:
 
     def render(self, question: str, guidance: Guidance = NO_GUIDANCE) -> str:
         """Return the prompt as text, to show it; models get `ids`. Raises UserError if guidance would be misplaced."""
-        guidance = self.placed(guidance)
-        head = (self._raw if self.config.style == "raw" else self._chat)(question, guidance)
-        return head + self._opening(head, guidance)
+        return "".join(self._parts(question, guidance))
 
     def shown(self, question: str, guidance: Guidance, reader: str) -> str:
         """Return the prompt's ids as text, for --dry-run: what `reader` (a model) sees, which `render` only intends."""
@@ -151,13 +149,10 @@ class Prompter:
 
     def ids(self, question: str, guidance: Guidance = NO_GUIDANCE) -> list[int]:
         """Return the prompt's token ids, with exactly one BOS in front where the tokenizer starts texts with one."""
-        guidance = self.placed(guidance)
-        if self.config.style == "raw":
-            ids = self._encode(self.render(question, guidance))
-        else:
-            # The template is tokenized as one piece (as everywhere else), and the thought's opening after it.
-            head = self._chat(question, guidance)
-            ids = self._encode(head) + self._encode(self._opening(head, guidance))
+        head, opening = self._parts(question, guidance)
+        # A chat template is tokenized as one piece (as everywhere else), and the thought's opening after it.
+        pieces = [head + opening] if self.config.style == "raw" else [head, opening]
+        ids = [token for piece in pieces for token in self._encode(piece)]
         if self.bos_id is None:
             return ids
         num_bos = next((i for i, token in enumerate(ids) if token != self.bos_id), len(ids))
@@ -250,9 +245,11 @@ class Prompter:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    def _opening(self, head: str, guidance: Guidance) -> str:
-        """Return what follows the template: the think prefix and the guidance."""
-        return self.prefix + _after(head + self.prefix, guidance.inside)
+    def _parts(self, question: str, guidance: Guidance) -> tuple[str, str]:
+        """Return the template's text, and what follows it: the think prefix and the guidance."""
+        guidance = self.placed(guidance)
+        head = (self._raw if self.config.style == "raw" else self._chat)(question, guidance)
+        return head, self.prefix + _after(head + self.prefix, guidance.inside)
 
     def _think_prefix(self) -> str:
         """Return config.think_prefix without what the chat template itself writes."""

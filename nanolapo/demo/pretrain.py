@@ -73,11 +73,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     words += " You use exactly in your response"
     pieces = ["<pad>", " <end>", " <think>", "</think>", " </think>", r" \boxed{", "}"]
     pieces += [f"{space}{label}:" for label in LABELS for space in ("", " ")]
-    pieces += [f" {digit}{plus}" for digit in range(10) for plus in ("", "+")] + [
-        "+0",
-        "+1",
-        *(f"={n}" for n in range(20)),
-    ]
+    pieces += [f" {digit}{plus}" for digit in range(10) for plus in ("", "+")]
+    pieces += ["+0", "+1", *(f"={n}" for n in range(20))]
     pieces += [f"{space}{word}" for word in words.split() for space in ("", " ")]
     pieces += [chr(code) for code in range(32, 127)] + ["\n"]
     budgets = [f" {n}" for n in reversed(BUDGETS)]

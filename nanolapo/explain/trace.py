@@ -103,7 +103,7 @@ class Trace:
             (s.method, "reward", on_reward),
             (s.method, "advantage", on_advantage),
             (s.method.loss, "__call__", on_loss),
-            (s.policy, "step", lambda norm: self.norms.append(norm)),
+            (s.policy, "step", self.norms.append),
             (s.log, "step", lambda _, step, metrics, share: self.metrics.update(metrics)),
         ):
             ears.enter_context(listening(part, name, hear))

@@ -114,7 +114,7 @@ def the_sync(v: View) -> Section:
 
 @torch.no_grad()
 def compare(s: Session, rollouts: Rollouts) -> tuple[float, Tensor]:
-    """(mismatch as the trainer measures it, log-prob of the drawn part of each answer [B]), under the weights of now."""
+    """(mismatch as the trainer measures it, log-prob of the drawn part of each answer [B]), under the current weights."""
     tally = Tally()
     micro = make_microbatch(rollouts, range(len(rollouts)), s.policy.device)
     inputs = loss_inputs(s.policy, rollouts, torch.zeros(len(rollouts)), micro, None)

@@ -1,7 +1,7 @@
 r"""Grades answers: boxed answers are compared exactly, or by math-verify in worker processes with deadlines.
 
 What counts. Only the text after the last tag that closes a thought counts (`</think>`, or another one that THOUGHT_TAG in
-boxes.py matches). Without one the whole completion does, or nothing with `require_think_close`. The answer is the last
+boxes.py matches). Without one the whole completion does. The answer is the last
 \boxed{...} in it. An empty or unterminated last box scores 0, and so does prose. Boxes with only LaTeX, signs or words such
 as "or", "and" between them are one list. A list is right only if the reference answer has the same values. Conventions:
 percent signs, degree signs and units are dropped and never rescaled (50% is 50, not 0.5), but a word that changes the value
@@ -28,7 +28,7 @@ from functools import cache, partial
 
 from nanolapo.config import RunStopped, UserError
 from nanolapo.grader.answers import equal, hostile, is_list, number
-from nanolapo.grader.boxes import boxed_answer, exact_first_boxed, first_boxed
+from nanolapo.grader.boxes import boxed_answer, first_boxed
 from nanolapo.grader.pool import Pool, Question
 from nanolapo.grader.spelling import chosen_letter, is_reachable, normalise
 
@@ -47,9 +47,9 @@ def _undecided(answer: str, reference: str) -> bool:
     raise _Undecided
 
 
-def _decide(completion: str, reference: str, require_think_close: bool) -> bool | Question:
+def _decide(completion: str, reference: str) -> bool | Question:
     """The verdict if it needs no algebra, otherwise the question for a worker."""
-    answer = boxed_answer(completion, require_think_close)
+    answer = boxed_answer(completion)
     if answer is None or not reference.strip():
         return False
     if answer == reference.strip():
@@ -78,16 +78,12 @@ class Grader:
     graded False).
     """
 
-    def __init__(
-        self, workers: int = 2, deadline_s: float = 5.0, max_memory_gb: float = 2.0, *,
-        rule: str = "math", require_think_close: bool = False,
-    ) -> None:  # fmt: skip
+    def __init__(self, workers: int = 2, deadline_s: float = 5.0, *, rule: str = "math") -> None:
         if rule not in ("math", "exact_first_boxed"):
             raise ValueError(f"rule is 'math' or 'exact_first_boxed', not {rule!r}")
-        self.rule, self.require_think_close = rule, require_think_close
+        self.rule = rule
         self.errors = self.total = 0
-        self._pool, self._max_memory_gb = Pool(workers, deadline_s, max_memory_gb), max_memory_gb
-        self._lock = threading.Lock()
+        self._pool, self._lock = Pool(workers, deadline_s), threading.Lock()
 
     def __enter__(self) -> Grader:
         return self
@@ -104,9 +100,9 @@ class Grader:
         verdict: Future[bool] = Future()
         verdict.set_running_or_notify_cancel()  # it cannot be cancelled alone
         if self.rule == "exact_first_boxed":
-            reply = _finished(exact_first_boxed(completion, reference))
+            reply = _finished(first_boxed(completion) == reference)
         else:
-            reply = self._reply(completion, reference, self.require_think_close)
+            reply = self._reply(completion, reference)
         reply.add_done_callback(partial(self._pass_on, verdict))
         return verdict
 
@@ -120,7 +116,7 @@ class Grader:
         """What this grader takes as the answer of a completion, before it is normalised. None if it finds none."""
         if self.rule == "exact_first_boxed":
             return first_boxed(completion)
-        return boxed_answer(completion, self.require_think_close)
+        return boxed_answer(completion)
 
     def references_that_fail(self, references: Sequence[str]) -> list[int]:
         """Indices of those that no answer can reach, do not accept themselves, or accept any number.
@@ -129,7 +125,7 @@ class Grader:
         """
         own = [(rf"\boxed{{{reference}}}", reference) for reference in references]
         other = [(CANARY, reference) for reference in references]
-        replies = [self._reply(*pair, False) for pair in own + other]
+        replies = [self._reply(*pair) for pair in own + other]
         verdicts = [reply.result() for reply in replies]
         if None in verdicts:
             verdicts = self._insist(own + other, verdicts)
@@ -139,11 +135,11 @@ class Grader:
     def _insist(self, asked: Sequence[tuple[str, str]], verdicts: Sequence[bool | None]) -> list[bool | None]:
         """Ask those without a verdict again, one after the other, with PATIENCE_S for each. Raises UserError for a
         reference answer that still cannot be compared."""
-        patient, decided = Pool(1, PATIENCE_S, self._max_memory_gb), list(verdicts)
+        patient, decided = Pool(1, PATIENCE_S), list(verdicts)
         try:
             for n, (completion, reference) in enumerate(asked):
                 if decided[n] is None:
-                    decided[n] = self._reply(completion, reference, False, patient).result()
+                    decided[n] = self._reply(completion, reference, patient).result()
                 if decided[n] is None:
                     raise UserError(
                         f"the reference answer {reference!r} could not be compared within {PATIENCE_S:g} s: start again "
@@ -153,11 +149,9 @@ class Grader:
             patient.close()
         return decided
 
-    def _reply(
-        self, completion: str, reference: str, require_think_close: bool, pool: Pool | None = None
-    ) -> Future[bool | None]:
+    def _reply(self, completion: str, reference: str, pool: Pool | None = None) -> Future[bool | None]:
         """True, False, or None for an error."""
-        decided = _decide(completion, reference, require_think_close)
+        decided = _decide(completion, reference)
         return _finished(decided) if isinstance(decided, bool) else (pool or self._pool).ask(decided)
 
     def _pass_on(self, verdict: Future[bool], reply: Future[bool | None]) -> None:
@@ -191,7 +185,7 @@ def _finished(verdict: bool) -> Future[bool | None]:
 
 def plainly_equal(answer: str, reference: str) -> bool:
     r"""True if two reference answers are equal and it takes no algebra to see that: 0.5 and \frac12, or 097 and 97."""
-    return answer == reference or _decide(rf"\boxed{{{answer}}}", reference, False) is True
+    return answer == reference or _decide(rf"\boxed{{{answer}}}", reference) is True
 
 
 @cache
@@ -202,10 +196,10 @@ def _shared_grader() -> Grader:
     return grader
 
 
-def grade(completion: str, reference: str, require_think_close: bool = False) -> bool:
+def grade(completion: str, reference: str) -> bool:
     r"""One verdict, as `Grader` gives it. Algebra happens in a shared worker, and an error is False.
 
     >>> grade(r"so \boxed{0.50}", r"\frac{1}{2}"), grade(r"\boxed{1} or \boxed{2}", "2"), grade("it is 2", "2")
     (True, False, False)
     """
-    return _shared_grader()._reply(completion, reference, require_think_close).result() is True
+    return _shared_grader()._reply(completion, reference).result() is True

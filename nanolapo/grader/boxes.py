@@ -80,7 +80,7 @@ def split_thought(text: str) -> tuple[bool, str]:
     return bool(closing or ends), rest[ends[-1] :] if ends else rest
 
 
-def boxed_answer(completion: str, require_think_close: bool) -> str | None:
+def boxed_answer(completion: str, require_think_close: bool = False) -> str | None:
     """The boxed answer of a completion. Boxes that belong together become one list with commas."""
     closed, tail = split_thought(completion)
     if require_think_close and not closed:
@@ -100,13 +100,8 @@ def boxed_answer(completion: str, require_think_close: bool) -> str | None:
     return ", ".join(parts)
 
 
-def exact_first_boxed(completion: str, reference: str) -> bool:
-    r"""The rule of the LAPO authors' code: text from the first \boxed{ to the first } is exactly the reference answer."""
-    return first_boxed(completion) == reference
-
-
 def first_boxed(completion: str) -> str | None:
-    r"""The text from the first \boxed{ to the first }. None if there is no box.
+    r"""The text from the first \boxed{ to the first }, which the LAPO authors' code compares. None if there is no box.
 
     >>> first_boxed(r"\boxed{5} or \boxed{6}"), first_boxed(r"\boxed{\frac{1}{2}}")
     ('5', '\\frac{1')

@@ -18,6 +18,7 @@ from pathlib import Path
 
 Question = tuple[str, str]  # normalised answer, normalised reference answer
 ATTEMPTS = 3  # for a question whose worker died, and for starting a worker
+MEMORY_GB = 2.0  # of a worker
 STARTUP_S = 120.0  # importing sympy takes a second, and many on a crowded machine
 REMEMBERED = 1000  # questions, about as many as one step asks
 PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
@@ -28,11 +29,11 @@ KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "PYT
 class Worker:
     """The trainer's side of one `python -m nanolapo.grader.worker` process."""
 
-    def __init__(self, deadline_s: float, max_memory_gb: float) -> None:
+    def __init__(self, deadline_s: float) -> None:
         env = {key: os.environ[key] for key in KEPT if key in os.environ}
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [PACKAGE_ROOT, env.get("PYTHONPATH")]))
         env["OMP_NUM_THREADS"] = "1"
-        program = [sys.executable, "-B", "-P", "-m", "nanolapo.grader.worker", str(deadline_s), str(max_memory_gb)]
+        program = [sys.executable, "-B", "-P", "-m", "nanolapo.grader.worker", str(deadline_s), str(MEMORY_GB)]
         self.process = subprocess.Popen(  # in its own session: Ctrl-C is for the trainer
             program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, start_new_session=True, bufsize=0
         )
@@ -66,8 +67,8 @@ def failed(reply: Future[bool | None]) -> bool:
 class Pool:
     """Up to `workers` processes. They start when they are first needed."""
 
-    def __init__(self, workers: int, deadline_s: float, max_memory_gb: float) -> None:
-        self.deadline_s, self.max_memory_gb = deadline_s, max_memory_gb
+    def __init__(self, workers: int, deadline_s: float) -> None:
+        self.deadline_s = deadline_s
         self.workers: dict[int, Worker] = {}  # by the id of the thread that uses it
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="grader")
         self._asked: dict[Question, Future[bool | None]] = {}  # the newest last
@@ -121,7 +122,7 @@ class Pool:
             with self._lock:
                 if self._closed:
                     raise CancelledError
-                worker = self.workers[threading.get_ident()] = Worker(self.deadline_s, self.max_memory_gb)
+                worker = self.workers[threading.get_ident()] = Worker(self.deadline_s)
             if worker.hear(STARTUP_S) == b"ready\n":
                 self._failed_starts = 0
             else:

@@ -58,14 +58,14 @@ def group_digits(text: str, is_list: bool = False) -> str:
     """
 
     def group(run: re.Match[str]) -> str:
-        members = _members(text, run.start()) or (text if is_list else "")
+        members = _inside_bracket(text, run.start()) or (text if is_list else "")
         # In a bracket a comma separates, unless another sign does: (1,234) has two members, so has (1,234, 5).
         return run[0] if members and not SEPARATOR.search(members) else run[0].replace(",", "")
 
     return BLANKS.sub(lambda run: run[0].replace(" ", ""), COMMAS.sub(group, text))
 
 
-def _members(text: str, place: int) -> str:
+def _inside_bracket(text: str, place: int) -> str:
     r"""What stands in the bracket, (...), [...] or \{...\}, around a place in the text. Empty if there is none."""
     depth = 0
     for i in range(place - 1, -1, -1):

@@ -13,19 +13,13 @@ from __future__ import annotations
 
 from nanolapo.config import Config
 from nanolapo.config_file import one_of
-from nanolapo.losses.grpo import BatchTotals as BatchTotals
-from nanolapo.losses.grpo import Loss as Loss
-from nanolapo.losses.grpo import LossInputs as LossInputs
-from nanolapo.losses.grpo import clipped_surrogate as clipped_surrogate
-from nanolapo.losses.grpo import kl_penalty as kl_penalty
-from nanolapo.losses.grpo import policy_loss as policy_loss
-from nanolapo.losses.grpo import row_weights as row_weights
-from nanolapo.losses.grpo import sequence_weights as sequence_weights
-from nanolapo.losses.grpo import tis_weights as tis_weights
+from nanolapo.losses.grpo import BatchTotals, Loss, LossInputs, clipped_surrogate, policy_loss, row_weights
 from nanolapo.losses.kl_cov import KlCov
 from nanolapo.losses.r2vpo import R2vpo
 from nanolapo.losses.sequence import Dhpo, Gspo, Luspo
 from nanolapo.losses.tokens import Cispo, Minpro
+
+__all__ = ["BatchTotals", "Loss", "LossInputs", "clipped_surrogate", "load_loss", "policy_loss", "row_weights"]
 
 LOSSES: dict[str, type[Loss]] = {
     "grpo": Loss,

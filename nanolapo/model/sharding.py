@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 def shard(
     scorer: nn.Module, layers: Iterable[nn.Module], dtype: torch.dtype, give: Callable[[nn.Module], None],
-    offload: bool = False,
+    offload: bool,
 ) -> None:  # fmt: skip
     """Cut every parameter of `scorer` along its first dimension into one slice per rank. Each of `layers` is one unit.
 

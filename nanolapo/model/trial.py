@@ -122,19 +122,18 @@ def packed(model: PreTrainedModel, rows: list[tuple[Tensor, Tensor]], last_start
     pieces = [first, one, two, second, three]
     starts = (0, len(first), len(first), last_start, last_start + len(second))
     positions_S = torch.cat([start + torch.arange(len(piece)) for piece, start in zip(pieces, starts, strict=True)])
-    sizes = [len(piece) for piece in pieces]
+    sizes, prompt_of = [len(piece) for piece in pieces], [0, 0, 0, 3, 3]  # a prompt is its own
     ends = np.cumsum(sizes).tolist()
-    a, b, c, d, e = ((end - size, size) for end, size in zip(ends, sizes, strict=True))
     hidden_1SD = model.get_decoder()(
         input_ids=torch.cat(pieces)[None],
         position_ids=positions_S[None].to(first.device),
         use_cache=False,
-        packing=pack(sizes, [0, 0, 0, 3, 3], first.device),
+        packing=pack(sizes, prompt_of, first.device),
     ).last_hidden_state
     predictors = [  # the prompt's last token predicts the first of a response
-        [sum(prompt) - 1, *range(start, start + count - 1)] for prompt, (start, count) in ((a, b), (a, c), (d, e))
+        s for i, p in enumerate(prompt_of) if p != i for s in (ends[p] - 1, *range(ends[i] - sizes[i], ends[i] - 1))
     ]
-    hidden_ND = hidden_1SD[0, sum(predictors, [])]
+    hidden_ND = hidden_1SD[0, predictors]
     return LogprobHead(model.get_output_embeddings())(hidden_ND, torch.cat([one, two, three]), 1.0)[0]
 
 

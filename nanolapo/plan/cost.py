@@ -57,7 +57,7 @@ class Forecast:
     steps: int
     disk_gb: dict[str, float]
     host_gb: dict[str, float]  # phase -> GB of all nodes together, see host_memory; empty on a CPU
-    notes: tuple[str, ...]  # what to change if it does not fit, and which numbers are only bounds
+    note: str  # what to change if it does not fit, or what there is room for; mostly ""
 
     @property
     def hours(self) -> float:
@@ -86,7 +86,7 @@ class Forecast:
             f"  {'a step':<17} {self.tokens_per_step:,.0f} tokens sampled in {self.sample_seconds:,.1f} s, {trained}",
             f"  {f'{self.steps} steps':<17} {self.hours:,.2f} hours, {self.gpu_hours:,.2f} {unit}-hours; {m.source}",
             f"  {'disk':<17} {sum(self.disk_gb.values()):,.2f} GB: {listed(self.disk_gb)}",
-            *(f"  {note}" for note in self.notes),
+            *([f"  {self.note}"] if self.note else []),
         ]
 
 
@@ -104,9 +104,8 @@ def forecast(
     """Forecast a run. extra_rows: sampled in a mean step by a method's monitor pass. Raises UserError."""
     validate(config, machine.count)
     shape, e = load_shape(config.model.path), expect(config, mean_tokens, prompt_tokens, extra_rows)
-    steps, tokens, notes = config.train.steps, e.rows * e.answer, []
+    steps, tokens = config.train.steps, e.rows * e.answer
     fits, share = fit(config, shape, machine, e), prompt_share(config, machine.count)
-    notes.append(roomier(config, shape, machine, e, share) if fits else remedy(config, shape, machine, e))
     if limit := config.train.sampled_tokens:
         steps = min(steps, math.ceil(limit / tokens))
     phases = memory(config, shape, machine, e)
@@ -123,7 +122,7 @@ def forecast(
         steps=steps,
         disk_gb=disk(config, shape, e, steps),
         host_gb={} if machine.is_cpu else {k: x / 1e9 for k, x in host_memory(config, shape, machine).items()},
-        notes=tuple(filter(None, notes)),
+        note=roomier(config, shape, machine, e, share) if fits else remedy(config, shape, machine, e),
     )
 
 

@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +104,7 @@ def metrics_fault(row: Any) -> str:
     return fault(row, {"step": (int,)}) or fault(row, dict.fromkeys(row, NUMBER))
 
 
-def sample_fault(row: Any) -> str:
-    return fault(row, SAMPLE)
-
-
-def problem_fault(row: Any) -> str:
-    return fault(row, PROBLEM)
+sample_fault, problem_fault = partial(fault, kinds=SAMPLE), partial(fault, kinds=PROBLEM)
 
 
 def rollout_fault(row: Any) -> str:

@@ -67,7 +67,6 @@ class Evaluation:
     """A directory of evaluate.py."""
 
     name: str
-    folder: Path
     config: Json
     config_text: str
     commit: str
@@ -234,7 +233,7 @@ def read_evaluation(name: str, folder: Path, notes: list[str]) -> Evaluation:
         keys = [f.name for f in fields(Answer)]
         groups[path.stem.rpartition("-rank")[0]] += [Answer(**{k: row[k] for k in keys if k in row}) for row in rows]
     samples = trace(results["rows"], groups, folder, notes) if results and groups else list(by_file_name(groups))
-    return Evaluation(name, folder, config, text, commit, results, found, samples, problems)
+    return Evaluation(name, config, text, commit, results, found, samples, problems)
 
 
 def read_results(folder: Path, notes: list[str]) -> tuple[Json | None, list[Any]]:

@@ -64,7 +64,16 @@ def number(value: float | None, form: str) -> str:
     return "-" if value is None or math.isnan(value) else format(value, form)
 
 
-def interval(bounds: Sequence[float] | None, form: str) -> str:
+def with_interval(row: Row, key: str, form: str) -> str:
+    """
+    >>> with_interval({"tokens": 50, "tokens_interval": (40, 60)}, "tokens", ".1f"), with_interval({}, "aes", "+.2f")
+    ('50.0 (40.0 to 60.0)', '-')
+    """
+    bounds = row.get(f"{key}_interval")
+    return number(row.get(key), form) + (f" ({bounds[0]:{form}} to {bounds[1]:{form}})" if bounds else "")
+
+
+def bounds_text(bounds: Sequence[float] | None, form: str) -> str:
     return f"{bounds[0]:{form}} to {bounds[1]:{form}}" if bounds else "-"
 
 
@@ -73,8 +82,8 @@ def main_cells(rows: Sequence[Row]) -> Cells:
     columns, body = ["adaptivity"] * (rows[0].get("adaptivity") is not None), []
     for r in rows:
         body.append([
-            label(r), f"{r['accuracy']:.1%}", interval(r.get("accuracy_interval"), ".1%"),
-            f"{r['tokens']:.1f}", interval(r.get("tokens_interval"), ".1f"),
+            label(r), f"{r['accuracy']:.1%}", bounds_text(r.get("accuracy_interval"), ".1%"),
+            f"{r['tokens']:.1f}", bounds_text(r.get("tokens_interval"), ".1f"),
             number(r.get("tokens_correct"), ".1f"), f"{r['truncated']:.1%}", number(r["aes"], "+.2f"),
             *(number(r[key], "+.1f") for key in columns),
         ])  # fmt: skip
@@ -94,7 +103,7 @@ def level_cells(rows: Sequence[Row]) -> Cells:
     for r in rows:
         cells = [f"{100 * r['by_level'][k]['accuracy']:.0f} / {r['by_level'][k]['tokens']:.0f}" for k in levels]
         body.append([
-            label(r), *cells, number(r.get("adaptivity"), "+.1f"), interval(r.get("adaptivity_interval"), "+.1f"),
+            label(r), *cells, number(r.get("adaptivity"), "+.1f"), bounds_text(r.get("adaptivity_interval"), "+.1f"),
             number(r.get("need_correlation"), ".2f"), number(r.get("length_spread"), ".1f"),
         ])  # fmt: skip
     head = ["model", *(f"level {k}" for k in levels), "adaptivity", "95% interval", "rank correlation", "length spread"]

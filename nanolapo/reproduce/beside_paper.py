@@ -10,14 +10,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from nanolapo.config import UserError
 from nanolapo.evaluation.scores import without_nan
-from nanolapo.report.tables import label, number, table
+from nanolapo.report.tables import Row, label, table, with_interval
 from nanolapo.reproduce.paper import Score, base_name, changes, disagreements, paper_tables
 
-Row = dict[str, Any]
 COLUMNS = (  # key of a row, heading, format
     ("samples", "samples", ",d"),
     ("accuracy", "accuracy % (95 %)", ".1f"),
@@ -125,18 +123,13 @@ def _theirs(score: Score, reference: Score) -> Row:
 
 def cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Heading and body of the printed table, as text, without the columns that are empty."""
-
-    def cell(row: Row, key: str, form: str) -> str:
-        text, bounds = number(row.get(key), form), row.get(f"{key}_interval")
-        return f"{text} ({bounds[0]:{form}} to {bounds[1]:{form}})" if bounds else text
-
     shown = [column for column in COLUMNS if any(row.get(column[0]) is not None for row in comparison.rows)]
     names = ["model", "set"]
     if any(row.get("ours") and row["set"] != row["paper_set"] for row in comparison.rows):
         names = ["model", "ours", "set"]  # what stands for the paper's model in a miniature
     head = [*names, *(heading for _, heading, _ in shown)]
     body = [
-        [*(row[name] or "-" for name in names), *(cell(row, key, form) for key, _, form in shown)]
+        [*(row[name] or "-" for name in names), *(with_interval(row, key, form) for key, _, form in shown)]
         for row in comparison.rows
     ]  # fmt: skip
     return head, body

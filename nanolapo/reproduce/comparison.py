@@ -13,7 +13,7 @@ import numpy as np
 
 from nanolapo.config import UserError
 from nanolapo.evaluation.scores import without_nan
-from nanolapo.report.tables import Row, level_cells, number, table
+from nanolapo.report.tables import Row, level_cells, number, table, with_interval
 from nanolapo.reproduce import differences
 from nanolapo.reproduce.differences import NUMBERS, Scores
 from nanolapo.reproduce.over_seeds import mean_row, none_first
@@ -173,15 +173,6 @@ def comparison_table(rows: Sequence[Row], bases: Sequence[str] = ()) -> str:
             "better / worse than", "on the front", "adaptivity (95 %)", "sampled (k)", "trained (k)", "seconds", "seeds",
             "worst seed"]  # fmt: skip
     return table(head, body)
-
-
-def with_interval(row: Row, key: str, form: str) -> str:
-    """
-    >>> with_interval({"tokens": 50, "tokens_interval": (40, 60)}, "tokens", ".1f"), with_interval({}, "aes", "+.2f")
-    ('50.0 (40.0 to 60.0)', '-')
-    """
-    bounds = row.get(f"{key}_interval")
-    return number(row.get(key), form) + (f" ({bounds[0]:{form}} to {bounds[1]:{form}})" if bounds else "")
 
 
 def comparison_text(

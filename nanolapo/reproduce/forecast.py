@@ -74,7 +74,7 @@ def step_cost(command: Sequence[str], base: str, paper_base: str, machine: str) 
         return None
     tokens = found.tokens_per_step * found.steps
     memory = max(sum(parts.values()) for parts in found.memory_gb.values())
-    note = f"{found.expected.source}; {found.machine.source}" + "".join(f"; {note}" for note in found.notes)
+    note = f"{found.expected.source}; {found.machine.source}" + (f"; {found.note}" if found.note else "")
     return tokens, found.hours, memory, sum(found.disk_gb.values()), note
 
 

@@ -21,10 +21,10 @@ from nanolapo.report.tables import Row, label, number, table
 from nanolapo.reproduce.over_seeds import mean_rows
 
 
-def spread(values: Sequence[float | None], form: str) -> str:
+def mean_and_range(values: Sequence[float | None], form: str) -> str:
     """Mean, with the range over seeds behind it; a dash where a seed has no value.
 
-    >>> spread([0.5, 0.75], ".1%")
+    >>> mean_and_range([0.5, 0.75], ".1%")
     '62.5% (50.0% to 75.0%)'
     """
     found = [value for value in values if value is not None]
@@ -54,9 +54,10 @@ def seed_table(results: Sequence[dict[str, Any]], source: str, temperature: floa
     for mean, *same in zip(means, *seeds, strict=True):
         levels = [mean["by_level"][level] for level in shown]
         body.append([
-            label(mean), spread([row["accuracy"] for row in same], ".1%"), spread([row["tokens"] for row in same], ".1f"),
-            number(mean["aes"], "+.2f"), spread([row.get("adaptivity") for row in same], "+.1f"),
-            number(mean["need_correlation"], ".2f"), number(mean["length_spread"], ".1f"),
+            label(mean), mean_and_range([row["accuracy"] for row in same], ".1%"),
+            mean_and_range([row["tokens"] for row in same], ".1f"), number(mean["aes"], "+.2f"),
+            mean_and_range([row.get("adaptivity") for row in same], "+.1f"), number(mean["need_correlation"], ".2f"),
+            number(mean["length_spread"], ".1f"),
             *(f"{at['accuracy']:.0%} / {at['tokens']:.0f}" for at in levels),
         ])  # fmt: skip
     head = ["model", "pass@1", "tokens", "AES", "adaptivity", "rank correlation", "length spread"]

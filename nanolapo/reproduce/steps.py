@@ -112,6 +112,4 @@ def file_hash(path: str) -> str:
     return sha256(Path(path).read_bytes()).hexdigest()
 
 
-@cache
-def model_hash(path: str) -> str:
-    return model_identity(path)
+model_hash = cache(model_identity)

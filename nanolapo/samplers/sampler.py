@@ -54,7 +54,7 @@ class Sampler(Protocol):
         self,
         requests: Sequence[Request],
         decoding: Decoding,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int], object] | None = None,
         finished: Callable[[int, Sample], None] | None = None,
     ) -> list[Sample]: ...
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None: ...
@@ -67,14 +67,14 @@ def generate_all(
     sampler: Sampler,
     requests: Sequence[Request],
     decoding: Decoding,
-    progress: Callable[[int], None] | None,
+    progress: Callable[[int], object] | None,
     finished: Callable[[int, Sample], None],
 ) -> list[Sample]:
     """Call sampler.generate, and see to the answers whose first tokens are given.
 
     For the engine these are the end of the prompt, so no engine has to know of them. Afterwards they are put in front of
-    the answer, with the log-prob of the lot, or 0 without one. They count in the length and in max_new_tokens, and are
-    trained.
+    the answer, with the log-prob of the random choice, or 0 if there was none. They count in the length and in
+    max_new_tokens, and are trained.
     """
     samples: dict[int, Sample] = {}
 

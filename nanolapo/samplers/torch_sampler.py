@@ -228,7 +228,7 @@ class TorchSampler:
         self,
         requests: Sequence[Request],
         decoding: Decoding,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int], object] | None = None,
         finished: Callable[[int, Sample], None] | None = None,
     ) -> list[Sample]:
         """Sample every request and return the samples in the order of the requests.

@@ -117,7 +117,7 @@ class VLLMSampler:
         self,
         requests: Sequence[Request],
         decoding: Decoding,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int], object] | None = None,
         finished: Callable[[int, Sample], None] | None = None,
     ) -> list[Sample]:
         """Sample every request; results in the order of the requests. `progress` gets the tokens of each finished row,

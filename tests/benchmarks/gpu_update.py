@@ -68,7 +68,7 @@ def prepared(folder: Path, tiny: bool, model: dict[str, Any]) -> tuple[Callable[
     prompts = sum(len(prompt) for prompt in rollouts.prompt_ids[:: rollouts.group_size])
 
     def once() -> None:
-        update_policy(policy, method, rollouts, advantages, counts_B, ranks)
+        update_policy(policy, method, rollouts, advantages, counts_B)
 
     return once, int(lengths.sum()) + prompts, sum(p.numel() for p in policy.model.parameters())
 

@@ -124,7 +124,7 @@ def main() -> None:
     ranks, tokenizer, log = Ranks(), AutoTokenizer.from_pretrained(args.model), LastMetrics()
     problems = [Problem(f"bench:{i}", text, "1", None, "bench") for i, text in enumerate(texts(args.prompts))]
     prompter = Prompter(tokenizer, PromptConfig(style="raw", template="{question}"))
-    data, method = Data(problems, prompter, tokenizer), RandomReward(config)
+    data, method = Data(problems, prompter), RandomReward(config)
     memory = {"python and libraries": memory_gb("VmRSS")}
     policy = Policy(config, ranks.device)
     memory["+ policy"] = memory_gb("VmRSS")

@@ -11,8 +11,9 @@ from folders import train_byte_bpe
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
-from nanolapo.config import PAPER_TEMPLATE, PromptConfig, UserError
-from nanolapo.data.load import split_by_length
+from nanolapo.config import PAPER_TEMPLATE, Config, PromptConfig, RolloutConfig, UserError
+from nanolapo.data.load import fit_prompts
+from nanolapo.data.problems import Problem
 from nanolapo.data.prompts import (
     NO_GUIDANCE,
     Guidance,
@@ -359,14 +360,17 @@ def test_A22_prompts_are_never_cut(byte_bpe):
     ids = made.ids(question)
     assert len(ids) > 400
     assert made.tokenizer.decode(ids, skip_special_tokens=False) == "<s>" + PAPER.replace("{question}", question)
+    problems = [Problem("long", question, "1", None, "s"), Problem("short", "2+2?", "4", None, "s")]
     short = made.ids("2+2?")
     for limit, expected in [
-        (len(ids), ([0, 1], [])),
-        (len(ids) - 1, ([1], [0])),
-        (len(short), ([1], [0])),
-        (len(short) - 1, ([], [0, 1])),
+        (len(ids), (problems, len(ids), [])),
+        (len(ids) - 1, (problems[1:], len(short), ["skipped 1 prompts"])),
+        (len(short), (problems[1:], len(short), ["skipped 1 prompts"])),
     ]:
-        assert split_by_length([ids, short], limit) == expected
+        data = fit_prompts(Config(rollout=RolloutConfig(max_prompt_tokens=limit)), made, problems, [])
+        assert (data.problems, data.longest_prompt, [line[:17] for line in data.report]) == expected
+    with pytest.raises(UserError, match="no problem is left to work on .skipped 2 prompts longer than"):
+        fit_prompts(Config(rollout=RolloutConfig(max_prompt_tokens=len(short) - 1)), made, problems, [])
 
 
 def test_lengths_are_printed_as_multiples(byte_bpe):

@@ -91,7 +91,7 @@ class EchoEngine:
         self,
         requests: Sequence[Request],
         decoding: Decoding,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int], object] | None = None,
         finished: Callable[[int, Sample], None] | None = None,
     ) -> list[Sample]:
         samples = []
@@ -117,7 +117,7 @@ def step_up_to_advantages(model: str, ranks: CountingRanks) -> dict[str, Any]:
     config = make_config(model, rollout={"prompts_per_step": 6, "group_size": 8})
     tokenizer = make_tokenizer()
     problems, _ = load_problems([SourceConfig(name="demo", path="demo", count=40, seed=1, levels=(1, 2, 3))])
-    data = Data(problems, Prompter(tokenizer, PromptConfig(template=TEMPLATE)), tokenizer)
+    data = Data(problems, Prompter(tokenizer, PromptConfig(template=TEMPLATE)))
     method = Method(config)
     with Grader(workers=1, deadline_s=2.0) as grader:
         s = Session(config, method, ranks, data, grader, Policy(config, ranks.device, ranks), EchoEngine(tokenizer),
@@ -207,7 +207,7 @@ def train_and_resume(model: str, out: Path, sharding: str, ranks: Ranks) -> None
     def steps(policy: Policy, which: range) -> None:
         for seed in which:
             rows, advantages = make_rows([3, 20, 9, 7], seed=seed), torch.tensor([1.0, -1.0, 0.5, -0.5])
-            update_policy(policy, Method(config), rows, advantages, keep, ranks)
+            update_policy(policy, Method(config), rows, advantages, keep)
 
     def everything(policy: Policy) -> dict[str, Tensor]:
         return to_host((policy.trained | optimizer_tensors(policy)).items(), keep=True)
@@ -219,16 +219,16 @@ def train_and_resume(model: str, out: Path, sharding: str, ranks: Ranks) -> None
     steps(whole, range(3, 6))
     steps(first, range(3))
     state: dict[str, Any] = {"fingerprint": {}}
-    save_checkpoint(folder, 3, first, state, 2, ranks.is_main)
+    save_checkpoint(folder, 3, first, state, 2)
     ranks.wait()
     save_file(everything(first), out / f"three-{sharding}-rank{ranks.index}.safetensors")
-    loaded = load_checkpoint(folder, second, {}, ranks)
+    loaded = load_checkpoint(folder, second, {})
     assert loaded is not None and loaded["step"] == 3 and second.num_steps == 3
     steps(second, range(3, 6))
     save_file(everything(whole), out / f"whole-{sharding}-rank{ranks.index}.safetensors")
     save_file(everything(second), out / f"resumed-{sharding}-rank{ranks.index}.safetensors")
     for step in (900, 1000, 1100):  # D10
-        save_checkpoint(folder, step, first, state, 2, ranks.is_main)
+        save_checkpoint(folder, step, first, state, 2)
         ranks.wait()
 
 

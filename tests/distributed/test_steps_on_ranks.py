@@ -23,7 +23,6 @@ from transformers import AutoModelForCausalLM
 
 from nanolapo.checkpoint import load_checkpoint, optimizer_tensors
 from nanolapo.policy import Policy
-from nanolapo.ranks import Ranks
 
 pytestmark = pytest.mark.slow
 RANKS = [1, 2, 3]
@@ -161,7 +160,7 @@ def test_D13_another_number_of_ranks_can_go_on(outcome, tied_model, ranks, shard
     """One process takes up, to the bit, what any number of ranks has saved, whole copies or slices."""
     folder = outcome(ranks)
     policy = Policy(make_config(tied_model, train={"learning_rate": 1e-3}), CPU)
-    state = load_checkpoint(folder / f"checkpoints-{sharding}", policy, {}, Ranks())
+    state = load_checkpoint(folder / f"checkpoints-{sharding}", policy, {})
     assert state is not None and state["step"] == 1100
     three = load_file(folder / f"three-{sharding}-rank0.safetensors")
     assert same_tensors({n: p.detach() for n, p in policy.trained.items()} | optimizer_tensors(policy), three)

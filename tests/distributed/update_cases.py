@@ -141,7 +141,6 @@ def run_case(case: Case, folders: dict[str, str], sharding: str) -> tuple[dict[s
             rollouts,
             torch.tensor(case.advantages),
             ~rollouts.broken_B,
-            ranks,
         )
         logged |= {f"{name} {call}": value for name, value in result.items()}
         seen.update({f"weights {call} {name}": tensor.clone() for name, tensor in policy.named_weights()})

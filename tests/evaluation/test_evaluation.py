@@ -505,7 +505,7 @@ def test_A21_training_and_evaluation_decode_ids_beyond_the_tokenizer_alike():
     """A padded vocabulary can yield ids that no tokenizer knows: they are left out of the text, without an exception."""
     tokenizer = make_tokenizer()
     known = tokenizer(r" A: 3+2=6 4+8=3. </think> \boxed{63}")["input_ids"]
-    data = Data([], Prompter(tokenizer, PromptConfig(template="{question}")), tokenizer)
+    data = Data([], Prompter(tokenizer, PromptConfig(template="{question}")))
     ids = np.array([known[0], len(tokenizer) + 7, -1, *known[1:]])
     assert data.decode(ids) == r" A: 3+2=6 4+8=3. </think> \boxed{63}"
 
@@ -515,7 +515,7 @@ def test_a_thought_ends_where_its_tags_are_special_tokens_too(opening, closing):
     """Special tokens are no text, but without the tag a box in the thought would be the answer."""
     core = train_byte_bpe([r"Start at 3. \boxed{4}"], ["<s>", "<|im_end|>", opening, closing])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="<|im_end|>")
-    data = Data([], Prompter(tokenizer, PromptConfig(template="{question}")), tokenizer)
+    data = Data([], Prompter(tokenizer, PromptConfig(template="{question}")))
     text = rf"{opening} Is it \boxed{{4}}? {closing} It is four."
     ids = np.array(tokenizer(f"<s>{text}<|im_end|>", add_special_tokens=False)["input_ids"])
     assert closing not in tokenizer.decode(ids, skip_special_tokens=True)

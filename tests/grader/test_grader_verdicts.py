@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from nanolapo.grader import CANARY, Grader, grade
-from nanolapo.grader.boxes import exact_first_boxed, first_boxed, last_boxed
+from nanolapo.grader.boxes import boxed_answer, first_boxed, last_boxed
 
 DATA = Path(__file__).parents[2] / "../shared/data"  # the developers' copy of the public sets; absent in a clone
 BUILT_IN_REFERENCES = r"""204|27.0|-3|\frac{14}{3}|\left( 3, \frac{\pi}{2} \right)|p - q|\text{Evelyn}|\text{(C)}
@@ -137,8 +137,8 @@ def test_C5_only_boxes_after_the_thinking_count() -> None:
     assert not grade(r"<think> \boxed{5} </think> It is five.", "5")
     assert not grade("The answer is 5.", "5") and not grade("**5**", "5") and not grade("$5$", "5")
     assert grade(r"\boxed{5}", "5")  # a model without think tags
-    assert not grade(r"still thinking \boxed{5}", "5", require_think_close=True)
-    assert grade(r"hm </think> \boxed{5}", "5", require_think_close=True)
+    assert boxed_answer(r"still thinking \boxed{5}", require_think_close=True) is None
+    assert boxed_answer(r"hm </think> \boxed{5}", require_think_close=True) == "5"
     assert grade(r"a </think> \boxed{4} b </think> \boxed{5}", "5")
     assert not grade(r"a </think> \boxed{5} b </think> It is five.", "5")
 
@@ -148,8 +148,9 @@ def test_C5_only_boxes_after_the_thinking_count() -> None:
 )
 def test_C5_a_thought_ends_at_a_tag_of_any_kind(tag: str) -> None:
     assert not grade(rf"x \boxed{{4}} {tag} It is four.", "4")
-    assert grade(rf"x \boxed{{4}} {tag} \boxed{{5}}", "5", require_think_close=True)
-    assert not grade(tag.replace("/", "").replace("end_of", "begin_of") + r" \boxed{5}", "5", require_think_close=True)
+    assert boxed_answer(rf"x \boxed{{4}} {tag} \boxed{{5}}", require_think_close=True) == "5"
+    opening = tag.replace("/", "").replace("end_of", "begin_of")
+    assert boxed_answer(opening + r" \boxed{5}", require_think_close=True) is None
 
 
 def test_C6_hedging_is_not_an_answer(grader: Grader) -> None:
@@ -229,11 +230,8 @@ def test_C10_no_false_negatives(grader: Grader) -> None:
 
 def test_the_reference_codes_rule() -> None:
     r"""First \boxed{ up to the first }: fractions can never match, and a first wrong box hides a right one."""
-    assert exact_first_boxed(r"\boxed{5} then \boxed{6}", "5") and not exact_first_boxed(r"\boxed{05}", "5")
-    assert not exact_first_boxed(r"\boxed{\frac{1}{2}}", r"\frac{1}{2}") and not exact_first_boxed("5", "5")
+    half = r"\frac{1}{2}"
+    answers = [r"\boxed{5}", r"\boxed{5} then \boxed{6}", r"\boxed{05}", r"\boxed{5.0}", rf"\boxed{{{half}}}", "5"]
     with Grader(rule="exact_first_boxed") as pool:
-        assert pool.grade_all([r"\boxed{5}", r"\boxed{5.0}", r"\boxed{\frac{1}{2}}"], ["5", "5", r"\frac{1}{2}"]) == [
-            True,
-            False,
-            False,
-        ]
+        found = pool.grade_all(answers, ["5", "5", "5", "5", half, "5"])
+    assert found == [True, True, False, False, False, False]

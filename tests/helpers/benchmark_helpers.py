@@ -74,7 +74,7 @@ def benchmark(
     tokenizer = make_tokenizer()
     tokenizer.eos_token = end or tokenizer.eos_token
     problems = [Problem(f"{s}:{i}", f"q {i}", "1", None, s) for s in ("s", "t/u") for i in range(3)]
-    data = Data(problems, Prompter(tokenizer, prompt), tokenizer)
+    data = Data(problems, Prompter(tokenizer, prompt))
     model = Model("m", path, prompt)
     runs = Benchmark(config, model, data, grader, FakeRanks(index, count))  # type: ignore[arg-type]
     runs.sampler = FakeSampler()  # type: ignore[assignment]

@@ -19,7 +19,6 @@ from nanolapo.evaluation.scores import Answer
 from nanolapo.methods.base import Method
 from nanolapo.microbatches import make_microbatch
 from nanolapo.policy import Policy
-from nanolapo.ranks import Ranks
 from nanolapo.rollouts import Rollouts
 from nanolapo.update import update_policy
 
@@ -68,7 +67,7 @@ def update(
     """One call of update_policy with accuracy-only GRPO on one rank."""
     counts_B = np.ones(len(rollouts), dtype=bool) if keep is None else np.array(keep, dtype=bool)
     values = torch.as_tensor(advantages, dtype=torch.float64)
-    return update_policy(policy, Method(policy.config), rollouts, values, counts_B, Ranks())
+    return update_policy(policy, Method(policy.config), rollouts, values, counts_B)
 
 
 def weights_of(policy: Policy) -> dict[str, torch.Tensor]:

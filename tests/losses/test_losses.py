@@ -14,7 +14,8 @@ from torch import Tensor
 
 from nanolapo.advantages import group_advantages
 from nanolapo.config import LossConfig
-from nanolapo.losses import BatchTotals, kl_penalty, policy_loss, row_weights, tis_weights
+from nanolapo.losses import BatchTotals, policy_loss, row_weights
+from nanolapo.losses.grpo import kl_penalty, tis_weights
 
 
 def slow_policy_loss(

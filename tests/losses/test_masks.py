@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from nanolapo.config import UserError
 from nanolapo.config_file import validate
-from nanolapo.losses import LOSSES, Loss, LossInputs, load_loss, sequence_weights
+from nanolapo.losses import LOSSES, Loss, LossInputs, load_loss
+from nanolapo.losses.grpo import sequence_weights
 from nanolapo.methods import load_method
 from nanolapo.policy import Policy
 from nanolapo.rollouts import Rollouts

@@ -27,7 +27,6 @@ from nanolapo.losses.kl_cov import high_covariance
 from nanolapo.losses.r2vpo import next_lam
 from nanolapo.methods.base import Method
 from nanolapo.policy import Policy
-from nanolapo.ranks import Ranks
 from nanolapo.rollouts import Rollouts
 from nanolapo.update import update_policy
 
@@ -311,11 +310,12 @@ def gradients(
 ) -> dict[str, torch.Tensor]:
     """Gradients as the optimizer sees them in the last update of a step."""
     policy, seen = Policy(config, CPU), {}
+    policy.ranks = ranks or policy.ranks  # type: ignore[assignment]
     policy.optimizer.register_step_pre_hook(
         lambda *_: seen.update({n: p.grad.clone() for n, p in policy.model.named_parameters()})
     )
     counts_B, values = np.ones(len(rollouts), dtype=bool), torch.tensor(advantages, dtype=torch.float64)
-    update_policy(policy, Method(config), rollouts, values, counts_B, ranks or Ranks())  # type: ignore[arg-type]
+    update_policy(policy, Method(config), rollouts, values, counts_B)
     return seen
 
 
@@ -391,7 +391,7 @@ def test_later_updates_see_other_ratios(tied_model, case, train):
         rollouts = make_rows(LENGTHS)
         score_rows(policy, rollouts)
         values = torch.tensor(ADVANTAGES, dtype=torch.float64)
-        logged = update_policy(policy, Method(policy.config), rollouts, values, np.ones(8, dtype=bool), Ranks())
+        logged = update_policy(policy, Method(policy.config), rollouts, values, np.ones(8, dtype=bool))
         assert np.isfinite(list(logged.values())).all() and logged["updates"] == 2 and logged["ratio"] != 1
         ends.append(torch.cat([p.detach().flatten() for p in policy.model.parameters()]))
     assert torch.equal(*ends) is (case["kind"] == "grpo")
@@ -408,7 +408,7 @@ def test_luspo_leaves_the_kl_term_alone(tied_model):
             for p in policy.model.parameters():
                 p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
         values = torch.tensor([1e-12, -1e-12] * 4, dtype=torch.float64)
-        found.append(update_policy(policy, Method(config), rollouts, values, np.ones(8, dtype=bool), Ranks()))
+        found.append(update_policy(policy, Method(config), rollouts, values, np.ones(8, dtype=bool)))
     assert found[0]["kl"] > 1e-3 and found[0]["grad_norm"] > 1e-3
     assert found[0]["grad_norm"] == pytest.approx(found[1]["grad_norm"], rel=1e-5)
 
@@ -425,13 +425,13 @@ def test_r2vpo_lam_follows_the_variance_and_survives_json(tied_model):
     values, everything = torch.tensor(ADVANTAGES, dtype=torch.float64), np.ones(8, dtype=bool)
     micro = [math.exp(-d) - 1 for d in drift(policy, rollouts)]
     variance = sum(x * x for x in micro) / len(micro)
-    logged = update_policy(policy, method, rollouts, values, everything, Ranks())
+    logged = update_policy(policy, method, rollouts, values, everything)
     assert logged["ratio_variance"] == pytest.approx(variance, rel=1e-4)
     assert logged["r2vpo_lam"] == pytest.approx(0.5 + 10 * (variance - 0.02), rel=1e-4)
     again = Method(config)
     again.loss.state |= json.loads(json.dumps(method.loss.state))
     assert again.loss.state == method.loss.state != Method(config).loss.state
-    skipped = update_policy(policy, again, rollouts, 0 * values, everything, Ranks())
+    skipped = update_policy(policy, again, rollouts, 0 * values, everything)
     assert skipped["updates"] == 0 and again.loss.state == method.loss.state
     assert again.loss.after_update({"ratio_variance": math.nan}) == method.loss.state
     assert Method(make_config(tied_model)).loss.state == {}

@@ -17,7 +17,6 @@ from nanolapo.losses import LossInputs
 from nanolapo.methods.drpo import Drpo, decoupled_weights
 from nanolapo.microbatches import make_microbatch
 from nanolapo.policy import Policy
-from nanolapo.ranks import Ranks
 from nanolapo.rollouts import Rollouts
 from nanolapo.update import update_policy
 
@@ -54,7 +53,7 @@ def update_with_gradients(
     policy.optimizer.register_step_pre_hook(
         lambda *_: got.update({name: p.grad.clone() for name, p in policy.model.named_parameters()})
     )
-    return update_policy(policy, method, rollouts, advantages, np.ones(len(rollouts), dtype=bool), Ranks()), got
+    return update_policy(policy, method, rollouts, advantages, np.ones(len(rollouts), dtype=bool)), got
 
 
 @pytest.mark.parametrize("tau", [10.0, 0.5])

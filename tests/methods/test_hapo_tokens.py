@@ -23,7 +23,6 @@ from nanolapo.methods.hapo_tokens import (
     token_group_advantages,
 )
 from nanolapo.policy import Policy
-from nanolapo.ranks import Ranks
 from nanolapo.update import update_policy
 
 
@@ -165,7 +164,7 @@ def test_update_uses_the_entropies_of_the_whole_batch(tied_model, tokens, old):
     policy.optimizer.register_step_pre_hook(
         lambda *_: got.update({name: p.grad.clone() for name, p in policy.model.named_parameters()})
     )
-    update_policy(policy, method, rollouts, torch.tensor(advantages), np.ones(4, dtype=bool), Ranks())
+    update_policy(policy, method, rollouts, torch.tensor(advantages), np.ones(4, dtype=bool))
 
     model = AutoModelForCausalLM.from_pretrained(tied_model, dtype=torch.float64).eval()
     rows = []

@@ -20,7 +20,6 @@ from nanolapo.microbatches import make_microbatch
 from nanolapo.model.folder import save_model
 from nanolapo.model.lora import lora_layers, merged_delta
 from nanolapo.policy import Policy
-from nanolapo.ranks import Ranks
 
 LORA = {"lora_rank": 4, "lora_alpha": 8}
 
@@ -138,7 +137,7 @@ def test_D2_resuming_is_bit_equal_and_the_checkpoint_small(tied_model, tmp_path)
     train(first, 3)
     save_checkpoint(tmp_path, 3, first, {"fingerprint": {}}, keep=1)
     assert load_file(tmp_path / "step-000003/model.safetensors").keys() == first.trained.keys()
-    assert load_checkpoint(tmp_path, second, {}, Ranks()) is not None
+    assert load_checkpoint(tmp_path, second, {}) is not None
     train(second, 3, first=3)
     assert same_tensors(weights_of(second), weights_of(whole))
     assert same_tensors(optimizer_tensors(second), optimizer_tensors(whole))
@@ -165,6 +164,6 @@ def test_lora_is_part_of_what_a_resumed_run_must_share(tied_model):
 
     config = make_config(tied_model, model=LORA)
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, lora_alpha=16))
-    data = Data([], None, None)  # type: ignore[arg-type]
+    data = Data([], None)  # type: ignore[arg-type]
     one, two = (fingerprint_of(c, Method(c), data) for c in (config, other))
     assert {key for key in one if one[key] != two[key]} == {"model.lora_alpha"}

@@ -55,7 +55,7 @@ def test_the_paper_recipe_fits_eight_h100() -> None:
     assert state == pytest.approx([7.108352, 7.108352, 14.216704, 3.554176])
     assert sampling["sampler"] + sampling["cache"] == pytest.approx(0.45 * 80)
     assert planned.cache_rows == pytest.approx(sampling["cache"] * 1e9 / 28_672 / 2700)
-    assert planned.fits and planned.notes[0].startswith("there is room for model.gradient_checkpointing=")
+    assert planned.fits and planned.note.startswith("there is room for model.gradient_checkpointing=")
     assert planned.tokens_per_step == 1024 * 2500 and planned.steps == 234
     assert planned.gpu_hours == 8 * planned.hours
     assert "ESTIMATE" in "\n".join(planned.lines())
@@ -107,7 +107,7 @@ TOO_LARGE = [  # overrides that make it too large, the remedy
 @pytest.mark.parametrize(("overrides", "remedy"), TOO_LARGE)
 def test_what_does_not_fit_comes_with_a_remedy_that_works(overrides: list[str], remedy: str) -> None:
     planned = on("8xA100-80GB", *overrides)
-    assert not planned.fits and planned.notes == (remedy,)
+    assert not planned.fits and planned.note == remedy
     assert any(line.strip().startswith("DOES NOT FIT") for line in planned.lines())
     assert on("8xA100-80GB", *overrides, *remedy.split()[1:]).fits
 
@@ -115,14 +115,14 @@ def test_what_does_not_fit_comes_with_a_remedy_that_works(overrides: list[str], 
 @pytest.mark.parametrize("machine", ["8xA100-80GB", "8xH200-141GB"])
 def test_the_least_checkpointing_that_fits_is_said(machine: str) -> None:
     """It fits, one layer less does not, and nothing is said where nothing lower fits."""
-    note = on(machine).notes[0]
+    note = on(machine).note
     found = re.fullmatch(
         r"there is room for (\S+)=(\S+) \((\d+) of 28 layers\): a step would train in ([\d.]+) s", note
     )
     assert found
     key, share, layers, seconds = found[1], float(found[2]), int(found[3]), float(found[4])
     lower = on(machine, f"{key}={share}")
-    assert lower.fits and lower.notes == () and recipe(f"{key}={share}").model.num_checkpointed(28) == layers < 28
+    assert lower.fits and lower.note == "" and recipe(f"{key}={share}").model.num_checkpointed(28) == layers < 28
     assert lower.train_seconds == pytest.approx(seconds, abs=0.06) and seconds < on(machine).train_seconds
     assert layers == 0 or not on(machine, f"{key}={(layers - 1) / 28}").fits
 
@@ -132,7 +132,7 @@ def test_what_cannot_fit_is_said(tmp_path: Path) -> None:
                         intermediate_size=28672, vocab_size=128256)  # fmt: skip
     giant.save_pretrained(tmp_path)
     planned = on("1xH100-80GB", f"model.path={tmp_path}", "rollout.prompts_per_step=16")
-    assert not planned.fits and planned.notes[0].startswith("no setting makes it fit")
+    assert not planned.fits and planned.note.startswith("no setting makes it fit")
 
 
 def test_lengths_are_given_or_measured_or_the_limit(tmp_path: Path) -> None:

@@ -25,7 +25,6 @@ from nanolapo.methods.hbpo import Hbpo
 from nanolapo.metrics import Stopwatch
 from nanolapo.microbatches import make_microbatch
 from nanolapo.policy import Policy
-from nanolapo.ranks import Ranks
 from nanolapo.rollouts import Rollouts, make_rollouts
 from nanolapo.samplers.sampler import Decoding, Request, Sample, for_engine, generate_all
 from nanolapo.samplers.torch_sampler import TorchSampler
@@ -130,8 +129,8 @@ def test_the_old_logprob_is_that_of_the_choice_wherever_the_others_come_from(tie
     score_rows(policy, exact)
     rollouts, advantages = given_rows(policy), torch.tensor([1.0, -1.0, 1.0, -1.0])
     loss = Method(config).loss
-    batches = plan_batches(policy, loss, rollouts, advantages, np.ones(4, dtype=bool), Ranks())
-    old = old_logprobs(policy, loss, rollouts, batches, Ranks())
+    batches = plan_batches(policy, loss, rollouts, advantages, np.ones(4, dtype=bool))
+    old = old_logprobs(policy, loss, rollouts, batches)
     micro = make_microbatch(rollouts, range(4), CPU)
     x = loss_inputs(policy, rollouts, advantages, micro, old)
     for b, length in enumerate([5, 3, 1, 4]):
