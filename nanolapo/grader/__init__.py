@@ -1,15 +1,14 @@
 r"""Grades answers: boxed answers are compared exactly, or by math-verify in worker processes with deadlines.
 
 What counts. Only the text after the last tag that closes a thought counts (`</think>`, or another one that THOUGHT_TAG in
-boxes.py matches). Without one the whole completion does. The answer is the last
-\boxed{...} in it. An empty or unterminated last box scores 0, and so does prose. Boxes with only LaTeX, signs or words such
-as "or", "and" between them are one list. A list is right only if the reference answer has the same values. Conventions:
-percent signs, degree signs and units are dropped and never rescaled (50% is 50, not 0.5), but a word that changes the value
-is no unit (4:30 pm, 5 million). Integers, decimals and fractions are exact (0.333 is not 1/3). The order matters in tuples,
-and between values with labels and values without (x=2, y=1 is 2, 1), but not in lists and sets. The type of brackets
-matters. A comma between digits is one of thousands only if no blank follows it and no bracket makes it a separator. An
-equation without a label (0 = x-1) asks for an equation. x is not X, yes is Yes. For the letter of a choice, "B) 3.5" is B,
-but "B) 3.5 or C" is not.
+boxes.py matches). Without one the whole completion does. The answer is the last \boxed{...} in it. An empty or unterminated
+last box scores 0, and so does prose. Boxes with only LaTeX, signs or words such as "or", "and" between them are one list. A
+list is right only if the reference answer has the same values. Conventions: percent signs, degree signs and units are
+dropped and never rescaled (50% is 50, not 0.5), but a word that changes the value is no unit (4:30 pm, 5 million).
+Integers, decimals and fractions are exact (0.333 is not 1/3). The order matters in tuples, and between values with labels
+and values without (x=2, y=1 is 2, 1), but not in lists and sets. The type of brackets matters. A comma between digits is
+one of thousands only if no blank follows it and no bracket makes it a separator. An equation without a label (0 = x-1) asks
+for an equation. x is not X, yes is Yes. For the letter of a choice, "B) 3.5" is B, but "B) 3.5 or C" is not.
 
 Most answers are settled here, as text and exact numbers (spelling.py, answers.py). The others are asked in worker processes
 (pool.py, worker.py). That works from any thread, and no answer can hang the trainer or fill its memory. An answer that

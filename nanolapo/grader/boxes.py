@@ -81,7 +81,8 @@ def split_thought(text: str) -> tuple[bool, str]:
 
 
 def boxed_answer(completion: str, require_think_close: bool = False) -> str | None:
-    """The boxed answer of a completion. Boxes that belong together become one list with commas."""
+    """The boxed answer of a completion; with `require_think_close` only of one that closes a thought. Boxes that belong
+    together become one list with commas."""
     closed, tail = split_thought(completion)
     if require_think_close and not closed:
         return None

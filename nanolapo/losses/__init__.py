@@ -19,7 +19,7 @@ from nanolapo.losses.r2vpo import R2vpo
 from nanolapo.losses.sequence import Dhpo, Gspo, Luspo
 from nanolapo.losses.tokens import Cispo, Minpro
 
-__all__ = ["BatchTotals", "Loss", "LossInputs", "clipped_surrogate", "load_loss", "policy_loss", "row_weights"]
+__all__ = ["BatchTotals", "Loss", "LossInputs", "clipped_surrogate", "policy_loss", "row_weights"]  # grpo.py's
 
 LOSSES: dict[str, type[Loss]] = {
     "grpo": Loss,
