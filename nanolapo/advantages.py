@@ -62,12 +62,12 @@ def batch_advantages(rewards_PG: Tensor, weights_PG: Tensor) -> Tensor:
     return (centred / std * (weights > 0)).to(rewards_PG.dtype)
 
 
-def check_advantages(advantages: Tensor, lengths_B: np.ndarray, counts_B: np.ndarray) -> None:
+def check_advantages(advantages: Tensor, lengths_B: np.ndarray, keep_B: np.ndarray) -> None:
     """Raises UserError for advantages of a method that are neither [B] nor [B, T], or not finite where a row counts."""
     rows, longest, shape = len(lengths_B), int(lengths_B.max()), tuple(np.shape(advantages))
     fits = shape == (rows,) or (len(shape) == 2 and shape[0] == rows and shape[1] >= longest)
     is_tensor = isinstance(advantages, Tensor)
-    bad = int((~advantages[torch.tensor(counts_B)].isfinite()).sum()) if fits and is_tensor else 0
+    bad = int((~advantages[torch.tensor(keep_B)].isfinite()).sum()) if fits and is_tensor else 0
     if not fits or not is_tensor or bad:
         raise UserError(
             f"advantage: the method must give a tensor of finite numbers, one a rollout, [{rows}], or one a token, "

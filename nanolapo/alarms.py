@@ -69,7 +69,7 @@ class Alarms:
             "looping": metrics["repetition"] > 0.8,
             "copies": metrics["unique_per_group"] <= 2 - NEARLY_ALL and self.config.rollout.group_size > 1,
             "dropped": metrics.get("kept_groups") == 0,
-            "broken": metrics["broken"] > 0.5,
+            "broken": metrics.get("broken", 0) > 0.5,
         }
         limit = self.config.rollout.max_new_tokens
         texts = {
@@ -85,8 +85,8 @@ class Alarms:
             "its seeds; no group can teach anything",
             "dropped": "the method has kept no group to train on (dynamic sampling: in none of its rounds), so nothing "
             "was learned: problems too hard or too easy, or too few rounds",
-            "broken": "more than half of the answers had a log-prob that is not finite, or a token beyond the vocabulary; "
-            "these are not trained on: the sampler's weights are damaged, so start the run again from its checkpoint",
+            "broken": "more than half of the groups had an answer with a log-prob that is not finite, or a token beyond "
+            "the vocabulary: the sampler's weights are damaged, so start the run again from its checkpoint",
         }
         warnings = []
         for name, present in symptoms.items():

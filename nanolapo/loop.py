@@ -30,8 +30,9 @@ def run_step(session: Session) -> None:
     method.progress = policy.progress = session.progress
     plan = method.sampling(session.step)
     monitored = monitor_pass(session, watch)  # an extra sampling, for the few methods that watch other prompts
-    rounds: list[Rollouts] = []
+    rounds, num_drawn = list[Rollouts](), 0
     while draw := next_draw(session, plan, rounds):  # one round; dynamic sampling: until enough groups are kept
+        num_drawn += len(draw)
         rollouts = sample_and_grade(session, plan, draw, watch)  # sample, grade; from here every rank holds all rows
         regrade(session, method.edit_rollouts(rollouts))
         rollouts.set_rewards(method.reward(rollouts))  # reward: named parts, [B] each, whose sum counts
@@ -40,19 +41,19 @@ def run_step(session: Session) -> None:
     sampled = join(rounds)
     batch = sampled.kept(plan.num_prompts)  # only the groups to train on
     advantages = method.advantage(batch, torch.from_numpy(batch.rewards_PG))  # advantage: [B], or [B, T] by token
-    counts_B = batch.keep_B & ~batch.broken_B  # the rows to train on
-    check_advantages(advantages, batch.lengths_B, counts_B)
+    check_advantages(advantages, batch.lengths_B, batch.keep_B)
     statistics = method.after_step(sampled)  # M(q) and other state change only after the step's rewards
 
     session.sampler.sleep()  # frees its cache and weights for the trainer
     with watch("update"):  # loss, backward, optimizer step; if no group was kept, batch has all rows and none counts
-        trained = update_policy(policy, method, batch, advantages, counts_B)
+        trained = update_policy(policy, method, batch, advantages)
     with watch("sync"):  # weight sync
         session.sampler.wake()
         session.sampler.load_weights(policy.sampler_weights())
 
     metrics = rollout_metrics(sampled) | monitored | trained | statistics
     metrics |= {"rounds": float(len(rounds)), "kept_groups": float(batch.keep_B.sum() / plan.group_size)}
+    metrics |= {"broken": 1 - len(sampled) / (num_drawn * plan.group_size)}
     record(session, sampled, metrics, watch, session.sampled_tokens - tokens_before)
     session.step += 1
 

@@ -57,7 +57,6 @@ def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
         "no_signal": float((group_range < 1e-6).mean()),
         "reward_spread": float(rewards_PG.max() - rewards_PG.min()),
         "empty": float((lengths <= 1).mean()),
-        "broken": float(rollouts.broken_B.mean()),
         "repetition": float(np.mean([repetition(ids) for ids in rollouts.response_ids])),
         "unique_per_group": float(np.mean(unique)) if rollouts.group_size > 1 else float("nan"),
         "entropy": rollouts.mean_entropy,

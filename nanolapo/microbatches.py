@@ -50,8 +50,8 @@ class MicroBatch:
 def make_microbatch(rollouts: Rollouts, rows: Sequence[int], device: torch.device) -> MicroBatch:
     """Put the rows' prompts and responses one after the other. Neighbours with the same prompt share it.
 
-    Rows marked broken keep their place with length 0, so they add nothing anywhere. Without rows the result is one masked
-    token: a sharded model needs all ranks in every forward and backward pass, even ranks with nothing left to train.
+    Without rows the result is one masked token: a sharded model needs all ranks in every forward and backward pass, even
+    ranks with nothing left to train.
 
     Worked example: prompt [5, 6] with responses [7, 8, 2] and [3], prompt [5] with response [9] give
     ids        5 6 | 7 8 2 | 3 | 5 | 9
@@ -61,7 +61,7 @@ def make_microbatch(rollouts: Rollouts, rows: Sequence[int], device: torch.devic
     empty = np.zeros(0, dtype=np.int64)
     chosen = [rollouts.rows[r] for r in rows]
     prompts = [row.prompt_ids for row in chosen]
-    responses = [empty if row.broken else row.response_ids for row in chosen]
+    responses = [row.response_ids for row in chosen]
     if not rows:
         prompts, responses = [np.repeat(rollouts.rows[0].prompt_ids[:1], 2)], [empty]  # torch would compile S = 1 apart
     ids: list[np.ndarray] = []

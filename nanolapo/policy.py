@@ -218,7 +218,7 @@ class Policy:
         if self.bad_steps >= self.config.train.max_bad_steps:
             raise BadStepsError(
                 f"the gradient was not finite {self.bad_steps} times in a row; the weights are unchanged since. "
-                "Lower train.learning_rate, or look for broken rollouts in rollouts.jsonl"
+                "Lower train.learning_rate"
             )
         return norm
 

@@ -33,7 +33,6 @@ class Rollout:
     finished: bool  # it ended with an end token; False: the limit cut it off
     budget: float = math.nan  # the target length given with the prompt; nan, not 0, if there was none
     place: int = 0  # the place of its prompt among the prompts of the step
-    broken: bool = False  # cannot be trained on (see make_rollouts): it is masked out and counted
     given: GivenTokens | None = None  # its first tokens if they were given; their log-probs: of a random choice, or 0
     unmatched: bool = False  # of another temperature than the trainer scores at: left out of mismatch and entropy
     text: str = ""  # the decoded response, for the grader and for people
@@ -64,7 +63,7 @@ def column(read: Callable[[Rollout], Any], dtype: type) -> property:
 
 @dataclass
 class Measured:
-    """Lengths and verdicts of groups of answers, without the answers. It reads like Rollouts, broken rows included."""
+    """Lengths and verdicts of groups of answers, without the answers. It reads like Rollouts."""
 
     problems: tuple[Problem, ...]  # P
     group_size: int
@@ -105,7 +104,6 @@ class Rollouts:
     texts = property(lambda self: tuple(row.text for row in self.rows))
     finished_B = column(lambda row: row.finished, bool)
     budgets_B = column(lambda row: row.budget, float)
-    broken_B = column(lambda row: row.broken, bool)
     unmatched_B = column(lambda row: row.unmatched, bool)
     correct_B = column(lambda row: row.correct, bool)
     keep_B = column(lambda row: row.keep, bool)
@@ -121,9 +119,9 @@ class Rollouts:
 
     @property
     def mean_entropy(self) -> float:
-        """E[-log p] over the drawn tokens of usable rows, nats per token: an unbiased estimate; nan without any. Rows of
-        another temperature would bias it."""
-        drawn = (row.sampler_logprobs[row.num_given :] for row in self.rows if not (row.broken or row.unmatched))
+        """E[-log p] over the drawn tokens, nats per token: an unbiased estimate; nan without any. Rows of another
+        temperature would bias it, so they are left out."""
+        drawn = (row.sampler_logprobs[row.num_given :] for row in self.rows if not row.unmatched)
         used = [logprobs for logprobs in drawn if len(logprobs)]
         return -float(np.concatenate(used).mean()) if used else math.nan
 
@@ -156,6 +154,16 @@ class Rollouts:
         size = self.group_size
         return Rollouts([row for g in groups for row in self.rows[g * size : (g + 1) * size]], size)
 
+    def usable(self, vocab_size: int) -> Rollouts:
+        """Return the groups that can be trained on: no answer has a token id beyond the vocabulary, or a log-prob that is
+        not finite. Without such an answer alone, the others would be compared with a group that was not sampled."""
+        usable_B = np.array([
+            bool(((row.response_ids >= 0) & (row.response_ids < vocab_size)).all())
+            and bool(np.isfinite(row.sampler_logprobs).all())
+            for row in self.rows
+        ])  # fmt: skip
+        return self.take(np.flatnonzero(self.by_group(usable_B).all(axis=1)).tolist())
+
     def set_keep(self, keep_P: np.ndarray) -> None:
         """Mark the groups that are trained on."""
         for row, keep in zip(self.rows, np.repeat(keep_P, self.group_size), strict=True):
@@ -167,9 +175,8 @@ class Rollouts:
         return self.take(groups) if groups else self
 
 
-def make_rollouts(requests: Sequence[Request], samples: Sequence[Sample], group_size: int, vocab_size: int) -> Rollouts:
-    """Put requests and the sampler's answers together, and mark the rows that cannot be trained on: those with a token id
-    beyond the vocabulary, or with a log-prob that is not finite.
+def make_rollouts(requests: Sequence[Request], samples: Sequence[Sample], group_size: int) -> Rollouts:
+    """Put requests and the sampler's answers together.
 
     Raises AssertionError when the counts do not agree: a completion must never be attached to another's prompt.
     """
@@ -179,7 +186,6 @@ def make_rollouts(requests: Sequence[Request], samples: Sequence[Sample], group_
     rows = []
     for asked, sample in zip(requests, samples, strict=True):
         assert asked.problem is not None, "a rollout belongs to a problem"
-        known = bool(((sample.ids >= 0) & (sample.ids < vocab_size)).all())
         rows.append(Rollout(
             problem=asked.problem,
             prompt_ids=np.asarray(asked.prompt_ids, dtype=np.int64),
@@ -189,7 +195,6 @@ def make_rollouts(requests: Sequence[Request], samples: Sequence[Sample], group_
             budget=math.nan if asked.budget is None else float(asked.budget),
             place=asked.place,
             given=asked.given,
-            broken=not (known and bool(np.isfinite(sample.logprobs).all())),
         ))  # fmt: skip
     return Rollouts(rows, group_size)
 

@@ -12,6 +12,7 @@ from concurrent.futures import Future
 import numpy as np
 from tqdm import tqdm
 
+from nanolapo.config import RunStopped
 from nanolapo.data.load import Data
 from nanolapo.data.order import round_indices
 from nanolapo.data.problems import Problem
@@ -61,14 +62,11 @@ def monitor_pass(session: Session, watch: Stopwatch) -> dict[str, float]:
 def sample_and_grade(
     session: Session, plan: SamplingPlan | MonitorPlan, draw: Mapping[int, Problem], watch: Stopwatch
 ) -> Rollouts:
-    """Sample a group for each of these problems and grade them. From here on every rank holds all rows."""
+    """Sample a group for each of these problems and grade them. From here on every rank holds all usable groups."""
     mine = graded_share(session, plan, draw, watch)
     with watch("grade"):
         parts = session.ranks.gather(mine)
-    rollouts = join(parts[:: session.config.rollout.tensor_parallel])  # ranks of one engine sampled the same
-    drawn_B = rollouts.lengths_B - [row.num_given for row in rollouts.rows]
-    session.sampled_tokens += int(drawn_B.sum())  # as sampled: a method may shorten answers later
-    return rollouts
+    return join(parts[:: session.config.rollout.tensor_parallel])  # ranks of one engine sampled the same
 
 
 def sample_and_measure(session: Session, plan: MonitorPlan, draw: Mapping[int, Problem], watch: Stopwatch) -> Measured:
@@ -77,11 +75,8 @@ def sample_and_measure(session: Session, plan: MonitorPlan, draw: Mapping[int, P
     columns = np.array([(row.place, len(row.response_ids), row.correct) for row in mine.rows], dtype=np.int64)
     with watch("grade"):
         parts = session.ranks.gather(columns.reshape(-1, 3))
-        num_given = session.ranks.gather(sum(row.num_given for row in mine.rows))
-    every = slice(None, None, session.config.rollout.tensor_parallel)
-    all_B3 = np.concatenate(parts[every])
+    all_B3 = np.concatenate(parts[:: session.config.rollout.tensor_parallel])
     places_B, lengths_B, correct_B = all_B3[np.argsort(all_B3[:, 0], kind="stable")].T
-    session.sampled_tokens += int(lengths_B.sum()) - sum(num_given[every])
     problems = tuple(draw[place] for place in places_B[:: plan.group_size].tolist())
     return Measured(problems, plan.group_size, lengths_B, correct_B.astype(bool))
 
@@ -89,17 +84,27 @@ def sample_and_measure(session: Session, plan: MonitorPlan, draw: Mapping[int, P
 def graded_share(
     session: Session, plan: SamplingPlan | MonitorPlan, draw: Mapping[int, Problem], watch: Stopwatch
 ) -> Rollouts:
-    """Sample and grade the groups of this rank."""
+    """Sample and grade the groups of this rank; returns the usable ones. Every token that was sampled counts."""
     with watch("sample"):
         requests = make_requests(session, plan, draw)
         samples, texts, verdicts = sample(session, requests, plan.temperature)
-        mine = make_rollouts(requests, samples, plan.group_size, session.policy.vocab_size)
+        mine = make_rollouts(requests, samples, plan.group_size)
     with watch("grade"):  # wait for the answers still being graded
         for row, text in zip(mine.rows, texts, strict=True):
             row.text = text
         mark(session, mine.rows, (verdict.result() for verdict in verdicts))
         grader_errors(session)
-    return mine
+        usable = mine.usable(session.policy.vocab_size)
+        drawn = sum(len(row.response_ids) - row.num_given for row in mine.rows)  # a method may shorten answers later
+        counts = session.ranks.gather((drawn, len(usable)))
+    tokens, num_usable = map(sum, zip(*counts[:: session.config.rollout.tensor_parallel], strict=True))
+    session.sampled_tokens += tokens
+    if not num_usable:
+        raise RunStopped(
+            "every group had an answer with a log-prob that is not finite, or a token beyond the vocabulary: the "
+            "sampler's weights are damaged, so start the run again from its checkpoint"
+        )
+    return usable
 
 
 def make_requests(session: Session, plan: SamplingPlan | MonitorPlan, draw: Mapping[int, Problem]) -> list[Request]:

@@ -65,17 +65,15 @@ class Tally:
         return total
 
 
-def update_policy(
-    policy: Policy, method: Method, rollouts: Rollouts, advantages: Tensor, counts_B: np.ndarray
-) -> dict[str, float]:
-    """Train on the kept rows of one step and return what to log.
+def update_policy(policy: Policy, method: Method, rollouts: Rollouts, advantages: Tensor) -> dict[str, float]:
+    """Train on the kept rows of one step and return what to log. Loss and denominators leave out the others.
 
-    advantages: [B], or [B, T] per token; counts_B: rows that count; loss and denominators leave out the others.
+    advantages: [B], or [B, T] per token.
     """
     config = policy.config
-    batches = plan_batches(policy, method.loss, rollouts, advantages, counts_B)
+    batches = plan_batches(policy, method.loss, rollouts, advantages)
     old = old_logprobs(policy, method.loss, rollouts, batches)
-    method.loss.prepare(rollouts, advantages, counts_B)
+    method.loss.prepare(rollouts, advantages)
     tally, norms, learning_rate, first_update = Tally(), [], policy.learning_rate(), policy.num_steps
 
     for batch in batches * config.train.inner_epochs:
@@ -102,8 +100,8 @@ def update_policy(
         norms.append(policy.step())  # gradients are summed over ranks here, so a NaN on one is seen by all
 
     if not norms:  # nothing to learn from, but sampler and trainer are compared at every step
-        usable = [b for b, row in enumerate(rollouts.rows) if not (row.broken or row.unmatched)]
-        micro = make_microbatch(rollouts, usable[: rollouts.group_size] or range(rollouts.group_size), policy.device)
+        drawn = [b for b, row in enumerate(rollouts.rows) if not row.unmatched]
+        micro = make_microbatch(rollouts, drawn[: rollouts.group_size] or range(rollouts.group_size), policy.device)
         with torch.no_grad():
             inputs = loss_inputs(policy, rollouts, advantages, micro, None)
         if policy.ranks.is_main:  # all ranks compare the same rows
@@ -112,20 +110,18 @@ def update_policy(
     return trained | method.loss.after_update(trained) | {"rank_imbalance": rank_imbalance(batches, rollouts)}
 
 
-def plan_batches(
-    policy: Policy, loss: Loss, rollouts: Rollouts, advantages: Tensor, counts_B: np.ndarray
-) -> list[OptimizerBatch]:
+def plan_batches(policy: Policy, loss: Loss, rollouts: Rollouts, advantages: Tensor) -> list[OptimizerBatch]:
     """Cut the step's rows into optimizer batches, and each into micro-batches.
 
     A row whose advantage is zero has no gradient, so its forward pass is skipped, unless the loss acts without advantage.
     The row still counts in the denominators.
     """
-    config, ranks, lengths_B = policy.config, policy.ranks, rollouts.lengths_B
+    config, ranks, lengths_B, keep_B = policy.config, policy.ranks, rollouts.lengths_B, rollouts.keep_B
     signal_B = (advantages.reshape(len(rollouts), -1) != 0).any(dim=1).numpy()
     batches, size = [], config.train.batch_size or len(rollouts)
     for first in range(0, len(rollouts), size):
         rows = np.arange(first, min(first + size, len(rollouts)))
-        kept = rows[counts_B[rows]]
+        kept = rows[keep_B[rows]]
         totals = BatchTotals(int(lengths_B[kept].sum()), len(kept), config.rollout.max_new_tokens)
         active = kept if loss.acts_without_advantage else kept[signal_B[kept]]
         active = active[lengths_B[active] > 0]

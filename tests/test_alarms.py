@@ -196,7 +196,6 @@ def test_the_page_of_the_metrics_says_when_a_warning_comes(key, words, warns, is
         "empty": 0.0,
         "repetition": 0.0,
         "unique_per_group": 4.0,
-        "broken": 0.0,
     }
     steps = {"three": 3, "five": 5}[words.split()[-2]]
     for value, wanted in ((warns, 1), (is_silent, 0)):
@@ -248,22 +247,18 @@ def test_E9_numbers_of_collapse_are_logged_at_every_step():
     fill(rollouts, response_ids=[np.array(row) for row in ([2], [5, 6, 7, 8, 5, 6, 7, 8], [3, 3, 3], [3, 3, 3])])
     fill(
         rollouts,
-        sampler_logprobs=[
-            np.full(len(ids), p) for ids, p in zip(rollouts.response_ids, [-1, -2, -3, np.nan], strict=True)
-        ],
+        sampler_logprobs=[np.full(len(ids), p) for ids, p in zip(rollouts.response_ids, [-1, -2, -3, -9], strict=True)],
     )
-    rollouts.rows[3].broken = True
+    rollouts.rows[3].unmatched = True  # left out of the entropy
     metrics = metrics_of(rollouts)
-    assert metrics["empty"] == 0.25 and metrics["truncated"] == 0.25 and metrics["broken"] == 0.25
+    assert metrics["empty"] == 0.25 and metrics["truncated"] == 0.25
     assert metrics["repetition"] == pytest.approx(0.2 / 4)  # 4 of 5 4-grams of row 1 are new
     assert metrics["unique_per_group"] == 1.5 and metrics["no_signal"] == 0.5
     assert metrics["entropy"] == pytest.approx((1 * 1 + 8 * 2 + 3 * 3) / 12)
     assert metrics["reward_spread"] == 1 and metrics["accuracy"] == 0.75 and metrics["length_correct"] == 7 / 3
 
 
-def test_a_sampler_that_returns_broken_rows_is_told_at_once():
-    rollouts = make_rows([3, 30, 8, 9, 3, 3, 3, 3], group_size=4)
-    fill(rollouts, broken=[True] * 4 + [False] * 4)
-    assert not any("not finite" in warning for warnings in watch(rollouts, 6) for warning in warnings)  # just half
-    fill(rollouts, broken=[True] * 5 + [False] * 3)
-    assert any("the sampler's weights are damaged" in warning for warning in watch(rollouts, 1)[0])
+def test_a_sampler_whose_answers_cannot_be_used_is_told_at_once():
+    alarms, metrics = Alarms(make_config(rollout=GROUP)), metrics_of(make_rows([3, 30, 8, 9], group_size=4))
+    assert alarms.check_learning(0, metrics | {"broken": 0.5}, [""]) == []  # just half
+    assert "the sampler's weights are damaged" in alarms.check_learning(1, metrics | {"broken": 0.51}, [""])[0]

@@ -33,10 +33,9 @@ def echo_rollouts(places: list[int], group_size: int = 3) -> Rollouts:
             requests.append(request)
             ids = np.array([place, g] + [1] * g)
             samples.append(Sample(ids, np.full(len(ids), -float(place)), finished=g != 1))
-    rollouts = make_rollouts(requests, samples, group_size, VOCAB)
+    rollouts = make_rollouts(requests, samples, group_size)
     fill(rollouts, text=[f"{ids[0]}/{ids[1]}" for ids in rollouts.response_ids])
     fill(rollouts, correct=np.array([ids[0] == 4 for ids in rollouts.response_ids]))
-    fill(rollouts, broken=np.array([ids[0] == 5 for ids in rollouts.response_ids]))
     return rollouts
 
 
@@ -53,7 +52,7 @@ def test_A20_every_completion_names_its_own_prompt(num_ranks):
         assert joined.response_ids[b].tolist() == [place, g] + [1] * g and joined.texts[b] == f"{place}/{g}"
         assert joined.prompt_ids[b].tolist() == [place, place] and joined.lengths_B[b] == 2 + g
         assert (joined.sampler_logprobs[b] == -place).all() and joined.finished_B[b] == (g != 1)
-        assert joined.correct_B[b] == (place == 4) and joined.broken_B[b] == (place == 5)
+        assert joined.correct_B[b] == (place == 4)
         assert joined.budgets_B[b] == place + 1 if place % 2 else np.isnan(joined.budgets_B[b])
 
 
@@ -62,7 +61,19 @@ def test_A20_counts_that_do_not_agree_are_refused(num_requests, num_samples):
     request = Request([1], seed=0, max_new_tokens=4, problem=make_problems(1)[0])
     sample = Sample(np.array([1]), np.zeros(1), True)
     with pytest.raises(AssertionError, match=f"{num_requests} requests, {num_samples} samples, groups of 2"):
-        make_rollouts([request] * num_requests, [sample] * num_samples, 2, VOCAB)
+        make_rollouts([request] * num_requests, [sample] * num_samples, 2)
+
+
+def test_A21_a_group_with_an_answer_that_cannot_be_trained_on_is_left_out_whole():
+    """An id beyond the vocabulary or below 0, a log-prob that is not finite, in any place; an empty answer is no such."""
+    rollouts = make_rows([3, 4, 5, 0, 7, 8, 9, 2, 1, 6])
+    rollouts.rows[0].sampler_logprobs[2] = np.nan
+    rollouts.rows[5].response_ids[0] = VOCAB
+    rollouts.rows[6].response_ids[8] = -1
+    rollouts.rows[9].sampler_logprobs[0] = -np.inf
+    usable = rollouts.usable(VOCAB)
+    assert usable.rows == rollouts.rows[2:4] and usable.group_size == 2
+    assert rollouts.usable(VOCAB + 1).rows == rollouts.rows[2:6]
 
 
 def test_a_column_cannot_be_written_to():

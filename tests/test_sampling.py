@@ -26,9 +26,8 @@ from round_methods import NUM_PROBLEMS, R2VPO, Dynamic, Everything, Watched, mak
 from safetensors.torch import load_file
 from tiny import CPU, fill, make_config, make_problems, make_rows, score_rows, update
 
-from nanolapo import loop
 from nanolapo.alarms import MismatchError
-from nanolapo.config import Config
+from nanolapo.config import Config, RunStopped
 from nanolapo.data.load import Data
 from nanolapo.data.order import batch_indices, round_indices, weighted_order
 from nanolapo.data.problems import Problem
@@ -43,7 +42,6 @@ from nanolapo.samplers.sampler import Request, Sample
 from nanolapo.samplers.torch_sampler import TorchSampler
 from nanolapo.sampling import sample, sample_and_grade, sample_and_measure
 from nanolapo.session import progress
-from nanolapo.update import update_policy
 
 ROOT = Path(__file__).parents[1]
 TIMING = ("seconds/", "tokens_per_second", "memory_gb")
@@ -294,7 +292,7 @@ def test_unmatched_rows_leave_the_mismatch_alone(tied_model):
 
 def test_put_moves_all_that_belongs_to_a_row():
     target, source = make_rows([3, 4, 5, 6]), make_rows([7, 8], seed=1, budgets=[1.0, 2.0], finished=[False, True])
-    fill(source, correct=True, broken=True, unmatched=True)
+    fill(source, correct=True, unmatched=True)
     target.put(2, source.rows[0])
     for f in dataclasses.fields(Rollout):
         if f.name in ("problem", "place"):  # a row stays in its group
@@ -440,22 +438,38 @@ def test_ranks_of_one_engine_bring_their_rows_once():
     assert [p.id for p in rollouts.problems] == [f"demo:{i}" for i in range(4)] and session.sampled_tokens == 8
 
 
-def test_B13_the_step_masks_broken_rows(base, tmp_path, monkeypatch):
-    """What the update is told to keep: the rows of kept groups without the broken ones."""
-    kept = []
+class Damaged(TorchSampler):
+    """An answer of group 1 has a log-prob that is no number; with `all`, one of every group."""
 
-    class Breaks(Watched):
-        def edit_rollouts(self, rollouts):
-            rollouts.rows[5].broken = True
-            return []
+    all = False
 
-    def spy(*arguments: Any) -> dict[str, float]:
-        kept.append(np.flatnonzero(~arguments[4]).tolist())
-        return update_policy(*arguments)
+    def generate(self, *arguments: Any) -> list[Sample]:
+        samples = super().generate(*arguments)
+        for damaged in samples[1::4] if self.all else samples[5:6]:
+            damaged.logprobs[-1] = np.nan
+        return samples
 
-    monkeypatch.setattr(loop, "update_policy", spy)
-    run(make_run(base, tmp_path), Breaks)
-    assert kept == [[5], [5]]
+
+def test_a_group_with_an_answer_that_cannot_be_trained_on_is_dropped_and_counted(base, tmp_path, monkeypatch):
+    """It is not rewarded, trained on or remembered, but its tokens were sampled. `broken` is the share of groups."""
+    tokens = []
+    for name, sampler in (("whole", TorchSampler), ("damaged", Damaged)):
+        monkeypatch.setattr("nanolapo.samplers.choose.TorchSampler", sampler)
+        method, metrics = run(make_run(base, tmp_path / name, train={"steps": 1}), Watched)
+        ((rewarded,), (trained,), (after,)) = (method.of(hook) for hook in ("reward", "advantage", "after_step"))
+        tokens.append(metrics[0]["sampled_tokens"])
+        groups = [place for place in range(4) if place != 1 or name == "whole"]
+        for rollouts in (rewarded, trained, after):
+            assert [row.place for row in rollouts.rows[::4]] == groups
+        assert metrics[0]["broken"] == 1 - len(groups) / 4 and np.isfinite(metrics[0]["grad_norm"])
+    assert tokens[0] == tokens[1]
+
+
+def test_a_sampler_without_any_usable_group_stops_the_run(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("nanolapo.samplers.choose.TorchSampler", Damaged)
+    monkeypatch.setattr(Damaged, "all", True)
+    with pytest.raises(RunStopped, match="^every group had an answer with a log-prob that is not finite"):
+        run(make_run(base, tmp_path), Watched)
 
 
 # ------------------------------------------------------------------------------------------------------ resume and ranks

@@ -97,7 +97,7 @@ def test_B6_later_updates_see_ratios_other_than_one(tied_model, train):
 
     advantages, method = torch.tensor(ADVANTAGES), Method(policy.config)
     method.loss = Spy(policy.config)
-    logged = update_policy(policy, method, rollouts, advantages, np.ones(8, dtype=bool))
+    logged = update_policy(policy, method, rollouts, advantages)
     assert logged["updates"] == 2 and logged["clip_fraction"] > 0
     first, second = seen
     for x in seen:  # an exact sampler's log-probs are the old ones, in both updates
@@ -127,7 +127,7 @@ def test_the_first_of_several_updates_has_ratios_of_exactly_one(tied_model, monk
 
     method.loss = Spy(config)
     rollouts = make_rows([5, 2, 7, 3] * 2)
-    update_policy(policy, method, rollouts, torch.tensor([1.0, -1.0] * 4), np.ones(8, dtype=bool))
+    update_policy(policy, method, rollouts, torch.tensor([1.0, -1.0] * 4))
     first, second = seen
     assert (first == 1).all()
     torch.testing.assert_close(second, torch.full_like(second, np.exp(-0.1)), rtol=1e-4, atol=0)

@@ -10,13 +10,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny import CPU, VOCAB, fill, make_config, make_rows, same_tensors, score_rows, update, weights_of
+from tiny import CPU, fill, make_config, make_rows, same_tensors, score_rows, update, weights_of
 
 from nanolapo.advantages import group_advantages
 from nanolapo.checkpoint import optimizer_tensors
 from nanolapo.policy import BadStepsError, Policy
-from nanolapo.rollouts import Rollouts, make_rollouts
-from nanolapo.samplers.sampler import Request, Sample
+from nanolapo.rollouts import Rollouts
 
 AGGREGATIONS = ["token_mean", "sequence_mean", "constant"]
 
@@ -75,21 +74,12 @@ def test_B11_metrics_do_not_depend_on_padding(tied_model, kl_coef):
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-@pytest.mark.parametrize("why", ["dropped", "broken"])
-def test_B13_masked_rows_equal_a_batch_without_them(tied_model, aggregation, why):
-    """4 rows, 2 masked: the weights after the step are those of the other 2 alone. Lengths stay as sampled. A row that
-    cannot be trained on is found by make_rollouts and masked by the loop's rule; trained all the same, it would show."""
+def test_B13_dropped_rows_equal_a_batch_without_them(tied_model, aggregation):
+    """4 rows, 2 dropped: the weights after the step are those of the other 2 alone. Lengths stay as sampled."""
     rollouts, keep = make_rows([3, 30, 8, 9]), np.array([True, True, False, False])
     config = make_config(tied_model, loss={"aggregation": aggregation})
     masked, alone = Policy(config, CPU), Policy(config, CPU)
     advantages = [1.0, -1.0, 7.0, -7.0]
-    if why == "broken":
-        rollouts.rows[2].sampler_logprobs[5] = np.nan
-        rollouts.rows[3].response_ids[5] = VOCAB  # the embedding has no such row
-        requests = [Request(row.prompt_ids.tolist(), 0, 64, row.problem, row.place) for row in rollouts.rows]
-        samples = [Sample(row.response_ids, row.sampler_logprobs, row.finished) for row in rollouts.rows]
-        rollouts = make_rollouts(requests, samples, rollouts.group_size, masked.vocab_size)
-        keep = rollouts.keep_B & ~rollouts.broken_B  # as in loop.py, see test_B13_the_step_masks_broken_rows
     logged = update(masked, rollouts, advantages, keep=keep)
     expected = update(alone, take(rollouts, [0, 1]), advantages[:2])
     assert logged["grad_norm"] == pytest.approx(
@@ -106,23 +96,21 @@ def test_B13_masked_rows_equal_a_batch_without_them(tied_model, aggregation, why
 def test_B14_everything_masked_skips_the_step(tied_model, old_logprobs):
     policy = Policy(make_config(tied_model, train={"batch_size": 2}, loss={"old_logprobs": old_logprobs}), CPU)
     before = snapshot(policy)
-    for broken in (False, True):
-        rollouts = make_rows([3, 30, 8, 9])
-        fill(rollouts, broken=broken)
+    for unmatched in (False, True):
+        rollouts = fill(make_rows([3, 30, 8, 9]), unmatched=unmatched)
         logged = update(policy, rollouts, [1.0, -1.0, 1.0, -1.0], keep=[False] * 4)
         assert (logged["updates"], logged["updates_skipped"]) == (0, 2)
         compared = {name: logged.pop(name) for name in ("mismatch", "mismatch_max")}
         assert (
-            (logged["compared_tokens"] == 0) == broken == all(np.isnan(list(compared.values())))
+            (logged["compared_tokens"] == 0) == unmatched == all(np.isnan(list(compared.values())))
         )  # means over nothing
         assert np.isfinite(list(logged.values())).all()
     assert same_tensors(snapshot(policy), before)
 
 
 def test_a_step_without_a_signal_compares_rows_that_can_be_compared(tied_model):
-    """Rule zero also holds where the first group is broken."""
-    rollouts = make_rows([3, 30, 8, 9])
-    fill(rollouts, broken=[True, True, False, False])
+    """Rule zero also holds where the first group was sampled at another temperature."""
+    rollouts = fill(make_rows([3, 30, 8, 9]), unmatched=[True, True, False, False])
     logged = update(Policy(make_config(tied_model), CPU), rollouts, [0.0] * 4)
     assert (logged["updates"], logged["compared_tokens"]) == (0, 17) and np.isfinite(logged["mismatch"])
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import CPU, fill, make_config, make_rows, score_rows, tiny_llama, update
+from tiny import CPU, make_config, make_rows, score_rows, tiny_llama, update
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -73,9 +73,8 @@ class OnlyToDevice(TorchFunctionMode):
 
 
 def assert_nothing_was_read(policy: Policy, tallies: list[Tally]) -> None:
-    rollouts = fill(make_rows(LENGTHS), broken=[False] * 5 + [True])
     with OnlyToDevice():
-        update(policy, rollouts, ADVANTAGES)
+        update(policy, make_rows(LENGTHS), ADVANTAGES, keep=[True] * 5 + [False])
     (tally,) = tallies
     assert tally.counts.keys() >= {"loss", "mismatch", "ratio"}
     assert all(x.device == META for part in (tally.sums, tally.counts, tally.maxima) for x in part.values())

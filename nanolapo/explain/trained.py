@@ -127,7 +127,7 @@ def sample_again(v: View) -> Rollouts:
     """The same requests once more, from the weights that the sampler holds now. Not part of the step."""
     requests = [v.trace.requests[v.problem.id, i] for i in range(len(v.rows))]
     samples = v.s.sampler.generate(requests, Decoding(v.s.config.rollout.temperature))
-    return make_rollouts(requests, samples, len(requests), v.s.policy.vocab_size)
+    return make_rollouts(requests, samples, len(requests))
 
 
 def the_memory(v: View) -> Section:

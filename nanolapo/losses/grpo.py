@@ -196,7 +196,7 @@ class Loss:
                 f"loss.dual_clip={c.dual_clip}: loss.kind={c.kind!r} has no dual clip; set loss.dual_clip=0"
             )
 
-    def prepare(self, rollouts: Rollouts, advantages: Tensor, counts_B: np.ndarray) -> None:
+    def prepare(self, rollouts: Rollouts, advantages: Tensor) -> None:
         """Compute what the loss must know about the whole batch. Every rank computes the same.
 
         All ranks hold the old policy's log-probs as recorded while sampling: rollouts.sampler_logprobs.

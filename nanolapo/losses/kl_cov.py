@@ -23,18 +23,18 @@ class KlCovOptions:
     coef: NotNegative[float] = 1.0  # its weight
 
 
-def high_covariance(logprobs: Sequence[np.ndarray], advantages: Tensor, counts_B: np.ndarray, share: float) -> Tensor:
+def high_covariance(logprobs: Sequence[np.ndarray], advantages: Tensor, keep_B: np.ndarray, share: float) -> Tensor:
     """Choose the `share` of tokens with the largest (A - mean A) (log p - mean log p), bool [B, T].
 
     logprobs: [T_b] per row, of the policy that sampled, nan where it did not; advantages [B] or [B, T]; means and choice
-    run over all tokens of the rows in counts_B, at least one token is chosen. Of equal values the earlier one wins. verl
+    run over all tokens of the rows in keep_B, at least one token is chosen. Of equal values the earlier one wins. verl
     chooses again in every micro-batch, from the current log-probs; this choice is made once, so no split of the batch can
     change it.
     """
     width = max((len(row) for row in logprobs), default=0)
     values_BT = np.full((len(logprobs), width), np.nan)  # nan: no token there
     advantages_BT = advantages.double().reshape(len(logprobs), -1)[:, :width].expand(-1, width).cpu().numpy()
-    for b in np.flatnonzero(counts_B):
+    for b in np.flatnonzero(keep_B):
         values_BT[b, : len(logprobs[b])] = logprobs[b]
     at = np.flatnonzero(~np.isnan(values_BT))
     chosen = np.zeros(values_BT.size, dtype=bool)
@@ -60,11 +60,11 @@ class KlCov(Loss):
     acts_without_advantage = True
     chosen_BT: Tensor  # of this step, all rows
 
-    def prepare(self, rollouts: Rollouts, advantages: Tensor, counts_B: np.ndarray) -> None:
+    def prepare(self, rollouts: Rollouts, advantages: Tensor) -> None:
         logprobs = [row.sampler_logprobs.copy() for row in rollouts.rows]
         for row, mine in zip(rollouts.rows, logprobs, strict=True):
             mine[: row.num_given] = np.nan  # no policy drew these
-        self.chosen_BT = high_covariance(logprobs, advantages, counts_B, self.options.share)
+        self.chosen_BT = high_covariance(logprobs, advantages, rollouts.keep_B, self.options.share)
 
     def policy_term(self, x: LossInputs) -> tuple[Tensor, Tensor]:
         chosen_BT = to_device(self.chosen_BT[x.rows, : x.mask_BT.shape[1]], x.mask_BT.device)

@@ -25,7 +25,7 @@ import numpy as np
 
 from nanolapo.config import Config, NotNegative, Share
 from nanolapo.methods.base import Method
-from nanolapo.methods.tools import DEEPSCALER, accuracy, as_parts, scale
+from nanolapo.methods.tools import DEEPSCALER, as_parts, scale
 from nanolapo.rollouts import Rollouts
 
 
@@ -61,7 +61,7 @@ class ADlp(Method):
         return as_parts(rollouts, rollouts.correct_B - self.lam * rollouts.lengths_B)
 
     def after_step(self, rollouts: Rollouts) -> dict[str, float]:
-        used, reached = self.lam, accuracy(rollouts)
+        used, reached = self.lam, float(rollouts.correct_B.mean())
         if self.reference is None:
             self.reference = reached
         self.lam = next_price(used, self.rate, reached, self.reference)

@@ -101,7 +101,7 @@ class Aepo(Method):
             return []
         extra, groups = self.extra, {p.id: g for g, p in enumerate(rollouts.problems)}
         verdicts_PG = torch.from_numpy(extra.by_group(extra.correct_B.astype(np.float64)))
-        good_B = (group_advantages(verdicts_PG).flatten().numpy() > self.options.threshold) & ~extra.broken_B
+        good_B = group_advantages(verdicts_PG).flatten().numpy() > self.options.threshold
         group_B = np.repeat([groups.get(p.id, -1) for p in extra.problems], extra.group_size)
         rows = np.nonzero(good_B & (group_B >= 0))[0]
         pairs = pair_rows(group_B[rows].tolist(), rollouts.group_size)

@@ -74,7 +74,7 @@ class Optimiser(Method):
 
     def advantage(self, rollouts: Rollouts, rewards_PG: Tensor) -> Tensor:
         by_tokens = self.options.whiten == "tokens"
-        counts_PG = rollouts.by_group((rollouts.lengths_B if by_tokens else 1) * ~rollouts.broken_B)
+        counts_PG = rollouts.by_group(rollouts.lengths_B if by_tokens else np.ones(len(rollouts)))
         kept_P = self.keep_groups(rollouts, rewards_PG.numpy())
         return batch_advantages(rewards_PG, torch.from_numpy(counts_PG * kept_P[:, None])).flatten()
 

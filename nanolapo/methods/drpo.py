@@ -77,8 +77,9 @@ class DrpoLoss(Loss):
         super().__init__(config)
         self.beta, self.delta = beta, delta
 
-    def prepare(self, rollouts: Rollouts, advantages: Tensor, counts_B: np.ndarray) -> None:
-        self.mean_length = float(rollouts.lengths_B[counts_B].mean()) if counts_B.any() else 1.0
+    def prepare(self, rollouts: Rollouts, advantages: Tensor) -> None:
+        lengths = rollouts.lengths_B[rollouts.keep_B]
+        self.mean_length = float(lengths.mean()) if len(lengths) else 1.0
 
     def __call__(self, x: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
         drift_BT = (x.old_logprobs_BT - x.logprobs_BT) * x.mask_BT
@@ -107,8 +108,7 @@ class Drpo(Method):
     def advantage(self, rollouts: Rollouts, rewards_PG: Tensor) -> Tensor:
         """G * dJ_q/ds_i: sequence_mean divides by the number of rows, the paper by the number of prompts."""
         o, capacity = self.options, self.config.rollout.max_new_tokens
-        sampled = zip(rollouts.sampler_logprobs, rollouts.broken_B, strict=True)
-        scores_B = np.array([0.0 if broken or not len(s) else s.mean(dtype=np.float64) for s, broken in sampled])
+        scores_B = np.array([s.mean(dtype=np.float64) if len(s) else 0.0 for s in rollouts.sampler_logprobs])
         columns = (rollouts.lengths_B, rollouts.correct_B, scores_B)
         weights_PG = [
             decoupled_weights(lengths, correct, scores, capacity, o.length_temperature, o.tau)

@@ -64,5 +64,5 @@ class EfficientReasoning(Method):
         return as_parts(rollouts, total)
 
     def advantage(self, rollouts: Rollouts, rewards_PG: Tensor) -> Tensor:
-        tokens_PG = rollouts.by_group(rollouts.lengths_B * ~rollouts.broken_B)
-        return batch_advantages(rewards_PG, torch.from_numpy(tokens_PG)).flatten()
+        tokens_PG = torch.from_numpy(rollouts.by_group(rollouts.lengths_B))
+        return batch_advantages(rewards_PG, tokens_PG).flatten()

@@ -41,10 +41,8 @@ class Options:
     adaptive: bool = False  # True: k by the question's difficulty
 
 
-def best_of(
-    lengths_G: np.ndarray, rewards_G: np.ndarray, k: int, score: str = "shortest", broken_G: np.ndarray | bool = False
-) -> np.ndarray:
-    """Boolean [G]: the k answers to train on. Answers that cannot be trained on come last.
+def best_of(lengths_G: np.ndarray, rewards_G: np.ndarray, k: int, score: str = "shortest") -> np.ndarray:
+    """Boolean [G]: the k answers to train on.
 
     >>> lengths, rewards = np.array([30, 10, 20, 40]), np.array([1.0, 0.0, 1.0, 1.0])
     >>> best_of(lengths, rewards, 2), best_of(lengths, rewards, 2, "efficiency")
@@ -52,7 +50,7 @@ def best_of(
     """
     scores = -lengths_G if score == "shortest" else rewards_G / np.maximum(lengths_G, 1)
     kept = np.zeros(len(lengths_G), dtype=bool)
-    kept[np.lexsort((-lengths_G, -scores, np.broadcast_to(broken_G, kept.shape)))[:k]] = True
+    kept[np.lexsort((-lengths_G, -scores))[:k]] = True
     return kept
 
 
@@ -92,10 +90,10 @@ class Gfpo(Method):
 
     def advantage(self, rollouts: Rollouts, rewards_PG: Tensor) -> Tensor:
         lengths_PG, right_P = rollouts.by_group(rollouts.lengths_B), rollouts.by_group(rollouts.correct_B).sum(axis=1)
-        advantages_PG, broken_PG = torch.zeros_like(rewards_PG), rollouts.by_group(rollouts.broken_B)
+        advantages_PG = torch.zeros_like(rewards_PG)
         for p, k in enumerate(self.group_k(right_P)):
             rewards_G, score = rewards_PG[p].numpy(), self.options.score
-            kept_G = torch.from_numpy(best_of(lengths_PG[p], rewards_G, k, score, broken_PG[p]))
+            kept_G = torch.from_numpy(best_of(lengths_PG[p], rewards_G, k, score))
             within_1K = group_advantages(rewards_PG[p : p + 1, kept_G], self.config.loss.normalize_std)
             advantages_PG[p, kept_G] = within_1K[0]
         return advantages_PG.flatten()

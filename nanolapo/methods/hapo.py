@@ -12,7 +12,7 @@ So a right answer gets at least 0.3 and a wrong one at most 0, and a short wrong
 the rewards. mode "mean": h is the mean of all right lengths so far. shape "linear": the code's other form, see
 linear_shape. Their optional repetition penalty (weight 0 by default) is left out.
 
-Edge cases: no right answer -> h stays. h only falls in mode "min". Cut answers, and rows that cannot be trained on,
+Edge cases: no right answer -> h stays. h only falls in mode "min". Cut answers
 never enter h.
 """
 
@@ -81,7 +81,7 @@ class Hapo(Method):
         return as_parts(rollouts, total.flatten())
 
     def after_step(self, rollouts: Rollouts) -> dict[str, float]:
-        usable = rollouts.by_group(rollouts.correct_B & rollouts.finished_B & ~rollouts.broken_B)
+        usable = rollouts.by_group(rollouts.correct_B & rollouts.finished_B)
         for g, problem in enumerate(rollouts.problems):
             self.update(problem.id, rollouts.by_group(rollouts.lengths_B)[g][usable[g]])
         known = [h for h, _ in self.history.values()]

@@ -98,7 +98,7 @@ class TokenHapoLoss(Loss):
         super().__init__(config)
         self.quantile = quantile
 
-    def prepare(self, rollouts: Rollouts, advantages: Tensor, counts_B: np.ndarray) -> None:
+    def prepare(self, rollouts: Rollouts, advantages: Tensor) -> None:
         entropies = [rollouts.old_entropies[row] for row in sorted(rollouts.old_entropies)]
         self.scale = entropy_scale(np.concatenate([*entropies, np.zeros(0)]), self.quantile)
 

@@ -147,7 +147,7 @@ class Lapo(Method):
 
     def lengths_by_problem(self, rollouts: Rollouts) -> list[tuple[Problem, np.ndarray]]:
         """Return per group the lengths of right answers that ended by themselves: a cut answer never enters the map."""
-        usable = rollouts.by_group(rollouts.correct_B & rollouts.finished_B & ~rollouts.broken_B)
+        usable = rollouts.by_group(rollouts.correct_B & rollouts.finished_B)
         lengths = rollouts.by_group(rollouts.lengths_B)
         return [(p, lengths[g][usable[g]]) for g, p in enumerate(rollouts.problems)]
 

@@ -44,17 +44,16 @@ def harmonizing_reward(
     return ref_length / np.maximum(lengths, 1) - 1.0 + weight * (correct - ref_accuracy)
 
 
-def cut_and_standardize(rewards_B: np.ndarray, counted_B: np.ndarray, standardize: bool = True) -> np.ndarray:
-    """Rewards cut to [-2, 4]; then mean 0 and (population) std 1 over the counted rows.
+def cut_and_standardize(rewards_B: np.ndarray, standardize: bool = True) -> np.ndarray:
+    """Rewards cut to [-2, 4]; then mean 0 and (population) std 1.
 
-    >>> cut_and_standardize(np.array([9.0, 0.0, -5.0]), np.array([True, True, False]))
-    array([ 1., -1., -2.])
+    >>> cut_and_standardize(np.array([9.0, 0.0]))
+    array([ 1., -1.])
     """
     cut = np.clip(rewards_B, -2.0, 4.0)
-    if not standardize or not counted_B.any():
+    if not standardize:
         return cut
-    mean, std = cut[counted_B].mean(), cut[counted_B].std()
-    return (cut - mean) / std if std > 1e-6 else np.zeros(len(cut))
+    return (cut - cut.mean()) / cut.std() if cut.std() > 1e-6 else np.zeros(len(cut))
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class O1Pruner(Reference):
 
     def advantage(self, rollouts: Rollouts, rewards_PG: Tensor) -> Tensor:
         rewards = rewards_PG.flatten().double().numpy()
-        return torch.from_numpy(cut_and_standardize(rewards, ~rollouts.broken_B, self.options.standardize))
+        return torch.from_numpy(cut_and_standardize(rewards, self.options.standardize))
 
     def after_step(self, rollouts: Rollouts) -> dict[str, float]:
         self.remember(rollouts)

@@ -17,7 +17,7 @@ of this one, from this one's rollouts: the numbers are the same, and only L_q mu
 L_max is the limit of the run and not scaled with the base: it is what holds where there is no budget.
 
 Edge: nothing right: reset. One right answer, or equal lengths: step 0. A problem that never reaches C stays at L_max.
-Answers marked broken count neither in R_q nor in L+. State: L_q by problem id.
+State: L_q by problem id.
 """
 
 from __future__ import annotations
@@ -80,12 +80,9 @@ class Palu(Method):
     def after_step(self, rollouts: Rollouts) -> dict[str, float]:
         o, lengths_PG = self.options, rollouts.by_group(rollouts.lengths_B)
         solved_PG, before = rollouts.by_group(self.within_budget(rollouts)), dict(self.budgets)
-        usable_PG = rollouts.by_group(~rollouts.broken_B)
-        for problem, lengths, solved, usable in zip(rollouts.problems, lengths_PG, solved_PG, usable_PG, strict=True):
+        for problem, lengths, solved in zip(rollouts.problems, lengths_PG, solved_PG, strict=True):
             budget = before.get(problem.id, self.limit)  # moved once even if a problem comes twice in a step
-            if usable.any():
-                budget = next_budget(budget, lengths[usable], solved[usable], self.limit, o.pass_rate, o.tau)
-            self.budgets[problem.id] = budget
+            self.budgets[problem.id] = next_budget(budget, lengths, solved, self.limit, o.pass_rate, o.tau)
         values = np.array(list(self.budgets.values()))
         return {
             "palu/budget_mean": float(values.mean()),

@@ -17,22 +17,24 @@ class Reference(Method):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.num_problems = 0
+        self.problems: list[Problem] = []
         self.reference: dict[str, tuple[float, float]] = {}  # problem id -> mean length, accuracy
 
     def start(self, problems: list[Problem]) -> None:
-        self.num_problems = len(problems)
+        self.problems = problems
 
     def monitor(self, step: int) -> MonitorPlan | None:
         r, samples = self.config.rollout, self.options.reference_samples
         if step > 0 or not samples:
             return None
-        return MonitorPlan(tuple(range(self.num_problems)), samples, r.temperature, r.max_new_tokens)
+        return MonitorPlan(tuple(range(len(self.problems))), samples, r.temperature, r.max_new_tokens)
 
     def on_monitor(self, found: Measured | Rollouts) -> dict[str, float]:
         self.remember(found)
-        lengths, accuracies = zip(*self.reference.values(), strict=True)
-        return {"reference/length": float(np.mean(lengths)), "reference/accuracy": float(np.mean(accuracies))}
+        length, accuracy = np.mean(list(self.reference.values()), axis=0).tolist()
+        for problem in self.problems:  # the groups of some may have been dropped, see Rollouts.usable
+            self.reference.setdefault(problem.id, (length, accuracy))
+        return {"reference/length": length, "reference/accuracy": accuracy}
 
     def remember(self, found: Measured | Rollouts) -> None:
         """Take these groups as reference for the problems that have none."""

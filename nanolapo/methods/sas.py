@@ -88,8 +88,6 @@ class Sas(Method):
         for b in torch.nonzero(advantages_B).flatten().tolist():
             row = rollouts.rows[b]
             advantages_BT[b, len(row.response_ids) :] = 0.0  # or a row without any signal would seem to have some
-            if row.broken:
-                continue
             steps = split_steps([self.piece(token) for token in row.response_ids.tolist()], o.separator)
             confidences = np.array([row.sampler_logprobs[step].mean() for step in steps])
             kept = kept_steps(confidences, row.correct, o.share)

@@ -26,7 +26,7 @@ import numpy as np
 
 from nanolapo.config import Config, NotNegative
 from nanolapo.methods.base import Method
-from nanolapo.methods.tools import R1_DISTILL, accuracy, as_parts, each_group, scale
+from nanolapo.methods.tools import R1_DISTILL, as_parts, each_group, scale
 from nanolapo.rollouts import Rollouts
 
 
@@ -63,7 +63,7 @@ class ShortRl(Method):
 
     def active(self, rollouts: Rollouts) -> bool:
         """True while accuracy holds. The small number is for round-off: 0.05 below the best still counts."""
-        return accuracy(rollouts) >= self.best - self.options.margin - 1e-9
+        return float(rollouts.correct_B.mean()) >= self.best - self.options.margin - 1e-9
 
     def reward(self, rollouts: Rollouts) -> dict[str, np.ndarray]:
         weight = self.options.weight if self.active(rollouts) else 0.0
@@ -71,7 +71,7 @@ class ShortRl(Method):
 
     def after_step(self, rollouts: Rollouts) -> dict[str, float]:
         active = self.active(rollouts)
-        self.best = max(self.best, accuracy(rollouts))
+        self.best = max(self.best, float(rollouts.correct_B.mean()))
         return {"short_rl/active": float(active), "short_rl/best_accuracy": self.best}
 
     def state_dict(self) -> dict[str, Any]:

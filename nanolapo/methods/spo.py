@@ -15,8 +15,7 @@ power of a + b; the code does not, nor do we. The paper's start has no + 0.5.
 Step 0 draws its problems before the first samples, so with equal weights.
 
 A step samples prompts_per_step x group_size problems once each, so that it costs what a step of a group method costs.
-Edge: all A equal: no gradient. An answer marked broken is not counted, except among the n0 first ones. State: (a, b) by
-problem id.
+Edge: all A equal: no gradient. State: (a, b) by problem id.
 """
 
 from __future__ import annotations
@@ -104,17 +103,13 @@ class Spo(Method):
 
     def advantage(self, rollouts: Rollouts, rewards_PG: Tensor) -> Tensor:
         values_P1 = torch.tensor([[self.value(p.id)] for p in rollouts.problems], dtype=rewards_PG.dtype)
-        differences_B, usable_B = (rewards_PG - values_P1).flatten(), torch.tensor(~rollouts.broken_B)
-        advantages_B = torch.zeros_like(differences_B)
-        advantages_B[usable_B] = whiten(differences_B[usable_B])
-        return advantages_B
+        return whiten((rewards_PG - values_P1).flatten())
 
     def after_step(self, rollouts: Rollouts) -> dict[str, float]:
         rho = self.options.rho
         for row in rollouts.rows:
-            if not row.broken:
-                (a, b), right = self.counts.get(row.problem.id, (0.5, 0.5)), float(row.correct)
-                self.counts[row.problem.id] = (rho * a + right, rho * b + (1.0 - right))
+            (a, b), right = self.counts.get(row.problem.id, (0.5, 0.5)), float(row.correct)
+            self.counts[row.problem.id] = (rho * a + right, rho * b + (1.0 - right))
         return {
             "spo/value_mean": float(np.mean([self.value(i) for i in self.ids])),
             "spo/visited_fraction": len(self.counts) / len(self.ids),

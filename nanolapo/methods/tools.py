@@ -44,12 +44,6 @@ def refuse_unused(options: Any, names: Sequence[str], because: str) -> None:
             raise UserError(f"method.options.{name}={value} has no effect {because}: leave it out")
 
 
-def accuracy(rollouts: Rollouts) -> float:
-    """Share of right answers among those that can be trained on; 0 without any."""
-    usable_B = ~rollouts.broken_B
-    return float(rollouts.correct_B[usable_B].mean()) if usable_B.any() else 0.0
-
-
 def each_group(rollouts: Rollouts, reward: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
     """Call reward(lengths_G, correct_G) for every group; returns float64 [B]."""
     lengths_PG, correct_PG = rollouts.by_group(rollouts.lengths_B), rollouts.by_group(rollouts.correct_B)

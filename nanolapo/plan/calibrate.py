@@ -58,7 +58,7 @@ def training_rate(config: Config, shape: Shape, machine: Machine, e: Expected, r
     problem = Problem("0", "", "", None, "")
     requests = [Request(rng.integers(shape.vocab, size=prompt).tolist(), 0, answer, problem) for _ in range(rows)]
     samples = [Sample(rng.integers(shape.vocab, size=answer), np.zeros(answer, np.float32), True) for _ in range(rows)]
-    rollouts = make_rollouts(requests, samples, 1, shape.vocab)
+    rollouts = make_rollouts(requests, samples, 1)
     micro = make_microbatch(rollouts, range(rows), ranks.device)
     tries = []
     for _ in range(TRIES):

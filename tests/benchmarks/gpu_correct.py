@@ -138,7 +138,7 @@ def engine(args: Any) -> None:
     requests = [Request([5 + i, 6, 7], i, 32, Problem(f"{i // 2}", "", "", None, "")) for i in range(8)]
 
     def mismatch() -> float:
-        rollouts = make_rollouts(requests, sampler.generate(requests, Decoding(1.0)), 2, policy.vocab_size)
+        rollouts = make_rollouts(requests, sampler.generate(requests, Decoding(1.0)), 2)
         micro = make_microbatch(rollouts, range(8), ranks.device)
         with torch.no_grad():
             own_BT = policy.logprobs(micro)[0]

@@ -64,11 +64,11 @@ def prepared(folder: Path, tiny: bool, model: dict[str, Any]) -> tuple[Callable[
     policy, method = Policy(config, ranks.device, ranks), Method(config)
     lengths = np.random.default_rng(0).integers(longest // 10, longest, rows, endpoint=True)
     rollouts = make_rows(lengths.tolist(), group_size=4 if tiny else 8)
-    advantages, counts_B = torch.tensor([1.0, -1.0] * (rows // 2)), np.ones(rows, dtype=bool)
+    advantages = torch.tensor([1.0, -1.0] * (rows // 2))
     prompts = sum(len(prompt) for prompt in rollouts.prompt_ids[:: rollouts.group_size])
 
     def once() -> None:
-        update_policy(policy, method, rollouts, advantages, counts_B)
+        update_policy(policy, method, rollouts, advantages)
 
     return once, int(lengths.sum()) + prompts, sum(p.numel() for p in policy.model.parameters())
 

@@ -87,7 +87,7 @@ def one(settings: dict[str, Any], dtype: str) -> dict[str, float]:
     seconds, cpu_seconds = [], []
     for _ in range(4):
         start, cpu_start = time.perf_counter(), time.process_time()
-        update_policy(policy, Method(policy.config), rollouts, advantages, np.ones(rows, dtype=bool))
+        update_policy(policy, Method(policy.config), rollouts, advantages)
         seconds.append(time.perf_counter() - start)
         cpu_seconds.append(time.process_time() - cpu_start)
     count, cut = sum(p.numel() for p in policy.model.parameters()), settings["ranks"] if policy.sharded else 1

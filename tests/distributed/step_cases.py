@@ -119,9 +119,10 @@ def step_up_to_advantages(model: str, ranks: CountingRanks) -> dict[str, Any]:
     problems, _ = load_problems([SourceConfig(name="demo", path="demo", count=40, seed=1, levels=(1, 2, 3))])
     data = Data(problems, Prompter(tokenizer, PromptConfig(template=TEMPLATE)))
     method = Method(config)
+    policy = Policy(config, ranks.device, ranks)
+    policy.model.config.vocab_size = len(tokenizer)  # more than this model has, but it is trained on none of these ids
     with Grader(workers=1, deadline_s=2.0) as grader:
-        s = Session(config, method, ranks, data, grader, Policy(config, ranks.device, ranks), EchoEngine(tokenizer),
-                    Alarms(config), None)  # fmt: skip
+        s = Session(config, method, ranks, data, grader, policy, EchoEngine(tokenizer), Alarms(config), None)
         plan = method.sampling(0)
         rollouts = sample_and_grade(s, plan, next_draw(s, plan, []), Stopwatch())
         errors = sum(ranks.gather(grader.errors))
@@ -202,12 +203,11 @@ def train_and_resume(model: str, out: Path, sharding: str, ranks: Ranks) -> None
     """Six updates in one go, with the model exported half-way, and three, a checkpoint, and three more by another policy;
     both end states to files."""
     config = make_config(model, model={"sharding": sharding}, train={"learning_rate": 1e-3, "warmup_fraction": 0.01})
-    keep = torch.ones(4, dtype=torch.bool).numpy()
 
     def steps(policy: Policy, which: range) -> None:
         for seed in which:
             rows, advantages = make_rows([3, 20, 9, 7], seed=seed), torch.tensor([1.0, -1.0, 0.5, -0.5])
-            update_policy(policy, Method(config), rows, advantages, keep)
+            update_policy(policy, Method(config), rows, advantages)
 
     def everything(policy: Policy) -> dict[str, Tensor]:
         return to_host((policy.trained | optimizer_tensors(policy)).items(), keep=True)

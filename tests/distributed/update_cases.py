@@ -48,7 +48,7 @@ class Case:
     nan_on_last_rank: bool = False
     method: type[Method] = Method
     loss: type[Loss] | None = None  # instead of the method's own
-    broken: tuple[int, ...] = ()  # rows
+    dropped: tuple[int, ...] = ()  # rows
 
 
 class LooksUpEveryRow(Loss):
@@ -80,11 +80,11 @@ PLAIN = [
 CASES = [
     *PLAIN,
     Case("idle-ranks", advantages=IDLE),
-    # What fills an idle rank's place has no row, so no loss can look one up: row 0 has no advantage, or is broken.
+    # What fills an idle rank's place has no row, so no loss can look one up: row 0 has no advantage, or is dropped.
     Case("idle-hapo-tokens", advantages=IDLE, method=TokenHapo),
-    Case("broken-hapo-tokens", method=TokenHapo, broken=(0, 2, 3), config={"train": {"inner_epochs": 2}}),
-    Case("broken-kl-cov", config={"loss": {"kind": "kl_cov"}}, broken=(0, 2, 3)),
-    Case("broken-kl", config={"loss": {"kl_coef": 0.5}}, broken=(0, 2, 3)),
+    Case("dropped-hapo-tokens", method=TokenHapo, dropped=(0, 2, 3), config={"train": {"inner_epochs": 2}}),
+    Case("dropped-kl-cov", config={"loss": {"kind": "kl_cov"}}, dropped=(0, 2, 3)),
+    Case("dropped-kl", config={"loss": {"kl_coef": 0.5}}, dropped=(0, 2, 3)),
     # The mean drift of a later batch is that of all ranks together. A weak penalty, or rounding would be most of it
     Case("drift", aggregation="sequence_mean", method=Drpo, config={
         "train": {"inner_epochs": 2}, "method": {"options": {"beta": 1.0, "delta": 0.0}},
@@ -133,15 +133,9 @@ def run_case(case: Case, folders: dict[str, str], sharding: str) -> tuple[dict[s
     method = case.method(config)
     method.loss = case.loss(config) if case.loss else method.loss
     rollouts = make_rows(case.lengths)
-    fill(rollouts, broken=[row in case.broken for row in range(len(rollouts))])
+    fill(rollouts, keep=[row not in case.dropped for row in range(len(rollouts))])
     for call in range(1 if case.nan_on_last_rank else 2):
-        result = update_policy(
-            policy,
-            method,
-            rollouts,
-            torch.tensor(case.advantages),
-            ~rollouts.broken_B,
-        )
+        result = update_policy(policy, method, rollouts, torch.tensor(case.advantages))
         logged |= {f"{name} {call}": value for name, value in result.items()}
         seen.update({f"weights {call} {name}": tensor.clone() for name, tensor in policy.named_weights()})
     if case.nan_on_last_rank:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from rows import VOCAB as VOCAB
 from rows import copied as copied
@@ -65,9 +64,9 @@ def update(
     policy: Policy, rollouts: Rollouts, advantages: Sequence[float] | torch.Tensor, keep: Sequence[bool] | None = None
 ) -> dict[str, float]:
     """One call of update_policy with accuracy-only GRPO on one rank."""
-    counts_B = np.ones(len(rollouts), dtype=bool) if keep is None else np.array(keep, dtype=bool)
+    fill(rollouts, keep=True if keep is None else list(keep))
     values = torch.as_tensor(advantages, dtype=torch.float64)
-    return update_policy(policy, Method(policy.config), rollouts, values, counts_B)
+    return update_policy(policy, Method(policy.config), rollouts, values)
 
 
 def weights_of(policy: Policy) -> dict[str, torch.Tensor]:

@@ -91,7 +91,7 @@ def run(
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Loss by token, gradient by token, what is logged."""
     loss = load_loss(make_config(loss=case))
-    loss.prepare(x.rollouts, x.advantages_BT, np.ones(len(x.rows), dtype=bool))
+    loss.prepare(x.rollouts, x.advantages_BT)
     new.grad = None
     loss_BT, logged = loss(x)
     (loss_BT * x.mask_BT).sum().backward()

@@ -159,7 +159,7 @@ def fast_loss(
     lengths = [len(row) for row in new]
     rollouts = make_rows(lengths)
     fill(rollouts, sampler_logprobs=[np.array(row) for row in old])
-    loss_of_kind.prepare(rollouts, advantages, np.ones(len(new), dtype=bool))
+    loss_of_kind.prepare(rollouts, advantages)
     leaves = [torch.tensor(row, dtype=torch.float64, requires_grad=True) for row in new]
     totals = BatchTotals(sum(lengths), len(lengths), config.rollout.max_new_tokens)
     total, touched = 0.0, 0.0
@@ -314,8 +314,8 @@ def gradients(
     policy.optimizer.register_step_pre_hook(
         lambda *_: seen.update({n: p.grad.clone() for n, p in policy.model.named_parameters()})
     )
-    counts_B, values = np.ones(len(rollouts), dtype=bool), torch.tensor(advantages, dtype=torch.float64)
-    update_policy(policy, Method(config), rollouts, values, counts_B)
+    values = torch.tensor(advantages, dtype=torch.float64)
+    update_policy(policy, Method(config), rollouts, values)
     return seen
 
 
@@ -391,7 +391,7 @@ def test_later_updates_see_other_ratios(tied_model, case, train):
         rollouts = make_rows(LENGTHS)
         score_rows(policy, rollouts)
         values = torch.tensor(ADVANTAGES, dtype=torch.float64)
-        logged = update_policy(policy, Method(policy.config), rollouts, values, np.ones(8, dtype=bool))
+        logged = update_policy(policy, Method(policy.config), rollouts, values)
         assert np.isfinite(list(logged.values())).all() and logged["updates"] == 2 and logged["ratio"] != 1
         ends.append(torch.cat([p.detach().flatten() for p in policy.model.parameters()]))
     assert torch.equal(*ends) is (case["kind"] == "grpo")
@@ -408,7 +408,7 @@ def test_luspo_leaves_the_kl_term_alone(tied_model):
             for p in policy.model.parameters():
                 p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
         values = torch.tensor([1e-12, -1e-12] * 4, dtype=torch.float64)
-        found.append(update_policy(policy, Method(config), rollouts, values, np.ones(8, dtype=bool)))
+        found.append(update_policy(policy, Method(config), rollouts, values))
     assert found[0]["kl"] > 1e-3 and found[0]["grad_norm"] > 1e-3
     assert found[0]["grad_norm"] == pytest.approx(found[1]["grad_norm"], rel=1e-5)
 
@@ -422,16 +422,16 @@ def test_r2vpo_lam_follows_the_variance_and_survives_json(tied_model):
     loss = {"kind": "r2vpo", "options": {"lam": 0.5, "rate": 10.0, "target": 0.02}, "old_logprobs": "sampler"}
     config = make_config(tied_model, loss=loss)
     method, policy, rollouts = Method(config), Policy(config, CPU), stale_rollouts(tied_model, 0.3)
-    values, everything = torch.tensor(ADVANTAGES, dtype=torch.float64), np.ones(8, dtype=bool)
+    values = torch.tensor(ADVANTAGES, dtype=torch.float64)
     micro = [math.exp(-d) - 1 for d in drift(policy, rollouts)]
     variance = sum(x * x for x in micro) / len(micro)
-    logged = update_policy(policy, method, rollouts, values, everything)
+    logged = update_policy(policy, method, rollouts, values)
     assert logged["ratio_variance"] == pytest.approx(variance, rel=1e-4)
     assert logged["r2vpo_lam"] == pytest.approx(0.5 + 10 * (variance - 0.02), rel=1e-4)
     again = Method(config)
     again.loss.state |= json.loads(json.dumps(method.loss.state))
     assert again.loss.state == method.loss.state != Method(config).loss.state
-    skipped = update_policy(policy, again, rollouts, 0 * values, everything)
+    skipped = update_policy(policy, again, rollouts, 0 * values)
     assert skipped["updates"] == 0 and again.loss.state == method.loss.state
     assert again.loss.after_update({"ratio_variance": math.nan}) == method.loss.state
     assert Method(make_config(tied_model)).loss.state == {}

@@ -79,8 +79,8 @@ def test_what_begins_with_the_token_by_itself_gets_no_bonus():
 
 
 def test_the_first_model_samples_freely_and_then_half_of_a_group_is_given_each_token():
-    method, [problem, *_] = make(), make_problems(5)
-    method.num_problems = 5
+    method, problems = make(), make_problems(5)
+    method.problems, problem = problems, problems[0]
     assert method.monitor(0) == MonitorPlan((0, 1, 2, 3, 4), 16, 1.0, 64) and method.monitor(1) is None
     assert [method.guidance(problem, i, 0) for i in range(4)] == [Guidance()] * 4
     method.on_monitor(make_rows([9] * 4, 4))
@@ -110,7 +110,7 @@ def test_words_become_tokens(base):
     for options in (DEMO_WORDS, {"closing": "</think>", "opening": " Quick"}):
         method = started(base, options)
         words = [tokenizer.decode([token]) for token in (method.closing_id, method.opening_id)]
-        assert words == list(options.values()) and method.num_problems == 3
+        assert words == list(options.values()) and len(method.problems) == 3
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def test_pair_rows_stays_inside_groups():
 
 
 def test_nothing_to_put_in_is_plain_grpo():
-    """No extra pass, no right extra answer, only broken ones, or problems that are not in this step."""
+    """No extra pass, no right extra answer, or problems that are not in this step."""
     correct = [True, False, False, False] * 4
     for extra in (
         None,
@@ -133,21 +133,15 @@ def test_nothing_to_put_in_is_plain_grpo():
         assert method.replaced == [] and rollouts.lengths_B.tolist() == [3] * 16
         got = method.advantage(rollouts, rewards_of(method, rollouts))
         np.testing.assert_allclose(got.reshape(4, 4), [[1.5, -0.5, -0.5, -0.5]] * 4, rtol=1e-6)
-    broken = extra_for([0], [True, False, False, False])
-    broken.rows[0].broken = True
-    method = aepo(replace=4)
-    method.on_monitor(broken)
-    method.edit_rollouts(own(correct))
-    assert method.replaced == []
 
 
 def test_entropy_is_estimated_from_the_steps_own_samples():
-    """-mean(logp) per token, before any row is replaced; broken rows do not count."""
+    """-mean(logp) per token, before any row is replaced; rows of another temperature do not count."""
     uneven = make_rows([2, 1, 1, 0], 4)
     fill(uneven, sampler_logprobs=[np.array(p) for p in ([-1.0, -2.0], [-6.0], [-99.0], [])])
-    uneven.rows[2].broken = True
+    uneven.rows[2].unmatched = True
     assert uneven.mean_entropy == 3.0
-    fill(uneven, broken=True)
+    fill(uneven, unmatched=True)
     assert np.isnan(uneven.mean_entropy)
     method = aepo(entropy=None, replace=4)
     method.on_monitor(extra_for([0], [True, False, False, False]))

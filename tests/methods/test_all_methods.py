@@ -12,8 +12,7 @@ import typing
 from pathlib import Path
 
 import pytest
-import torch
-from tiny import make_config, make_rows
+from tiny import make_config
 
 import nanolapo.methods
 from nanolapo.config import UserError
@@ -214,27 +213,6 @@ def test_a_group_of_one_is_refused_where_answers_are_compared(name):
     message = "must be even" if name in ALONE else "an advantage compares the answers of a group; use 2 or more$"
     with pytest.raises(UserError, match=f"^rollout.group_size=1: .*{message}"):
         built(name, "rollout.group_size=1")
-
-
-@pytest.mark.parametrize("name", ["spo", "palu", "gfpo", "short-rl", "a-dlp", "hapo", "o1-pruner"])
-def test_a_broken_row_moves_no_statistic_of_a_step_or_a_problem(name):
-    """What the other rows get, and what is remembered, is the same whatever length and verdict such a row has."""
-    outcomes = []
-    for length, right in ((9, True), (200, False)):
-        method = built(name, "rollout.group_size=4", "rollout.prompts_per_step=1")
-        rows = make_rows(
-            [10, 12, 14, length], 1 if name == "spo" else 4, correct=[True, name != "gfpo", name == "palu", right]
-        )
-        rows.rows[3].broken = True
-        method.ids = [problem.id for problem in rows.problems]  # as `start` would
-        method.reference = {rows.problems[0].id: (12.0, 0.5)} if name == "o1-pruner" else None
-        rows.set_rewards(method.reward(rows))
-        given = method.advantage(rows, torch.from_numpy(rows.rewards_PG))[:3]
-        method.after_step(rows)
-        # These compare within the group, where the row has a place; GFPO remembers how many of a group were right.
-        in_group, remembers_groups = name in ("palu", "hapo", "short-rl", "a-dlp"), name == "gfpo"
-        outcomes.append((None if in_group else given.tolist(), None if remembers_groups else method.state_dict()))
-    assert outcomes[0] == outcomes[1]
 
 
 def test_method_files_stay_small():

@@ -229,18 +229,3 @@ def test_conciser_equal_lengths_and_immediate_start():
     assert keep(method, rollouts) == [False, True]
     got = advantage(method, rollouts)
     assert got[:2].tolist() == [0, 0] and got[3] > 0 > got[2]
-
-
-@pytest.mark.parametrize("whiten", ["sequences", "tokens"])
-def test_a_broken_row_has_no_part_in_the_batchs_mean_and_deviation(whiten):
-    """Whatever its length and its reward; its group keeps its mean."""
-    method = Dler(make_config(method={"options": {"whiten": whiten}}))
-    found = []
-    for length in (50, 4000):
-        rollouts = make_rows([100, 300, 200, length], correct=[True, False, True, False])
-        rollouts.rows[3].broken = True
-        found.append(method.advantage(rollouts, torch.tensor([[1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)))
-    np.testing.assert_allclose(found[0][:3], found[1][:3])
-    weights = [1, 1, 1] if whiten == "sequences" else [100, 300, 200]
-    slow = slow_batch_advantages([[1.0, 0.0], [1.0, 0.0]], [[weights[0], weights[1]], [weights[2], 0]])
-    np.testing.assert_allclose(found[0][:3], np.ravel(slow)[:3])

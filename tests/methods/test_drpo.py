@@ -10,7 +10,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny import CPU, make_config, make_rows, score_rows
+from tiny import CPU, fill, make_config, make_rows, score_rows
 
 from nanolapo.config import UserError
 from nanolapo.losses import LossInputs
@@ -53,7 +53,7 @@ def update_with_gradients(
     policy.optimizer.register_step_pre_hook(
         lambda *_: got.update({name: p.grad.clone() for name, p in policy.model.named_parameters()})
     )
-    return update_policy(policy, method, rollouts, advantages, np.ones(len(rollouts), dtype=bool)), got
+    return update_policy(policy, method, rollouts, advantages), got
 
 
 @pytest.mark.parametrize("tau", [10.0, 0.5])
@@ -191,11 +191,9 @@ def test_edge_groups():
     np.testing.assert_allclose(endless, [0.5, 0.5, -1], atol=1e-6)  # lambda to infinity: no length control
 
 
-def test_broken_and_empty_rows_do_not_spoil_their_group():
+def test_an_empty_row_does_not_spoil_its_group():
     method = Drpo(config(rollout={"group_size": 4, "prompts_per_step": 1}))
     rollouts = make_rows([5, 0, 7, 3], 4, correct=[True, False, False, False])
-    rollouts.rows[2].sampler_logprobs = np.full(7, np.nan, dtype=np.float32)
-    rollouts.rows[2].broken = True
     got = method.advantage(rollouts, torch.zeros(1, 4))
     assert torch.isfinite(got).all() and got[0] == 4
 
@@ -208,11 +206,12 @@ def inputs(drift: list[list[float]], advantages: list[float], rollouts: Rollouts
 
 
 def test_drift_penalty_above_delta_only():
-    """K = 0.04 over all tokens, as update_policy says; strength 1000 * (0.04 - 1e-4) = 39.9. The broken row has no part in
+    """K = 0.04 over all tokens, as update_policy says; strength 1000 * (0.04 - 1e-4) = 39.9. A dropped row has no part in
     the mean length."""
     method = Drpo(config())
     rollouts = make_rows([5, 1, 4, 2, 90], 5, correct=[True] * 5)  # mean length 3 of the first four
-    method.loss.prepare(rollouts, torch.zeros(5), np.array([True] * 4 + [False]))
+    fill(rollouts, keep=[True] * 4 + [False])
+    method.loss.prepare(rollouts, torch.zeros(5))
     method.loss.drift = 0.04
     x = inputs([[0.02], [0.04, 0.06]], [0.0, 0.0], rollouts, [1, 3])
     loss_BT, logged = method.loss(x)

@@ -104,7 +104,7 @@ def test_the_others_count_as_answers_without_advantage(tied_model, aggregation, 
     policy.optimizer.register_step_pre_hook(
         lambda *_: seen.append({name: p.grad.clone() for name, p in policy.model.named_parameters()})
     )
-    update_policy(policy, method, rollouts, torch.tensor(advantages), rollouts.keep_B)
+    update_policy(policy, method, rollouts, torch.tensor(advantages))
 
     total = torch.zeros((), dtype=torch.float64)
     for row, a in zip(rollouts.rows, advantages, strict=True):

@@ -134,7 +134,7 @@ def test_statistics_are_those_of_the_whole_batch():
     method = hapo()
     rollouts = make_rows([2, 3, 1, 4], correct=[True, False, True, True])
     rollouts.old_entropies = {0: np.array([0.1, 2.0]), 1: np.array([1.0, 0.5, 0.2])}
-    method.loss.prepare(rollouts, torch.zeros(4), np.ones(4, dtype=bool))
+    method.loss.prepare(rollouts, torch.zeros(4))
     want = slow_h([0.1, 2.0, 1.0, 0.5, 0.2], 0.8)
     ones, zeros, logp = torch.ones(1, 3), torch.zeros(1, 3), torch.zeros(1, 3, requires_grad=True)
     entropy_BT = torch.tensor([[1.0, 0.5, 0.2]])
@@ -143,7 +143,7 @@ def test_statistics_are_those_of_the_whole_batch():
     np.testing.assert_allclose(logp.grad[0], [-(1 + min(x, 0)) for x in want[2:]], rtol=1e-6)
     assert logged["unsure_fraction"].tolist() == [[0, 0, 0]]
     rollouts.old_entropies = {}
-    method.loss.prepare(rollouts, torch.zeros(4), np.ones(4, dtype=bool))  # nothing to train on
+    method.loss.prepare(rollouts, torch.zeros(4))  # nothing to train on
     assert method.loss.scale == (0, 0, 0)
 
 
@@ -164,7 +164,7 @@ def test_update_uses_the_entropies_of_the_whole_batch(tied_model, tokens, old):
     policy.optimizer.register_step_pre_hook(
         lambda *_: got.update({name: p.grad.clone() for name, p in policy.model.named_parameters()})
     )
-    update_policy(policy, method, rollouts, torch.tensor(advantages), np.ones(4, dtype=bool))
+    update_policy(policy, method, rollouts, torch.tensor(advantages))
 
     model = AutoModelForCausalLM.from_pretrained(tied_model, dtype=torch.float64).eval()
     rows = []

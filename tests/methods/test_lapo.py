@@ -221,12 +221,11 @@ def test_E4_two_prompts_in_one_call_have_two_ranges():
 
 @pytest.mark.parametrize("make", [discovery, lambda: internalization({"demo:0": None})])
 def test_E6_cut_answers_never_enter_the_map(make):
-    """An answer that was cut, or whose samples are broken, is no evidence of a length that suffices, even if right."""
+    """An answer that was cut is no evidence of a length that suffices, even if right."""
     method = make()
     rollouts = group([500, 4096, 700, 900], [True] * 4, finished=[True, False, True, True])
-    rollouts.rows[3].broken = True
     method.after_step(rollouts)
-    assert method.length_map.target("demo:0") == 600
+    assert method.length_map.target("demo:0") == 700
 
 
 def test_E7_one_reward_per_completion_and_raw_correctness_apart():

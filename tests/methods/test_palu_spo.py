@@ -148,14 +148,6 @@ def test_spo_equal_or_single_answers_have_no_advantage():
     assert whiten(torch.zeros(0)).tolist() == []
 
 
-def test_spo_broken_rows_are_not_counted():
-    method = spo(prompts=2, group=1)
-    rollouts = make_rows([5, 5], 1, correct=[True, True])
-    rollouts.rows[1].broken = True
-    assert method.after_step(rollouts)["spo/visited_fraction"] == pytest.approx(1 / 6)
-    assert set(method.counts) == {"demo:0"}
-
-
 def test_spo_first_samples():
     """N0 = 8, n0 = 8, six right: a = 8 * 6.5 / 9, b = 8 * 2.5 / 9. Only before step 0, and only if asked for."""
     assert first_counts(6, 8, 0.875) == pytest.approx((8 * 6.5 / 9, 8 * 2.5 / 9))

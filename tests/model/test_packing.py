@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_policy import packed_tokens, plain_logprobs, scored
 from test_update import ADVANTAGES, LENGTHS, assert_close, gradients, slow_gradients
-from tiny import CPU, VOCAB, fill, make_config, make_rows, score_rows, tiny_llama, update
+from tiny import CPU, VOCAB, make_config, make_rows, score_rows, tiny_llama, update
 from transformers import (
     AutoModelForCausalLM,
     Lfm2Config,
@@ -154,8 +154,8 @@ def test_the_bf16_copy_follows_the_masters(tied_model, tmp_path):
     assert all(np.array_equal(a, b) for a, b in zip(want, rollouts.sampler_logprobs, strict=True))
 
 
-def test_broken_rows_and_empty_answers_take_no_place():
-    rollouts = fill(make_rows([3, 2, 0, 4]), broken=[False, True, False, False])
+def test_empty_answers_take_no_place():
+    rollouts = make_rows([3, 0, 0, 4])
     micro = make_microbatch(rollouts, range(4), CPU)
     prompts = len(rollouts.prompt_ids[0]) + len(rollouts.prompt_ids[2])
     assert len(micro.ids_S) == prompts + 3 + 4 and micro.lengths_B.tolist() == [3, 0, 0, 4]

@@ -81,13 +81,9 @@ def test_a_row_has_the_token_in_its_answer_and_not_in_its_prompt():
     begun = (GivenTokens((7, 8), HALF), GivenTokens((7, 8), None), None)
     asked = [Request([1, 2], 0, 9, make_problems(1)[0], given=given) for given in begun]
     samples = [Sample(np.array([7, 8, 9]), np.full(3, HALF, np.float32), True)] * 3
-    rows = make_rollouts(asked, samples, group_size=3, vocab_size=64).rows
+    rows = make_rollouts(asked, samples, group_size=3).rows
     assert [(row.num_given, row.num_by_lot) for row in rows] == [(2, 2), (2, 0), (0, 0)]
-    assert not any(row.broken for row in rows)
     assert all(row.prompt_ids.tolist() == [1, 2] and row.response_ids.tolist() == [7, 8, 9] for row in rows)
-    beyond = [replace(asked[0], given=GivenTokens((64,), HALF))] * 3
-    ids = [replace(sample, ids=np.array([64, 8, 9])) for sample in samples]
-    assert all(row.broken for row in make_rollouts(beyond, ids, 3, vocab_size=64).rows)
 
 
 def test_the_entropy_is_that_of_drawn_tokens():
@@ -101,7 +97,7 @@ def test_the_entropy_is_that_of_drawn_tokens():
     assert rollouts.mean_entropy == pytest.approx(10 / 3)
     fill(rollouts, given=[GivenTokens((1,), None), None])  # also where no lot chose it
     assert rollouts.mean_entropy == pytest.approx(10 / 3)
-    fill(rollouts, broken=[False, True], sampler_logprobs=[np.array([HALF]), np.array([-5.0])])
+    fill(rollouts, unmatched=[False, True], sampler_logprobs=[np.array([HALF]), np.array([-5.0])])
     assert math.isnan(rollouts.mean_entropy)  # nothing was drawn
 
 
@@ -129,7 +125,7 @@ def test_the_old_logprob_is_that_of_the_choice_wherever_the_others_come_from(tie
     score_rows(policy, exact)
     rollouts, advantages = given_rows(policy), torch.tensor([1.0, -1.0, 1.0, -1.0])
     loss = Method(config).loss
-    batches = plan_batches(policy, loss, rollouts, advantages, np.ones(4, dtype=bool))
+    batches = plan_batches(policy, loss, rollouts, advantages)
     old = old_logprobs(policy, loss, rollouts, batches)
     micro = make_microbatch(rollouts, range(4), CPU)
     x = loss_inputs(policy, rollouts, advantages, micro, old)
@@ -217,8 +213,8 @@ def test_kl_cov_chooses_among_drawn_tokens():
     loss = Method(make_config(loss={"kind": "kl_cov", "options": {"share": 0.2}})).loss
     rollouts = fill(make_rows([3, 3]), sampler_logprobs=[np.array([0.0, -1.0, -1.0]), np.array([-1.0, -9.0, -1.0])])
     rollouts.rows[0].given = GivenTokens((7,), None)
-    loss.prepare(rollouts, torch.tensor([1.0, -1.0]), np.ones(2, dtype=bool))
+    loss.prepare(rollouts, torch.tensor([1.0, -1.0]))
     assert loss.chosen_BT.tolist() == [[False, False, False], [False, True, False]]
     rollouts.rows[1].given = GivenTokens((7, 8), None)
-    loss.prepare(rollouts, torch.tensor([1.0, -1.0]), np.ones(2, dtype=bool))
+    loss.prepare(rollouts, torch.tensor([1.0, -1.0]))
     assert not loss.chosen_BT[:, 0].any() and not loss.chosen_BT[1, 1]

@@ -259,25 +259,26 @@ def test_A8_the_sampled_tokens_logprob_not_the_likeliest(tied: tuple[VLLMSampler
         np.testing.assert_allclose(plain.logprobs, sample.logprobs, atol=1e-5)
 
 
-def test_A8_A21_unusable_rows_come_back_and_are_marked(tied: tuple[VLLMSampler, PreTrainedModel]) -> None:
-    """NaN weights, and ids the tokenizer does not know (here: 100 and more): no exception, the caller drops the row."""
+def test_A8_A21_unusable_rows_come_back_and_are_found(tied: tuple[VLLMSampler, PreTrainedModel]) -> None:
+    """NaN weights, and ids the tokenizer does not know (here: 100 and more): no exception, the caller drops the group."""
     sampler, model = tied
     problem = Problem("demo:0", "q", "1", None, "demo")
     requests = [dataclasses.replace(request, problem=problem) for request in make_requests(8)]
 
-    def broken(vocab_size: int) -> tuple[list[Sample], np.ndarray]:
+    def usable(vocab_size: int) -> tuple[list[Sample], list[int]]:
         samples = sampler.generate(requests, Decoding())
-        return samples, make_rollouts(requests, samples, 8, vocab_size).broken_B
+        rows = make_rollouts(requests, samples, 1).usable(vocab_size).rows
+        return samples, [i for i, sample in enumerate(samples) if any(row.response_ids is sample.ids for row in rows)]
 
-    samples, marks = broken(VOCAB)
-    assert not marks.any()
-    samples, marks = broken(100)
-    assert marks.tolist() == [bool((s.ids >= 100).any()) for s in samples] and marks.any()
+    samples, found = usable(VOCAB)
+    assert found == list(range(8))
+    samples, found = usable(100)
+    assert found == [i for i, s in enumerate(samples) if not (s.ids >= 100).any()] != list(range(8))
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
     sampler.load_weights(named_weights(model))
-    samples, marks = broken(VOCAB)
-    assert marks.all() and all(np.isnan(s.logprobs).all() for s in samples)
+    samples, found = usable(VOCAB)
+    assert not found and all(np.isnan(s.logprobs).all() for s in samples)
 
 
 def test_A13_bf16_noise_is_small_and_the_softmax_is_fp32(
