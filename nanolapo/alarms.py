@@ -14,16 +14,6 @@ from nanolapo.config import Config, RunStopped
 
 NEARLY_ALL = 0.9  # of the answers, or of the groups: the rest does not make a run that learns
 FIRST_LIMIT = 0.2  # at step 0 in bf16: 0.01 to 0.05 is normal, a stale tied head gives 0.4 to 1.5
-# Steps in a row before a warning
-PATIENCE = {
-    "truncated": 3,
-    "flat": 5,
-    "empty": 3,
-    "looping": 3,
-    "copies": 5,
-    "dropped": 1,
-    "broken": 1,
-}
 
 
 class MismatchError(RunStopped):
@@ -36,7 +26,7 @@ class Alarms:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.base_mismatch: float | None = None
-        self.lasted = dict.fromkeys(PATIENCE, 0)
+        self.lasted: dict[str, int] = {}
 
     def check_mismatch(self, step: int, mean_mismatch: float) -> None:
         """Rule zero: d = mean |logp_trainer - logp_sampler| must stay near its first value. Raises MismatchError."""
@@ -62,38 +52,35 @@ class Alarms:
 
     def check_learning(self, step: int, metrics: dict[str, float], examples: Sequence[str]) -> list[str]:
         """Return a warning in words for each symptom that lasts; `examples` are completions to show with them."""
-        symptoms = {
-            "truncated": metrics["truncated"] >= NEARLY_ALL,
-            "flat": metrics["no_signal"] == 1.0 and not metrics.get("updates"),  # SPO compares over time, not in groups
-            "empty": metrics["empty"] > 0.5,
-            "looping": metrics["repetition"] > 0.8,
-            "copies": metrics["unique_per_group"] <= 2 - NEARLY_ALL and self.config.rollout.group_size > 1,
-            "dropped": metrics.get("kept_groups") == 0,
-            "broken": metrics.get("broken", 0) > 0.5,
-        }
-        limit = self.config.rollout.max_new_tokens
-        texts = {
-            "truncated": f"{100 * metrics['truncated']:.0f} % of the answers were cut at rollout.max_new_tokens={limit}: "
-            "a cut answer is wrong, so next to nothing can be learned; raise the limit or choose easier problems",
-            "flat": "the rewards of every group were all equal, so there is no signal: problems too hard or too easy, or "
-            "the grader does not understand the prompt's answer format; three completions: " + " | ".join(examples[:3]),
-            "empty": "more than half of the answers had at most one token: the policy has collapsed; lower "
-            "train.learning_rate, or weaken the length reward",
-            "looping": "answers mostly repeated themselves (4-grams): the policy is stuck in loops; one completion: "
-            + "".join(examples[:1]),
-            "copies": "in nearly all groups all answers were the same: the policy is deterministic, or the sampler ignores "
-            "its seeds; no group can teach anything",
-            "dropped": "the method has kept no group to train on (dynamic sampling: in none of its rounds), so nothing "
-            "was learned: problems too hard or too easy, or too few rounds",
-            "broken": "more than half of the groups had an answer with a log-prob that is not finite, or a token beyond "
-            "the vocabulary: the sampler's weights are damaged, so start the run again from its checkpoint",
-        }
+        limit, in_groups = self.config.rollout.max_new_tokens, self.config.rollout.group_size > 1
+        symptoms = [  # name, steps in a row before a warning, is it there?, words
+            ("truncated", 3, metrics["truncated"] >= NEARLY_ALL,
+             f"{100 * metrics['truncated']:.0f} % of the answers were cut at rollout.max_new_tokens={limit}: a cut answer "
+             "is wrong, so next to nothing can be learned; raise the limit or choose easier problems"),
+            ("flat", 5, metrics["no_signal"] == 1.0 and not metrics.get("updates"),  # SPO compares over time, not in groups
+             "the rewards of every group were all equal, so there is no signal: problems too hard or too easy, or the "
+             "grader does not understand the prompt's answer format; three completions: " + " | ".join(examples[:3])),
+            ("empty", 3, metrics["empty"] > 0.5,
+             "more than half of the answers had at most one token: the policy has collapsed; lower train.learning_rate, or "
+             "weaken the length reward"),
+            ("looping", 3, metrics["repetition"] > 0.8,
+             "answers mostly repeated themselves (4-grams): the policy is stuck in loops; one completion: "
+             + "".join(examples[:1])),
+            ("copies", 5, metrics["unique_per_group"] <= 2 - NEARLY_ALL and in_groups,
+             "in nearly all groups all answers were the same: the policy is deterministic, or the sampler ignores its "
+             "seeds; no group can teach anything"),
+            ("dropped", 1, metrics.get("kept_groups") == 0,
+             "the method has kept no group to train on (dynamic sampling: in none of its rounds), so nothing was learned: "
+             "problems too hard or too easy, or too few rounds"),
+            ("broken", 1, metrics.get("broken", 0) > 0.5,
+             "more than half of the groups had an answer with a log-prob that is not finite, or a token beyond the "
+             "vocabulary: the sampler's weights are damaged, so start the run again from its checkpoint"),
+        ]  # fmt: skip
         warnings = []
-        for name, present in symptoms.items():
-            self.lasted[name] = self.lasted[name] + 1 if present else 0
-            lasted = self.lasted[name]
-            if lasted and lasted % PATIENCE[name] == 0:
-                warnings.append(f"WARNING step {step}: for {lasted} step{'s' * (lasted > 1)} {texts[name]}")
+        for name, patience, present, words in symptoms:
+            lasted = self.lasted[name] = self.lasted.get(name, 0) + 1 if present else 0
+            if lasted and lasted % patience == 0:
+                warnings.append(f"WARNING step {step}: for {lasted} step{'s' * (lasted > 1)} {words}")
         return warnings
 
     def state_dict(self) -> dict[str, Any]:
