@@ -438,6 +438,25 @@ def test_ranks_of_one_engine_bring_their_rows_once():
     assert [p.id for p in rollouts.problems] == [f"demo:{i}" for i in range(4)] and session.sampled_tokens == 8
 
 
+def test_a_rank_whose_groups_are_all_dropped_brings_none():
+    """Two ranks, seen from one: none of the other's groups is usable. Their places stay empty."""
+    config, right = make_config(), Future[bool]()
+    right.set_result(True)
+    session = scripted_session(SimpleNamespace(submit=lambda *_: right, errors=0, total=8), lambda _: "text")
+    session.config, session.method, session.policy = config, Method(config), SimpleNamespace(vocab_size=9)
+    session.step = session.sampled_tokens = 0
+    session.data.prompter = SimpleNamespace(ids_and_given=lambda *_: ([1], None))
+    of_other = {Rollouts: Rollouts([], 2), np.ndarray: np.zeros((0, 3), dtype=np.int64), tuple: (0, 0)}
+    session.ranks = SimpleNamespace(
+        is_main=True, engine=lambda _: (0, 2), gather=lambda part: [part, of_other[type(part)]]
+    )
+    draw = dict(enumerate(make_problems(4)))
+    rollouts = sample_and_grade(session, session.method.sampling(0), draw, Stopwatch())
+    measured = sample_and_measure(session, session.method.sampling(0), draw, Stopwatch())
+    assert [p.id for p in rollouts.problems] == [p.id for p in measured.problems] == ["demo:0", "demo:2"]
+    assert session.sampled_tokens == 2 * 4
+
+
 class Damaged(TorchSampler):
     """An answer of group 1 has a log-prob that is no number; with `all`, one of every group."""
 
