@@ -44,6 +44,20 @@ def test_a_comparison_is_that_of_its_json(name: str) -> None:
     assert "temperature 0.6" in first.splitlines()[0] and f"(results/{name}.md)" in PAGE
 
 
+def test_the_methods_of_both_tasks_stand_by_their_mean_aes() -> None:
+    first, second = (
+        {row["model"]: row for row in results(name)["rows"] if row["temperature"] == 0.6}
+        for name in ("field", "compare_too_long")
+    )
+    by_mean = sorted(second, key=lambda name: -(first[name]["aes"] + second[name]["aes"]))
+
+    def cell(row: dict[str, Any]) -> str:
+        return f"{row['accuracy']:.1%} / {row['tokens']:.1f} / {row['aes']:+.2f}"
+
+    rows = [f"| {name} | {cell(first[name])} | {cell(second[name])} |" for name in by_mean]
+    assert between("both").splitlines()[2:] == rows
+
+
 @pytest.mark.parametrize("name", ["published", "published_deepscaler"])
 def test_the_aes_of_published_numbers_is_that_of_their_averages(name: str) -> None:
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in between(name).splitlines()[2:]]
