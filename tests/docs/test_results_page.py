@@ -52,7 +52,7 @@ def test_the_methods_of_both_tasks_stand_by_their_mean_aes() -> None:
     by_mean = sorted(second, key=lambda name: -(first[name]["aes"] + second[name]["aes"]))
 
     def cell(row: dict[str, Any]) -> str:
-        return f"{row['accuracy']:.1%} / {row['tokens']:.1f} / {row['aes']:+.2f}"
+        return f"{row['accuracy']:.1%} / {row['tokens']:.1f} / {row['aes']:+.2f} | {row['setting'] or '-'}"
 
     rows = [f"| {name} | {cell(first[name])} | {cell(second[name])} |" for name in by_mean]
     assert between("both").splitlines()[2:] == rows
