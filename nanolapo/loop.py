@@ -33,7 +33,7 @@ def run_step(session: Session) -> None:
     rounds, num_drawn = list[Rollouts](), 0
     while draw := next_draw(session, plan, rounds):  # one round; dynamic sampling: until enough groups are kept
         num_drawn += len(draw)
-        rollouts = sample_and_grade(session, plan, draw, watch)  # sample, grade; from here every rank holds all rows
+        rollouts = sample_and_grade(session, plan, draw, watch)  # sample, grade; now every rank holds all usable rows
         regrade(session, method.edit_rollouts(rollouts))
         rollouts.set_rewards(method.reward(rollouts))  # reward: named parts, [B] each, whose sum counts
         rollouts.set_keep(method.keep_groups(rollouts, rollouts.rewards_PG))

@@ -156,7 +156,7 @@ class Rollouts:
 
     def usable(self, vocab_size: int) -> Rollouts:
         """Return the groups that can be trained on: no answer has a token id beyond the vocabulary, or a log-prob that is
-        not finite. Without such an answer alone, the others would be compared with a group that was not sampled."""
+        not finite. If that answer alone were left out, the others would be compared within a smaller group."""
         usable_B = np.array([
             bool(((row.response_ids >= 0) & (row.response_ids < vocab_size)).all())
             and bool(np.isfinite(row.sampler_logprobs).all())

@@ -6,8 +6,8 @@ what it changes. The policy loss is an object, `method.loss`; loss.kind chooses 
 rank sees the rollouts of all ranks and computes the same rewards, advantages and state, so a method need not know
 about ranks.
 
-advantage and the loss see the groups that keep_groups kept; after_step sees all that were sampled. So row numbers must not
-be carried from one to the other. State is read before and written after the rewards of a step.
+advantage and the loss see the groups that keep_groups kept; after_step sees all that can be trained on (Rollouts.usable).
+So row numbers must not be carried from one to the other. State is read before and written after the rewards of a step.
 """
 
 from __future__ import annotations
@@ -92,6 +92,7 @@ class Method:
 
     def on_monitor(self, found: Measured | Rollouts) -> dict[str, float]:
         """Receive lengths and verdicts of the monitor pass, and with whole_rows also the answers; returns numbers to log.
+        Groups of the plan may be missing (Rollouts.usable), so go by found.problems.
 
         Ids, log-probs and texts of a pass over all problems are gigabytes, which every rank would have to hold. To train on
         rows, ask for them, keep them, and put them into the batch in edit_rollouts (rollouts.put).

@@ -12,8 +12,7 @@ So a right answer gets at least 0.3 and a wrong one at most 0, and a short wrong
 the rewards. mode "mean": h is the mean of all right lengths so far. shape "linear": the code's other form, see
 linear_shape. Their optional repetition penalty (weight 0 by default) is left out.
 
-Edge cases: no right answer -> h stays. h only falls in mode "min". Cut answers
-never enter h.
+Edge cases: no right answer -> h stays. h only falls in mode "min". Cut answers never enter h.
 """
 
 from __future__ import annotations

@@ -83,7 +83,8 @@ def test_the_first_model_samples_freely_and_then_half_of_a_group_is_given_each_t
     method.problems, problem = problems, problems[0]
     assert method.monitor(0) == MonitorPlan((0, 1, 2, 3, 4), 16, 1.0, 64) and method.monitor(1) is None
     assert [method.guidance(problem, i, 0) for i in range(4)] == [Guidance()] * 4
-    method.on_monitor(make_rows([9] * 4, 4))
+    logged = method.on_monitor(make_rows([9] * 4, 4))  # of one problem; the others get its mean
+    assert {method.reference[problem.id] for problem in problems} == {(9.0, logged["reference/accuracy"])}
     begun = [method.guidance(problem, i, 0).given for i in range(4)]
     assert begun == [GivenTokens((token,), math.log(0.5)) for token in (5, 5, 6, 6)]
     again = make_with(method)  # after a resume nothing is measured again
