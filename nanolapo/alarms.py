@@ -72,10 +72,6 @@ class Alarms:
             ("dropped", 1, metrics.get("kept_groups") == 0,
              "the method has kept no group to train on (dynamic sampling: in none of its rounds), so nothing was learned: "
              "problems too hard or too easy, or too few rounds"),
-            ("broken", 1, metrics.get("broken", 0) > 0.1,
-             "more than a tenth of the groups had an answer with a log-prob that is not finite, or a token beyond the "
-             "vocabulary. They were dropped, so all numbers are of the others. The sampler's weights are damaged, or it "
-             "overflows: start the run again from its checkpoint"),
         ]  # fmt: skip
         warnings = []
         for name, patience, present, words in symptoms:

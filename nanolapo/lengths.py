@@ -116,7 +116,9 @@ class LengthMap:
         """Stage 2 may only start from a map that knows its problems. Raises UserError saying how many are missing."""
         missing = [problem_id for problem_id in problem_ids if problem_id not in self.entries]
         if missing:
-            hint = "the map comes from other data" if len(missing) == len(problem_ids) else "stage 1 did not visit them"
+            hint = "stage 1 did not visit them, or could use no group of theirs"
+            if len(missing) == len(problem_ids):
+                hint = "the map comes from other data"
             raise UserError(
                 f"{path}: lacks {len(missing)} of the {len(problem_ids)} problems (first: {missing[0]}); {hint}: run "
                 "train_stage1.py on the same data.sources for at least one pass, or point lapo.length_map to its map"

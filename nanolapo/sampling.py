@@ -95,16 +95,26 @@ def graded_share(
         mark(session, mine.rows, (verdict.result() for verdict in verdicts))
         grader_errors(session)
         usable = mine.usable(session.policy.vocab_size)
+        whole = {row.place for row in usable.rows}
+        unusable = [row.problem.id for row in mine.rows[:: plan.group_size] if row.place not in whole]
         drawn = sum(len(row.response_ids) - row.num_given for row in mine.rows)  # a method may shorten answers later
-        counts = session.ranks.gather((drawn, len(usable)))
-    tokens, num_usable = map(sum, zip(*counts[:: session.config.rollout.tensor_parallel], strict=True))
-    session.sampled_tokens += tokens
-    if not num_usable:
-        raise RunStopped(
-            "every group had an answer with a log-prob that is not finite, or a token beyond the vocabulary: the "
-            "sampler's weights are damaged, so start the run again from its checkpoint"
-        )
+        shares = session.ranks.gather((drawn, unusable))[:: session.config.rollout.tensor_parallel]
+    session.sampled_tokens += sum(tokens for tokens, _ in shares)
+    tell_unusable(session, [problem_id for _, ids in shares for problem_id in ids], len(draw))
     return usable
+
+
+def tell_unusable(session: Session, problem_ids: Sequence[str], num_groups: int) -> None:
+    """Warn of the groups, of these problems, that are dropped. Raises RunStopped if no group is left."""
+    if not problem_ids:
+        return
+    found = (
+        f"step {session.step}: {len(problem_ids)} of {num_groups} groups (first: problem {problem_ids[0]}) had an answer with "
+        "a log-prob that is not finite, or a token beyond the vocabulary: the sampler's weights are damaged, or it overflows"
+    )
+    if len(problem_ids) == num_groups:
+        raise RunStopped(f"{found}; no group is left, so start the run again from its checkpoint")
+    session.say(f"WARNING {found}; these groups were dropped, and all numbers are of the others")
 
 
 def make_requests(session: Session, plan: SamplingPlan | MonitorPlan, draw: Mapping[int, Problem]) -> list[Request]:

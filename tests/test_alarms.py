@@ -256,9 +256,3 @@ def test_E9_numbers_of_collapse_are_logged_at_every_step():
     assert metrics["unique_per_group"] == 1.5 and metrics["no_signal"] == 0.5
     assert metrics["entropy"] == pytest.approx((1 * 1 + 8 * 2 + 3 * 3) / 12)
     assert metrics["reward_spread"] == 1 and metrics["accuracy"] == 0.75 and metrics["length_correct"] == 7 / 3
-
-
-def test_a_sampler_whose_answers_cannot_be_used_is_told_at_once():
-    alarms, metrics = Alarms(make_config(rollout=GROUP)), metrics_of(make_rows([3, 30, 8, 9], group_size=4))
-    assert alarms.check_learning(0, metrics | {"broken": 0.1}, [""]) == []  # just a tenth
-    assert "The sampler's weights are damaged" in alarms.check_learning(1, metrics | {"broken": 0.11}, [""])[0]

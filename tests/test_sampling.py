@@ -11,10 +11,13 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
-from concurrent.futures import Future
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -438,23 +441,47 @@ def test_ranks_of_one_engine_bring_their_rows_once():
     assert [p.id for p in rollouts.problems] == [f"demo:{i}" for i in range(4)] and session.sampled_tokens == 8
 
 
+def on_two_ranks(function: Callable[[int, Callable[[Any], list[Any]]], Any]) -> list[Any]:
+    """Call function(rank, gather) in two threads; gather brings the values of both together, in rank order."""
+    together, values = threading.Barrier(2, timeout=20), [None, None]
+
+    def gather(rank: int, value: Any) -> list[Any]:
+        values[rank] = value
+        together.wait()
+        both = list(values)
+        together.wait()
+        return both
+
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(function, rank, partial(gather, rank)) for rank in (0, 1)]
+        return [future.result() for future in futures]
+
+
 def test_a_rank_whose_groups_are_all_dropped_brings_none():
-    """Two ranks, seen from one: none of the other's groups is usable. Their places stay empty."""
-    config, right = make_config(), Future[bool]()
-    right.set_result(True)
-    session = scripted_session(SimpleNamespace(submit=lambda *_: right, errors=0, total=8), lambda _: "text")
-    session.config, session.method, session.policy = config, Method(config), SimpleNamespace(vocab_size=9)
-    session.step = session.sampled_tokens = 0
-    session.data.prompter = SimpleNamespace(ids_and_given=lambda *_: ([1], None))
-    of_other = {Rollouts: Rollouts([], 2), np.ndarray: np.zeros((0, 3), dtype=np.int64), tuple: (0, 0)}
-    session.ranks = SimpleNamespace(
-        is_main=True, engine=lambda _: (0, 2), gather=lambda part: [part, of_other[type(part)]]
-    )
-    draw = dict(enumerate(make_problems(4)))
-    rollouts = sample_and_grade(session, session.method.sampling(0), draw, Stopwatch())
-    measured = sample_and_measure(session, session.method.sampling(0), draw, Stopwatch())
-    assert [p.id for p in rollouts.problems] == [p.id for p in measured.problems] == ["demo:0", "demo:2"]
-    assert session.sampled_tokens == 2 * 4
+    """None of rank 1's groups is usable: both ranks go on with those of rank 0, and count the tokens of all."""
+
+    def of_rank(rank: int, gather: Callable[[Any], list[Any]]) -> tuple[list[str], list[str], int, list[str]]:
+        config, right, said = make_config(), Future[bool](), list[str]()
+        right.set_result(True)
+        session = scripted_session(SimpleNamespace(submit=lambda *_: right, errors=0, total=8), lambda _: "text")
+        session.config, session.method, session.policy = (
+            config,
+            Method(config),
+            SimpleNamespace(vocab_size=9 - 9 * rank),
+        )
+        session.step, session.sampled_tokens, session.say = 3, 0, said.append
+        session.data.prompter = SimpleNamespace(ids_and_given=lambda *_: ([1], None))
+        session.ranks = SimpleNamespace(is_main=rank == 0, engine=lambda _: (rank, 2), gather=gather)
+        draw = dict(enumerate(make_problems(4)))
+        rollouts = sample_and_grade(session, session.method.sampling(0), draw, Stopwatch())
+        measured = sample_and_measure(session, session.method.sampling(0), draw, Stopwatch())
+        return [p.id for p in rollouts.problems], [p.id for p in measured.problems], session.sampled_tokens, said
+
+    for rollouts, measured, tokens, said in on_two_ranks(of_rank):
+        assert rollouts == measured == ["demo:0", "demo:2"] and tokens == 2 * 2 * 4  # of both calls, given tokens: none
+        assert len(said) == 2 and all(
+            line.startswith("WARNING step 3: 2 of 4 groups (first: problem demo:1)") for line in said
+        )
 
 
 class Damaged(TorchSampler):
@@ -469,9 +496,10 @@ class Damaged(TorchSampler):
         return samples
 
 
-def test_a_group_with_an_answer_that_cannot_be_trained_on_is_dropped_and_counted(base, tmp_path, monkeypatch):
-    """It is not rewarded, trained on or remembered, but its tokens were sampled. `broken` is the share of groups."""
-    tokens = []
+def test_a_group_with_an_answer_that_cannot_be_trained_on_is_dropped_and_counted(base, tmp_path, monkeypatch, capsys):
+    """It is not rewarded, trained on or remembered, but its tokens were sampled. `broken` is the share of groups, and a
+    warning names its problem."""
+    tokens, told = [], []
     for name, sampler in (("whole", TorchSampler), ("damaged", Damaged)):
         monkeypatch.setattr("nanolapo.samplers.choose.TorchSampler", sampler)
         method, metrics = run(make_run(base, tmp_path / name, train={"steps": 1}), Watched)
@@ -481,13 +509,17 @@ def test_a_group_with_an_answer_that_cannot_be_trained_on_is_dropped_and_counted
         for rollouts in (rewarded, trained, after):
             assert [row.place for row in rollouts.rows[::4]] == groups
         assert metrics[0]["broken"] == 1 - len(groups) / 4 and np.isfinite(metrics[0]["grad_norm"])
-    assert tokens[0] == tokens[1]
+        told.append([line for line in capsys.readouterr().out.splitlines() if "log-prob that is not finite" in line])
+        if name == "whole":
+            second = rewarded.problems[1].id
+    assert tokens[0] == tokens[1] and told[0] == []
+    assert [line.split(" had ")[0] for line in told[1]] == [f"WARNING step 0: 1 of 4 groups (first: problem {second})"]
 
 
 def test_a_sampler_without_any_usable_group_stops_the_run(base, tmp_path, monkeypatch):
     monkeypatch.setattr("nanolapo.samplers.choose.TorchSampler", Damaged)
     monkeypatch.setattr(Damaged, "all", True)
-    with pytest.raises(RunStopped, match="^every group had an answer with a log-prob that is not finite"):
+    with pytest.raises(RunStopped, match="^step 0: 4 of 4 groups .* had an answer .* no group is left"):
         run(make_run(base, tmp_path), Watched)
 
 

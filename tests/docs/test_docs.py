@@ -236,11 +236,13 @@ def test_a_quoted_message_is_printed_by_the_code(quote):
 
 def stopping_messages() -> list[str]:
     """Texts of everything that stops a run or warns: RunStopped and its subclasses, warnings, the alarms' sentences."""
-    stops, found = {"RunStopped", "MismatchError", "BadStepsError", "warn"}, []
+    stops, found = {"RunStopped", "MismatchError", "BadStepsError", "warn"}, list[str]()
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and node.args and ast.unparse(node.func).split(".")[-1] in stops:
                 found.append(text_of(node.args[0]))
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("say") and node.args:
+                found += [text for text in [text_of(node.args[0])] if text.startswith("WARNING")]
             if path.name == "alarms.py" and isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "symptoms":
                 assert isinstance(node.value, ast.List)
                 found += [text_of(entry.elts[-1]) for entry in node.value.elts if isinstance(entry, ast.Tuple)]

@@ -8,8 +8,7 @@ from rows import make_config
 
 from nanolapo.alarms import Alarms
 
-HEALTHY = {"truncated": 0.0, "no_signal": 0.2, "empty": 0.0, "repetition": 0.1, "unique_per_group": 4.0, "updates": 2.0,
-           "broken": 0.0}  # fmt: skip
+HEALTHY = {"truncated": 0.0, "no_signal": 0.2, "empty": 0.0, "repetition": 0.1, "unique_per_group": 4.0, "updates": 2.0}
 
 
 def watch(alarms: Alarms, run: list[tuple[float, float]], first: int = 0) -> list[int]:
