@@ -109,8 +109,9 @@ def tell_unusable(session: Session, problem_ids: Sequence[str], num_groups: int)
     if not problem_ids:
         return
     found = (
-        f"step {session.step}: {len(problem_ids)} of {num_groups} groups (first: problem {problem_ids[0]}) had an answer with "
-        "a log-prob that is not finite, or a token beyond the vocabulary: the sampler's weights are damaged, or it overflows"
+        f"step {session.step}: {len(problem_ids)} of {num_groups} groups (first: problem {problem_ids[0]}) had an answer "
+        "with a log-prob that is not finite, or a token beyond the vocabulary: the sampler's weights are damaged, or it "
+        "overflows"
     )
     if len(problem_ids) == num_groups:
         raise RunStopped(f"{found}; no group is left, so start the run again from its checkpoint")

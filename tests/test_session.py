@@ -96,10 +96,28 @@ def test_training_keeps_a_question_once_over_all_sources_and_evaluation_in_every
         ("one", "Start 1", "1"), ("one", "Start 2", "0.5"), ("two", "Start 4", "4"), ("three", "Start 3", "3"),
     ]  # fmt: skip
     assert trained.report[-1] == (
-        "3 problems left out because an earlier source has their question, 1 of them with another answer"
+        "3 problems left out because an earlier one has their question, 1 of them with another answer"
     )
     assert [p.source for p in evaluated.problems] == ["one"] * 2 + ["two"] * 3 + ["three"] * 2
     assert evaluated.report == trained.report[:-1]
+
+
+def test_a_test_problem_is_excluded_however_it_is_spelled_and_whatever_its_answer(tmp_path):
+    """A problem of the test set is not trained: not with other blanks, and not where the set's own answer is unusable."""
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    train = [r"Find $\dfrac12 + 1$.", "Add 1 2.", "Add 12.", "Prove 3.", "Add 4."]
+    test = [{"problem": r"find  $\frac12+1$ .", "answer": "1.5"}, {"problem": "Add 12.", "answer": "12"},
+            {"problem": "Prove 3.", "answer": ""}]  # fmt: skip
+    rows = {"train": [{"problem": question, "answer": "7"} for question in [*train, "Add 4 .", "add 4."]], "test": test}
+    for name, found in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, found)))
+    source, excluded = ({"name": name, "path": str(tmp_path / f"{name}.jsonl")} for name in rows)
+    config = make_config(tmp_path / "model", data={"sources": [source], "exclude": [excluded]})
+    with Grader(workers=1) as grader:
+        data = load_data(config, grader)
+    assert [p.question for p in data.problems] == ["Add 1 2.", "Add 4."]
+    assert "3 problems left out because they are in data.exclude" in data.report
+    assert data.report[-1].startswith("2 problems left out because an earlier one has their question, 0 of them")
 
 
 def test_when_no_problem_is_left_the_message_says_why(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from nanolapo.config import Config, UserError
-from nanolapo.data.problems import Problem, load_problems
+from nanolapo.data.problems import Problem, load_problems, question_key
 from nanolapo.data.prompts import Prompter
 from nanolapo.grader import Grader, plainly_equal
 from nanolapo.grader.boxes import THOUGHT_TAG
@@ -32,15 +32,19 @@ class Data:
         return self.prompter.tokenizer
 
     @cached_property
-    def unread(self) -> list[int]:
-        """The special tokens, which are no text, without the tags of a thought: a box counts only behind the thought."""
-        tokens = self.tokenizer.added_tokens_decoder
-        return [i for i, token in tokens.items() if token.special and not THOUGHT_TAG.search(token.content)]
+    def readable(self) -> np.ndarray:
+        """Which ids are text, bool [largest id + 1]. Ids may have gaps. Special tokens are no text, but for the tags of a
+        thought: a box counts only behind the thought."""
+        vocabulary, added = list(self.tokenizer.get_vocab().values()), self.tokenizer.added_tokens_decoder
+        readable = np.zeros(1 + max(vocabulary), dtype=bool)
+        readable[vocabulary] = True
+        readable[[i for i, token in added.items() if token.special and not THOUGHT_TAG.search(token.content)]] = False
+        return readable
 
     def decode(self, ids: np.ndarray) -> str:
-        """A response as text. Ids beyond the tokenizer (models with a padded vocabulary can sample them) are left out."""
-        known = ids[(ids >= 0) & (ids < len(self.tokenizer)) & ~np.isin(ids, self.unread)]
-        return str(self.tokenizer.decode(known.tolist(), skip_special_tokens=False))
+        """A response as text, without ids that the tokenizer does not know (a padded vocabulary can yield them)."""
+        inside = ids[(ids >= 0) & (ids < len(self.readable))]
+        return str(self.tokenizer.decode(inside[self.readable[inside]].tolist(), skip_special_tokens=False))
 
 
 def load_data(config: Config, grader: Grader, ranks: Ranks | None = None) -> Data:
@@ -48,13 +52,13 @@ def load_data(config: Config, grader: Grader, ranks: Ranks | None = None) -> Dat
     report counts the rest."""
     prompter = Prompter(load_tokenizer(config.model.path), config.prompt)
     problems, report = gradable_problems(config, grader, ranks)
-    first: dict[str, Problem] = {}  # question -> its first problem, of whatever source
+    first: dict[str, Problem] = {}  # key of a question -> its first problem, of whatever source
     for problem in problems:
-        first.setdefault(problem.question, problem)
+        first.setdefault(question_key(problem.question), problem)
     if len(first) < len(problems):
-        others = sum(not plainly_equal(p.answer, first[p.question].answer) for p in problems)
+        others = sum(not plainly_equal(p.answer, first[question_key(p.question)].answer) for p in problems)
         report.append(
-            f"{len(problems) - len(first)} problems left out because an earlier source has their question, {others} of "
+            f"{len(problems) - len(first)} problems left out because an earlier one has their question, {others} of "
             "them with another answer"
         )
     return fit_prompts(config, prompter, list(first.values()), report)
@@ -71,8 +75,8 @@ def gradable_problems(config: Config, grader: Grader, ranks: Ranks | None = None
         raise UserError("data.sources is empty: name at least one source of problems in the YAML file")
     problems, report = load_problems(config.data.sources)
     if config.data.exclude:
-        banned = {p.question for p in load_problems(config.data.exclude)[0]}
-        kept = [p for p in problems if p.question not in banned]
+        banned = {question_key(p.question) for p in load_problems(config.data.exclude, only_questions=True)[0]}
+        kept = [p for p in problems if question_key(p.question) not in banned]
         report.append(f"{len(problems) - len(kept)} problems left out because they are in data.exclude")
         problems = kept
     failing = set(grader.references_that_fail([p.answer for p in problems]))

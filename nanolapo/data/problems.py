@@ -35,16 +35,32 @@ class Problem:
     source: str
 
 
-def load_problems(sources: Sequence[SourceConfig]) -> tuple[list[Problem], list[str]]:
-    """Load the problems of all sources in a fixed order; also return a report of what was loaded and dropped."""
+def question_key(question: str) -> str:
+    r"""What is equal for two spellings of a question: blanks, dollar signs, \dfrac and capitals make no other question.
+
+    >>> question_key(r"Find  $\dfrac{1}{2} + x$.") == question_key(r"find \frac{1}{2}+x .")
+    True
+    >>> question_key("Add 1 2.") == question_key("Add 12.")
+    False
+    """
+    text = re.sub(r"\\[,;!: ]|\$|~", " ", re.sub(r"\\[dt]frac", r"\\frac", question.casefold()))
+    return re.sub(r"\s+", " ", re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", text))
+
+
+def load_problems(sources: Sequence[SourceConfig], only_questions: bool = False) -> tuple[list[Problem], list[str]]:
+    """Load the problems of all sources in a fixed order; also return a report of what was loaded and dropped.
+
+    only_questions: True to read no answers, so that a row without a usable one counts as well.
+    """
     problems: dict[str, Problem] = {}
-    earlier: dict[str, Problem] = {}  # question -> its first problem, of whatever source
+    earlier: dict[str, Problem] = {}  # key of a question -> its first problem, of whatever source
     report: list[str] = []
     for source in sources:
         _check(source)
-        found, source_report = _load_source(source)
+        found, source_report = _load_source(source, only_questions)
         report += source_report
-        repeated = [(p, earlier[p.question]) for p in found if p.question in earlier]
+        keys = [question_key(p.question) for p in found]
+        repeated = [(p, earlier[key]) for p, key in zip(found, keys, strict=True) if key in earlier]
         others = [(here, there) for here, there in repeated if not plainly_equal(here.answer, there.answer)]
         if others:
             here, there = others[0]
@@ -52,9 +68,9 @@ def load_problems(sources: Sequence[SourceConfig]) -> tuple[list[Problem], list[
                 f"  {source.name}: other answers than in an earlier source: {len(others)}, such as {here.answer!r} to "
                 f"{here.question[:60]!r}, where {there.source} has {there.answer!r}"
             )
-        for problem in found:
+        for problem, key in zip(found, keys, strict=True):
             problems.setdefault(problem.id, problem)
-            earlier.setdefault(problem.question, problem)
+            earlier.setdefault(key, problem)
     if not problems:
         raise UserError("data.sources: no problem left to work on; add a source")
     return list(problems.values()), report
@@ -77,7 +93,7 @@ def _check(source: SourceConfig) -> None:
         raise UserError(f"{key}.choices: name 2 to {len(LETTERS)} fields, the right answer's first")
 
 
-def _load_source(source: SourceConfig) -> tuple[list[Problem], list[str]]:
+def _load_source(source: SourceConfig, only_questions: bool) -> tuple[list[Problem], list[str]]:
     if source.path == "demo":
         return _demo_problems(source), [f"{source.name}: made {source.count} demo problems"]
     problems: dict[str, Problem] = {}
@@ -89,7 +105,7 @@ def _load_source(source: SourceConfig) -> tuple[list[Problem], list[str]]:
     for number, row in rows:
         num_rows += 1
         try:
-            problem = _problem(row, source)
+            problem = _problem(row, source, only_questions)
         except BadRow as error:
             num_bad += 1
             bad.setdefault(str(error), []).append(number)
@@ -162,7 +178,7 @@ def _choose(problems: list[Problem], source: SourceConfig) -> list[Problem]:
 # ---- rows ----
 
 
-def _problem(row: Any, source: SourceConfig) -> Problem:
+def _problem(row: Any, source: SourceConfig, only_question: bool) -> Problem:
     if isinstance(row, BadRow):
         raise row
     if not isinstance(row, dict):
@@ -172,7 +188,7 @@ def _problem(row: Any, source: SourceConfig) -> Problem:
         options = [_text(row, field) for field in source.choices]
         question, answer = _multiple_choice(question, options, source.seed)
     else:
-        answer = reference_answer(field_at(row, source.answer), source.answer)
+        answer = "" if only_question else reference_answer(field_at(row, source.answer), source.answer)
     try:
         level = _level(field_at(row, source.level))
     except BadRow:  # not every set has levels

@@ -121,6 +121,7 @@ CHANGES_VALUE = re.compile(  # a number with such a word is another number, or n
     r"k|M|B|am|pm|noon|midnight|ad|bce?|ce|(?:" + "|".join(SCALES) + r"|score|pair|gross|myriad)s?"
     r"|ths|hal(?:f|ves)|(?:third|quarter)s?|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|(?:hundred|thousand|[mbtr]+illion)"
     r"|(?:thir|four|fif|six|seven|eigh|nine)teen|(?:twen|thir|for|fif|six|seven|eigh|nine)tie)ths?"
+    r"|doubled|tripled|halved|twice|thrice|tens|zeros|reciprocal|inverse|conjugate|complement|reversed|backwards|wrong"
     r"|squared|cubed|factorial|grand|than|times|plus|minus|negative|below|zero|point|remainder|mod|modulo|base|over|out"
     r"|to|or|and|not|if|when|for|where|odd|even|deg[cf]|pi|theta|alpha|beta|sqrt|sin|cos|tan|log"
 )

@@ -21,6 +21,9 @@ import yaml
 from benchmark_helpers import FakeRanks, FakeSampler, benchmark, evaluation_config
 from folders import train_byte_bpe
 from tiny import make_answer, make_config
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from nanolapo import cli
@@ -508,6 +511,16 @@ def test_A21_training_and_evaluation_decode_ids_beyond_the_tokenizer_alike():
     data = Data([], Prompter(tokenizer, PromptConfig(template="{question}")))
     ids = np.array([known[0], len(tokenizer) + 7, -1, *known[1:]])
     assert data.decode(ids) == r" A: 3+2=6 4+8=3. </think> \boxed{63}"
+
+
+def test_A21_an_id_behind_a_gap_is_read():
+    """Ids need not be dense: len(tokenizer) is 4 here, and the end of the thought has id 9."""
+    vocabulary = {r"\boxed{1}": 0, r"\boxed{2}": 1, "<unk>": 2, "</think>": 9}
+    core = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = WhitespaceSplit()
+    data = Data([], Prompter(PreTrainedTokenizerFast(tokenizer_object=core), PromptConfig(template="{question}")))
+    text = data.decode(np.array([0, 5, 9, 12, 1]))  # 5 lies in the gap, 12 beyond
+    assert text.split() == [r"\boxed{1}", "</think>", r"\boxed{2}"] and grade(text, "2") and not grade(text, "1")
 
 
 @pytest.mark.parametrize(("opening", "closing"), [("<think>", "</think>"), ("[THINK]", "[/THINK]")])

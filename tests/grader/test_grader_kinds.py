@@ -83,6 +83,7 @@ WRONG: 12 pm ~ 12 \text{ am}
 WRONG: 12 \text{ p.m.} ~ 12 \text{ a.m.} | 5 ~ 5 million dollars | 5 ~ 5\text{ million dollars} | 5 ~ 5 \text{ million}
 WRONG: 2 ~ 2 dozen eggs | 2 ~ 2 \text{ dozen eggs} | 3 ~ 3 hundred people | 3 ~ 3\text{ hundred people} | 4 ~ 4 billion
 WRONG: 4 ~ 4 \text{ billion people} | 5 ~ 5 \text{ thousand km} | 2 ~ 2 \text{ thirds} | 2 ~ 2 thirds | 3 ~ 3 tenths
+WRONG: 5 ~ 5 \text{ doubled} | 5 ~ 5 \text{ tens} | 5 ~ 5 twice | 2 ~ 2 \text{ (reciprocal)} | 5 ~ 5 \text{ is wrong}
 WRONG: 3 ~ 3 \text{ squared} | 5 ~ 5 \text{ or } 6 | 5 ~ 5 \text{ or 6} | 5 ~ 5 \text{ or maybe six}
 WRONG: 5 ~ 5\text{ below zero}
 WRONG: 5 ~ 5 \text{ times } 7 | 5 ~ 5 \text{ times more} | 5 ~ 5 out of six | 5 ~ 5 \text{ factorial}
