@@ -424,15 +424,22 @@ def test_verdicts_belong_to_their_rows_whenever_they_come():
     assert [verdict.result(0) for verdict in verdicts] == [True, False, True] and samples[1].ids.tolist() == [1]
 
 
-def test_ranks_of_one_engine_bring_their_rows_once():
-    """rollout.tensor_parallel=2: both ranks of an engine have sampled the same groups."""
-    config, right = make_config(rollout={"tensor_parallel": 2}), Future[bool]()
+def all_right_session(ranks: Any, vocab_size: int = 9, **rollout: int) -> Any:
+    """A scripted session at step 3, whose grader finds every answer right; `said` holds what it said."""
+    config, right = make_config(rollout=rollout), Future[bool]()
     right.set_result(True)
     session = scripted_session(SimpleNamespace(submit=lambda *_: right, errors=0, total=8), lambda _: "text")
-    session.config, session.method, session.policy = config, Method(config), SimpleNamespace(vocab_size=9)
-    session.step = session.sampled_tokens = 0
+    session.config, session.method, session.policy = config, Method(config), SimpleNamespace(vocab_size=vocab_size)
+    session.step, session.sampled_tokens, session.said, session.ranks = 3, 0, [], ranks
+    session.say = session.said.append
     session.data.prompter = SimpleNamespace(ids_and_given=lambda *_: ([1], None))
-    session.ranks = SimpleNamespace(is_main=True, engine=lambda _: (0, 1), gather=lambda part: [part, part])
+    return session
+
+
+def test_ranks_of_one_engine_bring_their_rows_once():
+    """rollout.tensor_parallel=2: both ranks of an engine have sampled the same groups."""
+    ranks = SimpleNamespace(is_main=True, engine=lambda _: (0, 1), gather=lambda part: [part, part])
+    session = all_right_session(ranks, tensor_parallel=2)
     draw = dict(enumerate(make_problems(4)))
     rollouts = sample_and_grade(session, session.method.sampling(0), draw, Stopwatch())
     measured = sample_and_measure(session, session.method.sampling(0), draw, Stopwatch())
@@ -461,27 +468,19 @@ def test_a_rank_whose_groups_are_all_dropped_brings_none():
     """None of rank 1's groups is usable: both ranks go on with those of rank 0, and count the tokens of all."""
 
     def of_rank(rank: int, gather: Callable[[Any], list[Any]]) -> tuple[list[str], list[str], int, list[str]]:
-        config, right, said = make_config(), Future[bool](), list[str]()
-        right.set_result(True)
-        session = scripted_session(SimpleNamespace(submit=lambda *_: right, errors=0, total=8), lambda _: "text")
-        session.config, session.method, session.policy = (
-            config,
-            Method(config),
-            SimpleNamespace(vocab_size=9 - 9 * rank),
-        )
-        session.step, session.sampled_tokens, session.say = 3, 0, said.append
-        session.data.prompter = SimpleNamespace(ids_and_given=lambda *_: ([1], None))
-        session.ranks = SimpleNamespace(is_main=rank == 0, engine=lambda _: (rank, 2), gather=gather)
+        ranks = SimpleNamespace(is_main=rank == 0, engine=lambda _: (rank, 2), gather=gather)
+        session = all_right_session(ranks, vocab_size=0 if rank else 9)
         draw = dict(enumerate(make_problems(4)))
         rollouts = sample_and_grade(session, session.method.sampling(0), draw, Stopwatch())
         measured = sample_and_measure(session, session.method.sampling(0), draw, Stopwatch())
-        return [p.id for p in rollouts.problems], [p.id for p in measured.problems], session.sampled_tokens, said
+        ids = [[p.id for p in found.problems] for found in (rollouts, measured)]
+        return ids[0], ids[1], session.sampled_tokens, session.said
 
     for rollouts, measured, tokens, said in on_two_ranks(of_rank):
         assert rollouts == measured == ["demo:0", "demo:2"] and tokens == 2 * 2 * 4  # of both calls, given tokens: none
-        assert len(said) == 2 and all(
-            line.startswith("WARNING step 3: 2 of 4 groups (first: problem demo:1)") for line in said
-        )
+        assert [line.split(" had ")[0] for line in said] == [
+            "WARNING step 3: 2 of 4 groups (first: problem demo:1)"
+        ] * 2
 
 
 class Damaged(TorchSampler):

@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from nanolapo.config import Config, UserError
-from nanolapo.data.problems import Problem, load_problems, question_key
+from nanolapo.data.problems import Problem, load_problems
 from nanolapo.data.prompts import Prompter
 from nanolapo.grader import Grader, plainly_equal
 from nanolapo.grader.boxes import THOUGHT_TAG
@@ -54,9 +54,9 @@ def load_data(config: Config, grader: Grader, ranks: Ranks | None = None) -> Dat
     problems, report = gradable_problems(config, grader, ranks)
     first: dict[str, Problem] = {}  # key of a question -> its first problem, of whatever source
     for problem in problems:
-        first.setdefault(question_key(problem.question), problem)
+        first.setdefault(problem.key, problem)
     if len(first) < len(problems):
-        others = sum(not plainly_equal(p.answer, first[question_key(p.question)].answer) for p in problems)
+        others = sum(not plainly_equal(p.answer, first[p.key].answer) for p in problems)
         report.append(
             f"{len(problems) - len(first)} problems left out because an earlier one has their question, {others} of "
             "them with another answer"
@@ -75,8 +75,8 @@ def gradable_problems(config: Config, grader: Grader, ranks: Ranks | None = None
         raise UserError("data.sources is empty: name at least one source of problems in the YAML file")
     problems, report = load_problems(config.data.sources)
     if config.data.exclude:
-        banned = {question_key(p.question) for p in load_problems(config.data.exclude, only_questions=True)[0]}
-        kept = [p for p in problems if question_key(p.question) not in banned]
+        banned = {p.key for p in load_problems(config.data.exclude, only_questions=True)[0]}
+        kept = [p for p in problems if p.key not in banned]
         report.append(f"{len(problems) - len(kept)} problems left out because they are in data.exclude")
         problems = kept
     failing = set(grader.references_that_fail([p.answer for p in problems]))

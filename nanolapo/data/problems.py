@@ -12,6 +12,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from typing import Any
 
@@ -33,6 +34,11 @@ class Problem:
     answer: str
     level: int | None  # difficulty where the source states one (MATH: 1 to 5)
     source: str
+
+    @cached_property
+    def key(self) -> str:
+        """Equal for two spellings of one question, see question_key."""
+        return question_key(self.question)
 
 
 def question_key(question: str) -> str:
@@ -59,8 +65,7 @@ def load_problems(sources: Sequence[SourceConfig], only_questions: bool = False)
         _check(source)
         found, source_report = _load_source(source, only_questions)
         report += source_report
-        keys = [question_key(p.question) for p in found]
-        repeated = [(p, earlier[key]) for p, key in zip(found, keys, strict=True) if key in earlier]
+        repeated = [(p, earlier[p.key]) for p in found if p.key in earlier]
         others = [(here, there) for here, there in repeated if not plainly_equal(here.answer, there.answer)]
         if others:
             here, there = others[0]
@@ -68,9 +73,9 @@ def load_problems(sources: Sequence[SourceConfig], only_questions: bool = False)
                 f"  {source.name}: other answers than in an earlier source: {len(others)}, such as {here.answer!r} to "
                 f"{here.question[:60]!r}, where {there.source} has {there.answer!r}"
             )
-        for problem, key in zip(found, keys, strict=True):
+        for problem in found:
             problems.setdefault(problem.id, problem)
-            earlier.setdefault(key, problem)
+            earlier.setdefault(problem.key, problem)
     if not problems:
         raise UserError("data.sources: no problem left to work on; add a source")
     return list(problems.values()), report

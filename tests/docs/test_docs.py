@@ -239,10 +239,10 @@ def stopping_messages() -> list[str]:
     stops, found = {"RunStopped", "MismatchError", "BadStepsError", "warn"}, list[str]()
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and node.args and ast.unparse(node.func).split(".")[-1] in stops:
-                found.append(text_of(node.args[0]))
-            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("say") and node.args:
-                found += [text for text in [text_of(node.args[0])] if text.startswith("WARNING")]
+            if isinstance(node, ast.Call) and node.args:
+                name, text = ast.unparse(node.func).split(".")[-1], text_of(node.args[0])
+                if name in stops or (name == "say" and text.startswith("WARNING")):
+                    found.append(text)
             if path.name == "alarms.py" and isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "symptoms":
                 assert isinstance(node.value, ast.List)
                 found += [text_of(entry.elts[-1]) for entry in node.value.elts if isinstance(entry, ast.Tuple)]
